@@ -1,0 +1,169 @@
+"""trio: fewer visual tokens for vision-language models, on stock transformers.
+
+The distribution is `trio-vlm`. `import trio` imports nothing but the standard library: the public names are resolved
+when they are first used (PEP 562). Libraries such as HTTP clients try `import trio` to find the async library of the
+same import name, so importing must be instant and must never fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trio import cost, testing, zoo
+    from trio.adapters.base import Adapter
+    from trio.context import LayerContext
+    from trio.encoders.base import Compressor
+    from trio.errors import (
+        AttachError,
+        BudgetError,
+        CacheError,
+        InputError,
+        NonFiniteError,
+        PluginError,
+        SpecError,
+        TrioError,
+        UnknownNameError,
+        UnsupportedModelError,
+    )
+    from trio.pipeline import Pipeline
+    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+    from trio.report import CompressionReport
+    from trio.scorers.base import Scorer
+    from trio.selectors.base import Selector
+    from trio.spec import Budget, CompressorSpec, Keep, PipelineSpec, StageSpec, load_spec
+    from trio.spec import StageSpec as Stage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADAPTERS",
+    "COMPRESSORS",
+    "SCORERS",
+    "SELECTORS",
+    "Adapter",
+    "AttachError",
+    "Budget",
+    "BudgetError",
+    "CacheError",
+    "CompressionReport",
+    "Compressor",
+    "CompressorSpec",
+    "InputError",
+    "Keep",
+    "LayerContext",
+    "NonFiniteError",
+    "Pipeline",
+    "PipelineSpec",
+    "PluginError",
+    "Scorer",
+    "Selector",
+    "SpecError",
+    "Stage",
+    "StageSpec",
+    "TrioError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "__version__",
+    "cost",
+    "load_spec",
+    "testing",
+    "zoo",
+]
+
+# Public name -> "module:attribute"; a module alone is a public submodule.
+_LAZY = {
+    "Adapter": "trio.adapters.base:Adapter",
+    "Compressor": "trio.encoders.base:Compressor",
+    "LayerContext": "trio.context:LayerContext",
+    "Pipeline": "trio.pipeline:Pipeline",
+    "CompressionReport": "trio.report:CompressionReport",
+    "Scorer": "trio.scorers.base:Scorer",
+    "Selector": "trio.selectors.base:Selector",
+    "Stage": "trio.spec:StageSpec",
+    **{name: f"trio.registry:{name}" for name in ("ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS")},
+    **{
+        name: f"trio.spec:{name}"
+        for name in ("Budget", "CompressorSpec", "Keep", "PipelineSpec", "StageSpec", "load_spec")
+    },
+    **{
+        name: f"trio.errors:{name}"
+        for name in (
+            "AttachError",
+            "BudgetError",
+            "CacheError",
+            "InputError",
+            "NonFiniteError",
+            "PluginError",
+            "SpecError",
+            "TrioError",
+            "UnknownNameError",
+            "UnsupportedModelError",
+        )
+    },
+    "cost": "trio.cost",
+    "testing": "trio.testing",
+    "zoo": "trio.zoo",
+}
+
+
+def _async_library() -> str | None:
+    """The version of the async library `trio` installed in this environment, or None."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("trio")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name, or explain which `trio` this is."""
+    target = _LAZY.get(name)
+    if target is not None:
+        module, _, attribute = target.partition(":")
+        found = importlib.import_module(module)
+        if not globals().get("_conflict_checked"):
+            globals()["_conflict_checked"] = True
+            _warn_of_conflict()
+        value = getattr(found, attribute) if attribute else found
+        globals()[name] = value
+        return value
+    if name.startswith("__"):  # what the import system and inspect ask every module for
+        raise AttributeError(f"module 'trio' has no attribute {name!r}")
+    raise AttributeError(_unknown_attribute(name))
+
+
+def _unknown_attribute(name: str) -> str:
+    from trio.errors import did_you_mean
+
+    message = f"module 'trio' has no attribute {name!r}. {did_you_mean(name, __all__)}"
+    message += "This is trio-vlm (fewer visual tokens for vision-language models), not the async library 'trio'"
+    version = _async_library()
+    if version is None:
+        return f"{message}; code that needs the async library has to run in another environment, without trio-vlm."
+    return (
+        f"{message}, which is installed in this environment too (version {version}): both own the folder "
+        "site-packages/trio and overwrite each other's files. Keep one of them: make a fresh environment and install "
+        "there either trio-vlm or trio."
+    )
+
+
+def _warn_of_conflict() -> None:
+    version = _async_library()
+    if version is None:
+        return
+    import warnings
+
+    warnings.warn(
+        f"the async library 'trio' {version} is installed in the same environment as trio-vlm; both own the folder "
+        "site-packages/trio and overwrite each other's files, so that either can fail. Make a fresh environment and "
+        "install there either trio-vlm or trio.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
