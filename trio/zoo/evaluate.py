@@ -1,0 +1,208 @@
+"""How well a model of the zoo answers on held-out scenes: ``python -m trio.zoo.evaluate tiny-llava``.
+
+The same questions are asked with the picture and with a blank one: what a model scores without the picture it owes to the
+questions, not to its eyes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from trio import zoo
+from trio.zoo.questions import KINDS, Asker
+from trio.zoo.scenes import Box, Split, draw_scene
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question about a held-out scene.
+
+    Attributes:
+        image: The picture.
+        question: The question in words.
+        answer: The expected answer.
+        kind: Type of the question.
+        scene: Number of the scene; questions of one scene are not independent.
+        boxes: Left, top, right, bottom of the things that the question is about; empty where nothing in the picture matches.
+        detail: Finer type: for existence, how hard the negative is.
+    """
+
+    image: Image.Image = field(repr=False)
+    question: str
+    answer: str
+    kind: str
+    scene: int
+    boxes: tuple[Box, ...]
+    detail: str = ""
+
+
+def examples(
+    split: Split = "test", seed: int = 0, scenes: int = 400, kinds: Sequence[str] = tuple(KINDS), size: tuple[int, int] = (168, 168), cell: int = 56
+) -> list[Example]:
+    """Questions on held-out scenes, at most one of each type a scene, answers balanced within each type.
+
+    The first scenes of a larger set are the same as those of a smaller one.
+
+    Args:
+        split: ``test``, ``validation``, or ``novel`` for colour-shape pairs, textures and fonts that training never saw.
+        seed: Seed of the scenes.
+        scenes: How many.
+        kinds: Types of questions.
+        size: Width and height of the pictures.
+        cell: Size of a grid cell of the scenes.
+    """
+    asker, found = Asker(), []
+    for index in range(scenes):
+        scene = draw_scene(split, seed, index, size, cell)
+        for kind in kinds:
+            question = asker.ask(scene, kind, random.Random(f"trio-examples/{split}/{seed}/{index}/{kind}"))
+            if question is not None:
+                boxes = tuple(scene.items[i].box for i in question.about)
+                found.append(Example(scene.image, question.text, question.answer, kind, index, boxes, question.detail))
+    return found
+
+
+def blank(asked: Sequence[Example]) -> list[Example]:
+    """The same questions about a grey picture."""
+    return [
+        Example(Image.new("RGB", e.image.size, (128, 128, 128)), e.question, e.answer, e.kind, e.scene, e.boxes, e.detail) for e in asked
+    ]
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The question in the model's chat format, with a placeholder for one picture."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+
+
+def answers(
+    model: Any,
+    processor: Any,
+    asked: Sequence[Example],
+    batch_size: int = 32,
+    context: AbstractContextManager[Any] | None = None,
+    max_new_tokens: int = 6,
+) -> list[str]:
+    """Greedy answers of a model, through its own ``generate``, in left-padded batches.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        asked: The questions.
+        batch_size: Questions in a batch.
+        context: Entered for the whole run; a pipeline, to see how the compressed model answers.
+        max_new_tokens: Longest answer.
+    """
+    found: list[str] = []
+    with context or nullcontext(), torch.no_grad():
+        for start in range(0, len(asked), batch_size):
+            part = asked[start : start + batch_size]
+            inputs = processor(
+                images=[e.image for e in part],
+                text=[prompt(processor, e.question) for e in part],
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            ).to(model.device, model.dtype)
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            found += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]
+
+
+def accuracy(
+    model: Any, processor: Any, asked: Sequence[Example], batch_size: int = 32, context: AbstractContextManager[Any] | None = None
+) -> list[bool]:
+    """Whether each question was answered right; arguments as for ``answers``."""
+    given = answers(model, processor, asked, batch_size, context)
+    return [text == example.answer for text, example in zip(given, asked, strict=True)]
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95% interval of a share."""
+    if total == 0:
+        return 0.0, 1.0
+    p, z2 = right / total, Z95**2
+    middle, half = p + z2 / (2 * total), Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return max(0.0, (middle - half) / (1 + z2 / total)), min(1.0, (middle + half) / (1 + z2 / total))
+
+
+def by_scene(right: Sequence[bool], scenes: Sequence[int], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a mean by a bootstrap that draws whole scenes."""
+    _, group = np.unique(np.asarray(scenes), return_inverse=True)
+    good, count = np.bincount(group, np.asarray(right, float)), np.bincount(group).astype(float)
+    picks = np.random.default_rng(seed).integers(0, len(count), (draws, len(count)))
+    means = good[picks].sum(1) / count[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summary(asked: Sequence[Example], right: Sequence[bool]) -> dict[str, dict[str, float]]:
+    """Accuracy, interval and number of questions, by type and overall.
+
+    A type has one question a scene, so its interval is Wilson's; the overall interval comes from a bootstrap over scenes.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(e.kind for e in asked):
+        hits = [r for e, r in zip(asked, right, strict=True) if e.kind == kind]
+        low, high = wilson(sum(hits), len(hits))
+        table[kind] = {"accuracy": sum(hits) / len(hits), "low": low, "high": high, "questions": len(hits)}
+    low, high = by_scene(right, [e.scene for e in asked])
+    table["overall"] = {"accuracy": sum(right) / len(right), "low": low, "high": high, "questions": len(right)}
+    return table
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="A model of the zoo, or the folder of one.")] = "tiny-llava",
+    scenes: Annotated[int, typer.Option(help="Number of held-out scenes.")] = 400,
+    split: Annotated[str, typer.Option(help="test, validation or novel.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Accuracy by type of question, with the picture and with a blank one."""
+    if split not in ("test", "validation", "novel"):
+        raise typer.BadParameter(f"--split is test, validation or novel, not {split!r}")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = Path(name) if Path(name).is_dir() else zoo.path(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    asked = examples(split, seed, scenes)  # type: ignore[arg-type]
+    full = summary(asked, accuracy(model, processor, asked, batch_size))
+    unseen = summary(asked, accuracy(model, processor, blank(asked), batch_size))
+
+    table = Table(title=f"{folder.name}: {scenes} scenes of the split {split}, seed {seed}")
+    for column in ("questions about", "n", "with the picture", "95%", "blank picture", "95%", "sees"):
+        table.add_column(column, justify="left" if column == "questions about" else "right")
+    for kind, row in full.items():
+        other = unseen[kind]
+        spans = [f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" for r in (row, other)]
+        gain = 100 * (row["low"] - other["accuracy"])
+        cells = (f"{100 * row['accuracy']:.1f}", spans[0], f"{100 * other['accuracy']:.1f}", spans[1], f"{gain:+.1f}")
+        table.add_row(kind, f"{row['questions']:.0f}", *cells)
+    console = Console()
+    console.print(table)
+    console.print("sees: lower end of the interval minus the accuracy with a blank picture, in points")
+    if json_file is not None:
+        content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "full": full, "blank": unseen}
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

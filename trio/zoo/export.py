@@ -1,0 +1,63 @@
+"""From training checkpoints to a folder that ``from_pretrained`` loads: ``python -m trio.zoo.export runs/tiny-llava DIR``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from trio.zoo.loop import console
+from trio.zoo.recipes import RECIPES, Recipe, build_model, build_processor
+from trio.zoo.vocabulary import build_tokenizer
+
+
+def _as_float32(config: object) -> None:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key in ("dtype", "torch_dtype"):
+                config[key] = "float32"
+            _as_float32(value)
+
+
+def export(recipe: Recipe, folder: Path, target: Path) -> None:
+    """Write model and processor.
+
+    The weights are stored in half precision, to be small; the configuration asks for float32, so that loading without
+    a dtype computes in full precision.
+
+    Args:
+        recipe: The model's recipe.
+        folder: Where ``tower.pt`` and ``language.pt`` are.
+        target: The folder to write.
+    """
+    tokenizer = build_tokenizer()
+    model = build_model(recipe, tokenizer)
+    tower = torch.load(folder / "tower.pt", weights_only=True)
+    language = torch.load(folder / "language.pt", weights_only=True)
+    model.model.vision_tower.load_state_dict(tower["tower"])
+    model.model.language_model.load_state_dict(language["language"])
+    model.model.multi_modal_projector.load_state_dict(language["projector"])
+    model.lm_head.load_state_dict(language["head"])
+    model.half().save_pretrained(target)
+    build_processor(recipe, tokenizer).save_pretrained(target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    _as_float32(config)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    name: Annotated[str, typer.Option(help="Name in the zoo.")] = "tiny-llava",
+) -> None:
+    """Write the model of a training run, also of one that is still going on."""
+    export(RECIPES[name], folder, target)
+    console.print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""The tokenizer of the zoo: whole words, a suffix for plurals and for the second digit of a number."""
+
+from __future__ import annotations
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from trio.zoo.questions import COUNTS
+from trio.zoo.scenes import COLOURS, PLATES, SHAPES
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- message['role'] + ' : ' -}}
+    {%- if message['content'] is string -%}
+        {{- message['content'] + ' ' -}}
+    {%- else -%}
+        {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image> ' -}}{%- endfor -%}
+        {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] + ' ' -}}{%- endfor -%}
+    {%- endif -%}
+    {%- if message['role'] == 'assistant' -%}{{- '</s>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'assistant :' -}}{%- endif -%}
+"""
+MAX_GRID = 40
+"""Rows and columns that the dense exercises can name."""
+
+_WORDS = """
+user assistant system : ? . , ! what which where how many who is are there a an the in on at of has have does it this picture image do you see
+colour shape shapes other number plate background side corner left right above below top bottom middle yes no none describe written
+""".split()
+
+
+def words() -> list[str]:
+    """The vocabulary in the order of its ids."""
+    listed = [*SPECIAL, *_WORDS, *SHAPES, *COLOURS, *PLATES, *COUNTS, "four", "five", "six", "##s", "##es"]
+    listed += [str(d) for d in range(10)] + [f"##{d}" for d in range(10)]
+    listed += [f"{axis}{i}" for axis in "rc" for i in range(MAX_GRID)]
+    return list(dict.fromkeys(listed))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer: any case, punctuation split off, unknown words as ``<unk>``."""
+    vocabulary = {word: i for i, word in enumerate(words())}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="##"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolor"), "colour")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+    )
