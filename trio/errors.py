@@ -51,7 +51,7 @@ class PluginError(TrioError, ImportError):
 
 
 class UnsupportedModelError(TrioError):
-    """The model, or a combination of model and parts, cannot work; the message says what is missing and what would fit."""
+    """The model, or a combination of model and parts, cannot work; the message says what is missing and would fit."""
 
 
 class BudgetError(TrioError):
@@ -59,7 +59,7 @@ class BudgetError(TrioError):
 
 
 class AttachError(TrioError):
-    """Attaching is impossible now: attached already, another pipeline is on, training mode, or another thread's forward."""
+    """Attaching is impossible now: attached already, another pipeline is on, or the model is in training mode."""
 
 
 class CacheError(TrioError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
-__all__ = ["Part"]
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trio.errors import SpecError, did_you_mean
+
+__all__ = ["Part", "explain", "type_name"]
 
 
 class Part(BaseModel):
@@ -16,3 +20,39 @@ class Part(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+    def __init__(self, **params: Any) -> None:
+        """Validate the parameters.
+
+        Raises:
+            SpecError: a parameter is unknown, missing or wrong; the message names it and the allowed ones.
+        """
+        try:
+            super().__init__(**params)
+        except ValidationError as error:
+            raise SpecError(explain(type(self).__name__, type(self), error)) from error
+
+    # Says that this __init__ only calls pydantic's own, so that a part nested in another model is validated as usual.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
+
+
+def explain(label: str, cls: type[Any], error: ValidationError) -> str:
+    """One paragraph that says which parameters of the part `label` are wrong, and which are allowed."""
+    known = {name: type_name(info.annotation) for name, info in getattr(cls, "model_fields", {}).items()}
+    sentences = []
+    for problem in error.errors():
+        place = ".".join(str(step) for step in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            sentences.append(f"unknown parameter {place!r}. {did_you_mean(place, known)}".strip())
+        elif problem["type"] == "missing":
+            sentences.append(f"the parameter {place!r} is missing; give it.")
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{place + ': ' if place else ''}found {problem['input']!r}; {text}.")
+    allowed = ", ".join(f"{name} ({kind})" for name, kind in known.items()) or "none: it has no parameters"
+    return f"{label}: {' '.join(sentences)} Allowed parameters: {allowed}."
+
+
+def type_name(annotation: Any) -> str:
+    """The type of a parameter, as a reader would write it."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from trio.errors import InputError, PluginError, SpecError, UnknownNameError, did_you_mean
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
-
     from trio.adapters.base import Adapter
     from trio.encoders.base import Compressor
     from trio.scorers.base import Scorer
@@ -279,10 +277,15 @@ class Registry(Generic[T]):
     def _make(self, cls: type[T], name: str, params: dict[str, Any]) -> T:
         from pydantic import ValidationError
 
+        from trio.part import explain
+
         try:
             return cls(**params)
-        except ValidationError as error:
-            raise SpecError(_explain(self.kind, name, cls, error), place=_first_place(error)) from error
+        except (SpecError, ValidationError) as error:
+            cause = error if isinstance(error, ValidationError) else error.__cause__
+            if not isinstance(cause, ValidationError):
+                raise
+            raise SpecError(explain(f"{self.kind} {name!r}", cls, cause)) from error
 
 
 def _same_definition(old: type[Any], new: type[Any]) -> bool:
@@ -295,39 +298,17 @@ def _distribution(point: metadata.EntryPoint) -> str:
 
 
 def _parameters(cls: type[Any]) -> list[Parameter]:
-    from pydantic_core import PydanticUndefined
+    from trio.part import type_name
 
-    found = []
-    for name, info in getattr(cls, "model_fields", {}).items():
-        default = None if info.is_required() else repr(info.get_default(call_default_factory=True))
-        if info.default is PydanticUndefined and info.default_factory is None:
-            default = None
-        annotation = getattr(info.annotation, "__name__", None) if isinstance(info.annotation, type) else None
-        found.append(
-            Parameter(name, annotation or str(info.annotation).replace("typing.", ""), default, info.description or "")
+    return [
+        Parameter(
+            name,
+            type_name(info.annotation),
+            None if info.is_required() else repr(info.get_default(call_default_factory=True)),
+            info.description or "",
         )
-    return found
-
-
-def _first_place(error: ValidationError) -> str:
-    return str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
-
-
-def _explain(kind: str, name: str, cls: type[Any], error: ValidationError) -> str:
-    parameters = _parameters(cls)
-    known = [parameter.name for parameter in parameters]
-    allowed = ", ".join(f"{one.name} ({one.type})" for one in parameters) or "none: it has no parameters"
-    sentences = []
-    for problem in error.errors():
-        place = ".".join(str(step) for step in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            sentences.append(f"unknown parameter {place!r}. {did_you_mean(place, known)}".strip())
-        elif problem["type"] == "missing":
-            sentences.append(f"the parameter {place!r} is missing; give it.")
-        else:
-            where = f"{place}: " if place else ""
-            sentences.append(f"{where}found {problem['input']!r}; {problem['msg'][0].lower()}{problem['msg'][1:]}.")
-    return f"{kind} {name!r}: {' '.join(sentences)} Allowed parameters: {allowed}."
+        for name, info in getattr(cls, "model_fields", {}).items()
+    ]
 
 
 def _registry(kind: str, base: str, builtin: str) -> Registry[Any]:
