@@ -178,6 +178,20 @@ class SampleReport(_Record):
         """Visual tokens left after each stage."""
         return [stage.kept for stage in self.stages]
 
+    def kept_of_images(self, stage: int) -> list[list[int]]:
+        """For each image the tokens kept by a stage, as places among the image's own tokens."""
+        kept: list[list[int]] = [[] for _ in self.images]
+        if stage >= len(self.stages):
+            return kept
+        first = [sum(image.start for image in self.images[:number]) for number in range(len(self.images))]
+        for group in self.stages[stage].groups:
+            if group.image is not None:
+                kept[group.image] += group.indices
+                continue
+            for number, index in zip(group.origins.image, group.indices, strict=True):
+                kept[number].append(index - first[number])
+        return kept
+
     def visual_by_layer(self, num_layers: int) -> list[int]:
         """Visual tokens that each of the `num_layers` layers ran on."""
         counts = [sum(image.start for image in self.images)] * num_layers
@@ -274,6 +288,11 @@ class CompressionReport(_Record):
     def retention(self) -> float:
         """`average_kept` / `visual_tokens`, in 0..1; 1.0 where there was no visual token to lose."""
         return self.average_kept / self.visual_tokens if self.visual_tokens else 1.0
+
+    def selection(self) -> list[list[list[list[int]]]]:
+        """The kept indices by stage, sample and image, in the form that `Pipeline.replay` takes."""
+        stages = max((len(sample.stages) for sample in self.samples), default=0)
+        return [[sample.kept_of_images(stage) for sample in self.samples] for stage in range(stages)]
 
     def to_json(self, indent: int | None = None) -> str:
         """The report as one JSON object; `from_json` gives an equal report back."""

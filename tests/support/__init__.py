@@ -1,0 +1,1 @@
+"""Models and inputs that the tests share."""

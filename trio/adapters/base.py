@@ -1,0 +1,209 @@
+"""The interface of adapters: all that the framework must know about one family of models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from trio.adapters.decoder import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
+from trio.origins import ImageTokens
+from trio.probe import LayerInputs, Past, Probe, Rows
+from trio.masks import causal_mask
+
+Positions = Literal["compact", "original"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the visual tokens of a call stand.
+
+    Attributes:
+        visual: bool ``(B, S)`` on the CPU.
+        images: for each sample its images in the order of the sequence; their tokens add up to the sample's True.
+    """
+
+    visual: torch.Tensor
+    images: tuple[tuple[ImageTokens, ...], ...]
+
+
+class Adapter(ABC):
+    """Finds the parts of a model and reads its calls; the only place that knows the family.
+
+    A subclass says which models it takes (`matches`), where their modules are, and how a call's placeholders are laid
+    out (`layout`). Everything else has defaults that fit models built from a stock text decoder.
+    """
+
+    #: Numbering of the survivors under ``positions: auto``, as the family's published code does it.
+    default_positions: ClassVar[Positions] = "compact"
+    #: Numberings that the family's rotary embeddings allow.
+    allowed_positions: ClassVar[frozenset[Positions]] = frozenset({"compact", "original"})
+
+    def __init__(self, model: nn.Module) -> None:
+        """Binds the adapter to a model and checks its probes against the layers themselves (see `probe_kind`)."""
+        self.model = model
+        self._anatomies: dict[int, Anatomy | None] = {}
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter is made for the model."""
+
+    @property
+    @abstractmethod
+    def multimodal(self) -> nn.Module:
+        """The module that merges text and picture features: it takes `input_ids` and calls the language model."""
+
+    @property
+    @abstractmethod
+    def language_model(self) -> nn.Module:
+        """The text decoder: it takes `inputs_embeds` and owns the decoder layers."""
+
+    @property
+    @abstractmethod
+    def vision_tower(self) -> nn.Module:
+        """The image encoder."""
+
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """The module between vision tower and language model."""
+
+    @abstractmethod
+    def layout(self, input_ids: torch.Tensor, call: Mapping[str, Any]) -> Layout | None:
+        """Where the visual tokens of a call of `multimodal` stand.
+
+        Args:
+            input_ids: int64 ``(B, S)``, on the CPU.
+            call: the call's arguments by name.
+
+        Returns:
+            None where the call brings no picture.
+
+        Raises:
+            InputError: the placeholders do not fit the pictures (a prompt cut within a picture, for example).
+        """
+
+    @abstractmethod
+    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call of `multimodal` brings pictures or features of pictures; looks at no tensor's content."""
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.language_model.config
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers, first to last."""
+        layers: Sequence[nn.Module] = self.language_model.layers  # type: ignore[assignment]  # nn.Module attribute
+        return layers
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and output head: ``(B, R, D) -> (B, R, vocabulary)``."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]  # a method of every transformers model
+        out: torch.Tensor = head(self.language_model.norm(hidden))  # type: ignore[operator]  # nn.Module attribute
+        return out
+
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Rotary embeddings as the decoder layers receive them, for positions ``(B, S)``."""
+        return self.language_model.rotary_emb(hidden, position_ids)  # type: ignore[operator]  # nn.Module attribute
+
+    def take_positions(self, embeddings: Any, index: torch.Tensor) -> Any:
+        """Rotary embeddings of chosen columns, int64 ``(B, R)``."""
+        return take_positions(embeddings, index)
+
+    def anatomy(self, layer: int) -> Anatomy | None:
+        """The submodules of a decoder layer, None where they are not known."""
+        return llama_like(self.layers[layer])
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a decoder layer in tokens, None for full attention."""
+        window = getattr(getattr(self.layers[layer], "self_attn", None), "sliding_window", None)
+        return None if window is None else int(window)
+
+    def probe(self, layer: int, inputs: LayerInputs) -> Probe:
+        """The view into a decoder layer, bound to what enters it."""
+        anatomy = self._checked_anatomy(layer)
+        if anatomy is None:
+            return LayerProbe(lambda given: self._run_layer(layer, given), inputs, self.logits)
+        return RowProbe(anatomy, inputs, self.logits, self.window(layer))
+
+    def probe_kind(self, layer: int) -> Literal["rows", "layer"]:
+        """How a layer is probed: by rows where its anatomy is known and checked, else whole.
+
+        The check runs the rows of a random input and compares them with the layer's own forward, once.
+        """
+        return "layer" if self._checked_anatomy(layer) is None else "rows"
+
+    def offers(self, layer: int) -> frozenset[str]:
+        """What scorers may need and this model gives at a decoder layer (see `Scorer.needs`)."""
+        return frozenset({"objective"} | ({"attention-rows"} if self.probe_kind(layer) == "rows" else set()))
+
+    def _checked_anatomy(self, layer: int) -> Anatomy | None:
+        if layer not in self._anatomies:
+            anatomy = self.anatomy(layer)
+            agrees = anatomy is not None and self._agrees(layer, anatomy)
+            self._anatomies[layer] = anatomy if agrees else None
+        return self._anatomies[layer]
+
+    def _agrees(self, layer: int, anatomy: Anatomy) -> bool:
+        """Whether the rows of a random input equal the layer's own output."""
+        weight = next((p for p in self.layers[layer].parameters() if p.device.type != "meta"), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        dtype = self.model.dtype if weight is None or not weight.is_floating_point() else weight.dtype
+        length, width = 9, int(self.text_config.hidden_size)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, length, width, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            inputs = LayerInputs(
+                hidden=hidden,
+                valid=torch.ones(1, length, dtype=torch.bool, device=device),
+                position_embeddings=self.rotary(hidden, self._check_positions(length, device)),
+            )
+            index = torch.arange(length, device=device)[None]
+            rows = Rows(index, torch.ones_like(index, dtype=torch.bool))
+            try:
+                ours = RowProbe(anatomy, inputs, self.logits, self.window(layer)).output_rows(rows).float()
+            except (RuntimeError, TypeError, AttributeError):
+                return False  # submodules of these names that mean something else
+            theirs = self._run_layer(layer, inputs).float()
+        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 3e-2
+        error = (ours - theirs).norm() / (theirs - hidden.float()).norm().clamp_min(1e-12)
+        return bool(error < tolerance)
+
+    def _check_positions(self, length: int, device: torch.device) -> torch.Tensor:
+        """Position ids of a short text, in the form that `rotary` takes."""
+        return torch.arange(length, device=device)[None]
+
+    def _run_layer(self, layer: int, inputs: LayerInputs) -> torch.Tensor:
+        """The layer's own forward on the given inputs, past the hooks on it."""
+        valid, cache = inputs.valid, None
+        if inputs.past is not None:
+            valid = torch.cat([inputs.past.valid, valid], dim=1)
+            cache = _one_layer_cache(layer, inputs.past)
+        past = valid.shape[1] - inputs.valid.shape[1]
+        mask = causal_mask(self.text_config, inputs.hidden, valid, past=past, layer=layer, window=self.window(layer))
+        output = self.layers[layer].forward(
+            inputs.hidden,
+            attention_mask=mask,
+            position_embeddings=inputs.position_embeddings,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _one_layer_cache(layer: int, past: Past) -> Any:
+    """A cache that holds the past of one layer and nothing else."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for index in range(layer + 1):
+        held = slice(None) if index == layer else slice(0, 0)
+        cache.update(past.keys[:, :, held], past.values[:, :, held], index)
+    return cache

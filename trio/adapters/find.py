@@ -1,0 +1,32 @@
+"""Which adapter a model gets."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trio.adapters.base import Adapter
+from trio.errors import UnsupportedModelError
+from trio.registry import ADAPTERS
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model within a PEFT wrapper; any other model unchanged."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model, chosen by asking each registered one.
+
+    Raises:
+        UnsupportedModelError: no adapter takes the model.
+    """
+    model = base_model(model)
+    for name in ADAPTERS.names():
+        cls = ADAPTERS.get(name)
+        if cls.matches(model):
+            return cls(model)
+    raise UnsupportedModelError(
+        f"model: no adapter takes a {type(model).__name__}; the registered ones are {', '.join(ADAPTERS.names())}; "
+        "write one (docs/add-an-adapter.md) and register it with trio.ADAPTERS"
+    )

@@ -1,0 +1,78 @@
+"""LLaVA-1.5: a CLIP or SigLIP tower, a two-layer projector, any Llama-like language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trio.adapters.base import Adapter, Layout
+from trio.adapters.placeholders import images_by_count
+from trio.errors import UnsupportedModelError
+from trio.origins import ImageTokens
+from trio.registry import ADAPTERS
+
+
+@ADAPTERS.register("llava")
+class LlavaAdapter(Adapter):
+    """`LlavaForConditionalGeneration`: every picture becomes the same number of tokens, in raster order.
+
+    The survivors of a stage are renumbered (``compact``), as the released TRIO code for LLaVA does.
+    """
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a `LlavaForConditionalGeneration`."""
+        from transformers import LlavaForConditionalGeneration
+
+        return isinstance(model, LlavaForConditionalGeneration)
+
+    @property
+    def multimodal(self) -> nn.Module:
+        """`LlavaModel`."""
+        return self.model.model  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The text decoder, without its head."""
+        return self.multimodal.language_model  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The image encoder."""
+        return self.multimodal.vision_tower  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def projector(self) -> nn.Module:
+        """`LlavaMultiModalProjector`."""
+        return self.multimodal.multi_modal_projector  # type: ignore[return-value]  # nn.Module attribute
+
+    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
+        """Pixels, or features that `generate` computed before the forward."""
+        encoded = call.get("mm_encoder_outputs") or {}
+        return call.get("pixel_values") is not None or encoded.get("image") is not None
+
+    def layout(self, input_ids: torch.Tensor, call: Mapping[str, Any]) -> Layout | None:
+        """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
+        return images_by_count(input_ids, self.model.config.image_token_id, self._image_tokens())
+
+    def _image_tokens(self) -> ImageTokens:
+        config: Any = self.model.config
+        vision = config.vision_config
+        size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+        if not isinstance(size, int) or not isinstance(patch, int):
+            raise UnsupportedModelError(
+                f"llava adapter: the vision tower {type(self.vision_tower).__name__} has image_size {size!r} and "
+                f"patch_size {patch!r}; whole numbers are needed to lay out its tokens: use a CLIP or SigLIP tower"
+            )
+        side = size // patch
+        # SigLIP has no class token, so "full" and "default" differ only where the tower has one.
+        has_cls = hasattr(getattr(self._embeddings(), "class_embedding", None), "shape")
+        with_cls = has_cls and config.vision_feature_select_strategy == "full"
+        return ImageTokens.from_grid(side, side, leading_cls=with_cls)
+
+    def _embeddings(self) -> nn.Module | None:
+        tower: Any = self.vision_tower
+        return getattr(getattr(tower, "vision_model", tower), "embeddings", None)

@@ -1,0 +1,1 @@
+"""Compressors: fewer visual tokens before the language model, one method a file."""

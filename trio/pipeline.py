@@ -1,0 +1,316 @@
+"""A spec bound to a model: attached, the model compresses; detached, the model is as before."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+
+from trio.adapters import adapter_for
+from trio.adapters.base import Adapter
+from trio.errors import InputError, UnsupportedModelError
+from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+from trio.report import CompressionReport
+from trio.reporting import make_report, saliencies
+from trio.runtime.hooks import Runtime, Selection
+from trio.runtime.record import PrefillRecord
+from trio.runtime.stage import BoundStage
+from trio.schedule import resolve
+from trio.scorers.base import Scorer
+from trio.selectors.base import Selector
+from trio.spec import Budget, CompressorSpec, PipelineSpec, StageSpec, load_spec
+
+#: Reports that a pipeline remembers; older ones are forgotten.
+REMEMBERED = 64
+
+
+class Pipeline:
+    """A spec bound to a model.
+
+    Used as a context manager, or through `attach` and `detach`. While attached, every forward of the model that brings
+    pictures is compressed, `generate` included; nothing else about the model changes.
+
+    Example:
+        ```python
+        pipeline = trio.Pipeline.from_spec("trio-llava-1.5-64", model)
+        with pipeline:
+            out = model.generate(**inputs, max_new_tokens=64)
+        print(pipeline.report.summary())
+        ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stages: Sequence[StageSpec | Mapping[str, Any]] = (),
+        compressor: CompressorSpec | Mapping[str, Any] | str | None = None,
+        positions: Literal["auto", "compact", "original"] = "auto",
+        budget: Budget | Mapping[str, Any] | None = None,
+        name: str = "custom",
+        report: Literal["counts", "full"] = "counts",
+        adapter: Adapter | None = None,
+        spec: PipelineSpec | None = None,
+    ) -> None:
+        """Builds a pipeline from parts; `from_spec` builds one from a spec.
+
+        Args:
+            model: a transformers vision-language model (or a PEFT wrapper around one), in evaluation mode.
+            stages: reductions inside the language model, in order of their layers.
+            compressor: the reduction on the encoder side.
+            positions: numbering of the survivors; ``auto`` follows the family's published code.
+            budget: a promise about the average that is checked.
+            name: what reports call the pipeline.
+            report: ``counts`` costs nothing; ``full`` keeps saliencies and measures times and bytes.
+            adapter: in place of the one found for the model.
+            spec: a whole spec in place of the parts.
+
+        Raises:
+            SpecError: parts that contradict each other or do not fit the model's depth.
+            UnsupportedModelError: no adapter takes the model, or a part needs what the model does not offer.
+            UnknownNameError: a part of that name does not exist.
+        """
+        if spec is None:
+            fields: dict[str, Any] = {"stages": list(stages), "positions": positions, "name": name}
+            if compressor is not None:
+                fields["compressor"] = compressor
+            if budget is not None:
+                fields["budget"] = budget
+            spec = PipelineSpec(**fields)
+        self.spec = spec
+        self.adapter = adapter_for(model) if adapter is None else adapter
+        self.schedule = resolve(spec, len(self.adapter.layers))
+        if spec.compressor is not None:
+            COMPRESSORS.build(spec.compressor)
+            raise UnsupportedModelError(
+                f"compressor: the adapter {self.adapter_name!r} offers no signals of the vision tower; leave out the compressor"
+            )
+        self.positions = self._numbering()
+        self._level: Literal["counts", "full"] = report
+        self._bound = tuple(self._bind(index, stage) for index, stage in enumerate(spec.stages))
+        self._records: deque[_Kept] = deque(maxlen=REMEMBERED)
+        self._runtime = Runtime(
+            self.adapter,
+            self._bound,
+            owner=spec.name,
+            compact=self.positions == "compact",
+            full_report=report == "full",
+            on_prefill=self._remember,
+            on_decode=self._decoded,
+        )
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: str | Path | Mapping[str, Any] | PipelineSpec,
+        model: nn.Module,
+        *,
+        report: Literal["counts", "full"] = "counts",
+        adapter: Adapter | None = None,
+    ) -> Self:
+        """Builds a pipeline from a shipped spec's name, a path, a mapping or a `PipelineSpec`; see `__init__`."""
+        return cls(model, spec=load_spec(spec), report=report, adapter=adapter)
+
+    # Attaching
+
+    def attach(self) -> Self:
+        """Attaches the pipeline to its model.
+
+        Raises:
+            AttachError: a pipeline is attached already, or the model is in training mode.
+        """
+        self._runtime.attach()
+        return self
+
+    def detach(self) -> None:
+        """Takes everything off the model again; does nothing where the pipeline is not attached."""
+        self._runtime.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the pipeline is attached."""
+        return self._runtime.attached
+
+    def __enter__(self) -> Self:
+        """Attaches."""
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Detaches, also after an error."""
+        self.detach()
+
+    # Reports
+
+    @property
+    def report(self) -> CompressionReport:
+        """What the last prefill did.
+
+        Raises:
+            InputError: no forward with a picture has run yet.
+        """
+        if not self._records:
+            raise InputError("report: nothing to report yet; run a forward with a picture while the pipeline is attached")
+        return self._records[-1].report()
+
+    @property
+    def reports(self) -> list[CompressionReport]:
+        """What the last prefills did, oldest first (at most 64)."""
+        return [kept.report() for kept in self._records]
+
+    # Without dropping, and with given tokens
+
+    def score(self, inputs: Mapping[str, Any]) -> list[list[torch.Tensor]]:
+        """Saliencies without dropping anything.
+
+        Args:
+            inputs: what the model's forward takes, with pictures.
+
+        Returns:
+            For each stage, for each sample: float32 ``(n,)`` on the CPU, one number for each of its visual tokens.
+        """
+        with self._once(score_only=True), torch.no_grad():
+            self.adapter.model(**inputs)
+        record = self._records.pop().record
+        return [saliencies(record, stage.index) for stage in self._bound]
+
+    @contextmanager
+    def replay(self, indices: Selection | CompressionReport) -> Iterator[Self]:
+        """Drops given tokens in place of scored ones: for oracles, ablations and saved runs.
+
+        Args:
+            indices: for each stage, each sample and each image the tokens to keep, as places among the image's own
+                tokens; or a report, whose selection is repeated.
+        """
+        selection = indices.selection() if isinstance(indices, CompressionReport) else indices
+        with self._once(forced=selection):
+            yield self
+
+    @contextmanager
+    def _once(self, *, forced: Selection | None = None, score_only: bool = False) -> Iterator[None]:
+        """Attached for the block (or already), in another mode."""
+        mine = not self.attached
+        if mine:
+            self.attach()
+        self._runtime.forced, self._runtime.score_only = forced, score_only
+        try:
+            yield
+        finally:
+            self._runtime.forced, self._runtime.score_only = None, False
+            if mine:
+                self.detach()
+
+    # Building
+
+    @property
+    def adapter_name(self) -> str:
+        """The registered name of the adapter, or its class's."""
+        return ADAPTERS.name_of(type(self.adapter)) or type(self.adapter).__name__
+
+    def _numbering(self) -> Literal["compact", "original"]:
+        wanted = self.adapter.default_positions if self.spec.positions == "auto" else self.spec.positions
+        if wanted not in self.adapter.allowed_positions:
+            allowed = " or ".join(sorted(self.adapter.allowed_positions))
+            raise UnsupportedModelError(
+                f"positions: {wanted!r} does not work on {type(self.adapter.model).__name__}, whose positions have rows "
+                f"and columns; use {allowed}"
+            )
+        return wanted
+
+    def _bind(self, index: int, stage: StageSpec) -> BoundStage:
+        scorer: Scorer = SCORERS.build(stage.scorer)
+        selector: Selector = SELECTORS.build(stage.selector)
+        after = self.schedule.layers[index]
+        self._check_offers(index, after, scorer)
+        return BoundStage(
+            index=index,
+            after_layer=after,
+            scorer=scorer,
+            selector=selector,
+            per=self.schedule.group(index),
+            keep_count=self._counter(index),
+        )
+
+    def _counter(self, index: int) -> Callable[[int, int], int]:
+        by_image = all(self.schedule.group(i) == "image" for i in range(len(self.spec.stages)))
+        check = functools.cache(self.schedule.check)
+
+        def keep_count(started: int, current: int) -> int:
+            if by_image:
+                check(started)
+            return self.schedule.keep_count(index, started, current)
+
+        return keep_count
+
+    def _check_offers(self, index: int, after: int, scorer: Scorer) -> None:
+        needs = scorer.required()
+        name = SCORERS.name_of(type(scorer)) or type(scorer).__name__
+        if after == 0 and needs & {"ran", "last"}:
+            raise UnsupportedModelError(
+                f"stages[{index}].scorer: {name!r} looks at the layer that has just run, and after_layer is 0; "
+                "use after_layer: 1 or more"
+            )
+        probed = after - 1 if needs & {"ran", "last"} else after
+        offers = self.adapter.offers(probed) | {"ran", "last"}
+        missing = sorted(needs - offers)
+        if missing:
+            fitting = [n for n in SCORERS.names() if _needs(n) <= offers]
+            raise UnsupportedModelError(
+                f"stages[{index}].scorer: {name!r} needs {', '.join(missing)}, which layer {probed} of this "
+                f"{type(self.adapter.model).__name__} does not offer (adapter {self.adapter_name!r}); scorers that fit: "
+                f"{', '.join(fitting)}"
+            )
+
+    def _remember(self, record: PrefillRecord) -> None:
+        self._records.append(_Kept(self, record))
+
+    def _decoded(self, seconds: float) -> None:
+        if self._records:
+            times = self._records[-1].record.seconds
+            times["decode"] = times.get("decode", 0.0) + seconds
+
+    def probe_notes(self) -> list[str]:
+        """What a reader of reports should know about the probes: layers that run whole because their anatomy is not known."""
+        whole = []
+        for stage in self._bound:
+            needs = stage.scorer.required()
+            if "objective" in needs:
+                layer = stage.after_layer - 1 if "last" in needs else stage.after_layer
+                if self.adapter.probe_kind(layer) == "layer":
+                    whole.append(layer)
+        return [f"layer {layer} is probed whole: its submodules are not the known ones" for layer in whole]
+
+
+class _Kept:
+    """A record whose report is made when somebody asks."""
+
+    def __init__(self, pipeline: Pipeline, record: PrefillRecord) -> None:
+        self._pipeline = pipeline
+        self.record = record
+
+    def report(self) -> CompressionReport:
+        pipeline = self._pipeline
+        return make_report(
+            self.record,
+            spec_name=pipeline.spec.name,
+            model=type(pipeline.adapter.model).__name__,
+            adapter=pipeline.adapter_name,
+            num_layers=len(pipeline.adapter.layers),
+            stages=pipeline._bound,
+            positions=pipeline.positions,
+            notes=pipeline.probe_notes(),
+            level=pipeline._level,
+        )
+
+
+def _needs(name: str) -> frozenset[str]:
+    needs: frozenset[str] = SCORERS.get(name).needs
+    return needs

@@ -1,0 +1,182 @@
+"""The view into one decoder layer that scorers get: chosen rows and gradients, without running the layer whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trio.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Chosen rows of the sequence, a fixed number for each sample.
+
+    Attributes:
+        index: int64 ``(B, R)``, columns of the sequence; an entry that is not valid still points at a valid column.
+        valid: bool ``(B, R)``; False where a sample is too short to have that row.
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values that earlier turns left in the layer's cache.
+
+    Attributes:
+        keys: ``(B, key-value heads, P, head dim)``, already rotated.
+        values: the same shape.
+        valid: bool ``(B, P)``, False at padding.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What enters a decoder layer in the running forward.
+
+    Attributes:
+        hidden: ``(B, S, D)`` hidden states.
+        valid: bool ``(B, S)``, False at padding.
+        position_embeddings: what the model's rotary module gave for these positions.
+        past: what the layer's cache holds from earlier turns, None at a first turn.
+    """
+
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    position_embeddings: Any
+    past: Past | None = None
+
+
+def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
+    """The last `count` valid rows of each sample, after leaving out the `skip` last ones.
+
+    Args:
+        valid: bool ``(B, S)``; the end of a sample is its own last valid column, whatever the padding side.
+        count: rows for each sample, at least 1.
+        skip: how many of the last rows to leave out.
+
+    Returns:
+        Rows in rising order. Rows that a short sample lacks are not valid.
+    """
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    rank = valid.sum(1, keepdim=True) - valid.cumsum(1)  # valid columns after each one
+    wanted = torch.arange(count - 1, -1, -1, device=valid.device) + skip
+    match = valid[:, None, :] & (rank[:, None, :] == wanted[None, :, None])  # (B, R, S)
+    found = match.any(-1)
+    last = torch.where(valid, columns, -1).amax(1).clamp_min(0)
+    index = torch.where(found, (match * columns).sum(-1), last[:, None])
+    return Rows(index, found)
+
+
+class Probe(ABC):
+    """A decoder layer, the final norm and the output head, bound to the inputs of the running forward."""
+
+    #: "rows" where only the chosen rows are computed, "layer" where the whole layer runs.
+    how: str
+
+    def __init__(self, inputs: LayerInputs, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Binds a probe.
+
+        Args:
+            inputs: what enters the layer.
+            logits: the model's final norm and output head, ``(B, R, D) -> (B, R, vocabulary)``.
+        """
+        self.inputs = inputs
+        self._logits = logits
+
+    @abstractmethod
+    def attention_rows(self, rows: Rows) -> torch.Tensor:
+        """Attention probabilities of the chosen rows, float32 ``(B, heads, R, S)``: the columns of this forward only."""
+
+    @abstractmethod
+    def _forward_rows(self, inputs: LayerInputs, rows: Rows) -> torch.Tensor:
+        """The layer's output at the chosen rows, ``(B, R, D)``, differentiable in `inputs.hidden`."""
+
+    def output_rows(self, rows: Rows) -> torch.Tensor:
+        """The hidden states that leave the layer at the chosen rows, ``(B, R, D)``."""
+        with torch.no_grad():
+            return self._forward_rows(self.inputs, rows)
+
+    def saliency(self, rows: Rows) -> torch.Tensor:
+        """L2 norm of the gradient of the layer-local proxy loss by every hidden state that enters the layer.
+
+        The layer's output at the rows goes through the final norm and the output head; the loss of a sample is the
+        mean cross-entropy of those logits against their own argmax (TRIO, arXiv 2602.04657, its layer-local proxy
+        loss). The gradient by the logits, softmax minus one-hot, is written down directly and scaled by a power of
+        two for each sample, so that nothing underflows in float16; the scale is taken out of the result.
+
+        Args:
+            rows: the supervised rows.
+
+        Returns:
+            float32 ``(B, S)``, at least 0. A sample without a valid row is all zero.
+        """
+        with _differentiable():
+            inputs = _detached(self.inputs)
+            hidden = inputs.hidden.requires_grad_(True)
+            logits = self._logits(self._forward_rows(inputs, rows))
+            weight, scale = _loss_gradient(logits.detach(), rows.valid.clone())
+            (gradient,) = torch.autograd.grad(logits, hidden, grad_outputs=weight.to(logits.dtype))
+            return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32) / scale[:, None]
+
+
+def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the mean cross-entropy against the own argmax, and the power of two it was multiplied by.
+
+    Args:
+        logits: ``(B, R, V)``.
+        valid: bool ``(B, R)``.
+
+    Returns:
+        The scaled gradient, float32 ``(B, R, V)``, its largest entry between 0.5 and 1, and the scale ``(B,)``.
+    """
+    label = logits.argmax(-1, keepdim=True)
+    gradient = logits.float().softmax(-1).scatter(-1, label, 0.0)
+    # Minus the sum of the others rather than p - 1: exact also where the model is so sure that p rounds to 1.
+    gradient = gradient.scatter(-1, label, -gradient.sum(-1, keepdim=True))
+    rows = valid.sum(1).clamp_min(1).to(torch.float32)
+    gradient = gradient * (valid / rows[:, None])[..., None]
+    largest = gradient.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-100, 100))
+    return gradient * scale[:, None, None], scale
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Autograd on, also inside `torch.no_grad` (what generate uses) and `torch.inference_mode` (what users add)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _detached(inputs: LayerInputs) -> LayerInputs:
+    """Copies that autograd may save: inference tensors are cloned, the rest only detached."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.clone() if value.is_inference() else value.detach()
+        if isinstance(value, (tuple, list)):
+            return type(value)(plain(item) for item in value)
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if value is None:
+            return None
+        raise InputError(f"rotary embeddings: found {type(value).__name__}, expected tensors in tuples or dicts")
+
+    past = inputs.past
+    return LayerInputs(
+        hidden=inputs.hidden.detach().clone(),
+        valid=plain(inputs.valid),
+        position_embeddings=plain(inputs.position_embeddings),
+        past=None if past is None else Past(plain(past.keys), plain(past.values), plain(past.valid)),
+    )

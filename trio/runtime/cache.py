@@ -1,0 +1,206 @@
+"""A cache layer that holds fewer tokens than the conversation has, and knows which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from trio.errors import CacheError
+
+
+class ReducedLayer(DynamicLayer):
+    """The cache of a decoder layer behind a stage.
+
+    It replaces a `DynamicLayer` within the cache, so that all that transformers does with caches works on it: reordering
+    for beams, cropping, copying, offloading. `get_seq_length` gives the tokens of the conversation, as generation and
+    position ids want it; `get_mask_sizes` the keys that are really there, as masks want it.
+
+    Attributes:
+        owner: which pipeline reduced it; another one must not go on with it.
+        valid: bool ``(B, n)``, one column for each key that is there, False at padding.
+        dropped: int64 ``(B,)``, visual tokens dropped so far in each sample.
+        outer: tokens of the conversation so far, padding included.
+        tail: tokens at the end that came after the last reduction; only they can be cropped.
+        ragged: False where `valid` is known to be all True.
+    """
+
+    def __init__(self, owner: str) -> None:
+        """An empty layer."""
+        super().__init__()
+        self.owner = owner
+        self.valid: torch.Tensor | None = None
+        self.dropped: torch.Tensor | None = None
+        self.outer = 0
+        self.tail = 0
+        self.ragged = False
+        self._announced: tuple[torch.Tensor, torch.Tensor, int, bool, bool] | None = None
+
+    def announce(
+        self, valid: torch.Tensor, dropped: torch.Tensor, *, tokens: int, ragged: bool, reduced: bool
+    ) -> None:
+        """What the next `update` will bring; only the attached pipeline can say so.
+
+        Args:
+            valid: bool ``(B, n + new)``, the present columns and the new ones.
+            dropped: int64 ``(B,)``, dropped so far, this forward included.
+            tokens: tokens of the conversation that this forward brings, the dropped ones included.
+            ragged: False where `valid` is known to be all True.
+            reduced: whether this forward drops tokens.
+        """
+        self._announced = (valid, dropped, tokens, ragged, reduced)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends keys and values.
+
+        Raises:
+            CacheError: no pipeline announced them, so nobody has built the masks and positions that they need.
+        """
+        if self._announced is None:
+            raise CacheError(
+                f"cache: it was compressed by the pipeline {self.owner!r}, which is not attached any more; "
+                "attach that pipeline to go on with this conversation, or start one with a fresh cache"
+            )
+        valid, dropped, tokens, ragged, reduced = self._announced
+        self._announced = None
+        keys, values = super().update(key_states, value_states)
+        self.valid, self.dropped, self.ragged = valid, dropped, ragged
+        self.outer += tokens
+        self.tail = 0 if reduced else self.tail + tokens
+        return keys, values
+
+    @property
+    def held(self) -> int:
+        """Keys that are really there."""
+        return 0 if not self.is_initialized or self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        """Tokens of the conversation so far, the dropped ones included."""
+        return self.outer
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that attention will see."""
+        return self.held + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes tokens off the end.
+
+        Raises:
+            CacheError: some of them came before the last reduction.
+        """
+        remove = abs(tokens_to_remove) if tokens_to_remove <= 0 else max(self.outer - tokens_to_remove, 0)
+        if remove == 0:
+            return
+        if remove > self.tail:
+            raise CacheError(
+                f"cache: asked to take {remove} tokens off the end, but only the last {self.tail} came after visual "
+                "tokens were dropped; crop fewer, or start again with a fresh cache"
+            )
+        super().crop(-remove)
+        if self.valid is not None:
+            self.valid = self.valid[:, :-remove]
+        self.outer -= remove
+        self.tail -= remove
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.valid = self.dropped = None
+        self.outer = self.tail = 0
+        self.ragged = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the samples, for beam search."""
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps some samples."""
+        super().batch_select_indices(indices)
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sample."""
+        super().batch_repeat_interleave(repeats)
+        if self.valid is not None and self.dropped is not None:
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+            self.dropped = self.dropped.repeat_interleave(repeats, dim=0)
+
+    def _take(self, indices: torch.Tensor) -> None:
+        if self.valid is not None and self.dropped is not None:
+            index = indices.to(self.valid.device)
+            self.valid, self.dropped = self.valid[index], self.dropped[index]
+
+
+def layer_of(cache: Cache, index: int) -> CacheLayerMixin | None:
+    """A layer of a cache, None where the cache has not made it yet."""
+    return cache.layers[index] if index < len(cache.layers) else None
+
+
+def check_can_shrink(cache: Any, first: int, num_layers: int, owner: str) -> None:
+    """Refuses caches whose layers cannot hold different numbers of tokens.
+
+    Args:
+        cache: the cache of a forward, or None.
+        first: the first layer that will hold fewer tokens.
+        num_layers: decoder layers of the model.
+        owner: the pipeline that is about to reduce.
+
+    Raises:
+        CacheError: naming the cache and what to use.
+    """
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise CacheError(f"cache: found a {type(cache).__name__}; use transformers.DynamicCache")
+    lazily = cache.layer_class_to_replicate
+    if len(cache.layers) < num_layers and lazily is not None and lazily is not DynamicLayer:
+        raise _cannot_hold(cache, lazily)
+    for index in range(first, min(len(cache.layers), num_layers)):
+        layer = cache.layers[index]
+        if isinstance(layer, ReducedLayer):
+            if layer.owner != owner:
+                raise CacheError(
+                    f"cache: it was compressed by the pipeline {layer.owner!r}, but {owner!r} is attached; "
+                    "go on with the first, or start with a fresh cache"
+                )
+        elif type(layer) is not DynamicLayer:
+            raise _cannot_hold(cache, type(layer))
+
+
+def _cannot_hold(cache: Cache, layer: type) -> CacheError:
+    return CacheError(
+        f"cache: {type(cache).__name__} has layers of type {layer.__name__}, which cannot hold a different number of "
+        "tokens in each layer; use transformers.DynamicCache (the default of generate)"
+    )
+
+
+def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor, ragged: bool) -> ReducedLayer:
+    """The cache's layer as a `ReducedLayer`, taking over what it already holds.
+
+    Args:
+        cache: the cache, already checked by `check_can_shrink`.
+        index: the decoder layer.
+        owner: the pipeline that reduces.
+        past_valid: bool ``(B, past)``, padding among what the layer holds.
+        ragged: False where `past_valid` is known to be all True.
+    """
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    layer = cache.layers[index]
+    if isinstance(layer, ReducedLayer):
+        return layer
+    new = ReducedLayer(owner)
+    if layer.is_initialized and layer.get_seq_length():
+        new.keys, new.values, new.is_initialized = layer.keys, layer.values, True
+        new.dtype, new.device = layer.keys.dtype, layer.keys.device
+        new.outer = new.held
+    new.valid, new.ragged = past_valid, ragged
+    new.dropped = torch.zeros(past_valid.shape[0], dtype=torch.int64, device=past_valid.device)
+    cache.layers[index] = new
+    return new

@@ -1,0 +1,58 @@
+"""What a prefill leaves behind, as tensors; reports are made from it when somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from trio.runtime.sequence import Counts, Images
+
+
+@dataclass
+class StageRecord:
+    """One stage of one prefill. B samples, N the most visual tokens that a sample started with.
+
+    Attributes:
+        kept: bool ``(B, N)``, the tokens that are still there after the stage.
+        entered: bool ``(B, N)``, the tokens that reached it.
+        counts: tokens that each image has left.
+        asked: the count asked for, for each group (image or sample) in order.
+        saliency: float32 ``(B, N)``, nan where a token did not reach the stage; None unless asked to keep it.
+    """
+
+    kept: torch.Tensor
+    entered: torch.Tensor
+    counts: Counts
+    asked: tuple[int, ...]
+    saliency: torch.Tensor | None = None
+
+
+@dataclass
+class PrefillRecord:
+    """One forward that brought visual tokens.
+
+    Attributes:
+        images: the images of each sample, with the tokens that they started with.
+        lengths: for each decoder layer the padded length of the sequence.
+        tokens: for each decoder layer the valid tokens of each sample.
+        stages: by index of the stage.
+        visual: bool ``(B, S)`` on the CPU, the visual tokens of the forward's own input.
+        valid: bool ``(B, S)`` on the CPU.
+        columns: int64 ``(B, S')``, the columns of the input that leave the last layer; None where all do.
+        seconds: time by phase, filled where the pipeline's report level is ``full``.
+        cache_bytes: for each layer the bytes of keys and values that it holds after the prefill, and what it would hold
+            with every token of the conversation; where the level is ``full``.
+        replayed: whether the selection was given instead of computed.
+    """
+
+    images: Images
+    visual: torch.Tensor
+    valid: torch.Tensor
+    lengths: list[int] = field(default_factory=list)
+    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    stages: dict[int, StageRecord] = field(default_factory=dict)
+    columns: torch.Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    cache_bytes: tuple[tuple[int, int], ...] | None = None
+    replayed: bool = False

@@ -1,0 +1,5 @@
+"""Scorers: one number for every visual token, one method a file."""
+
+from trio.scorers import last_token_attention, objective_gradient, random
+
+__all__ = ["last_token_attention", "objective_gradient", "random"]

@@ -1,0 +1,44 @@
+"""TRIO's saliency: the gradient of a layer-local proxy of the inference objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from trio.context import LayerContext
+from trio.probe import rows_at_end
+from trio.registry import SCORERS
+from trio.scorers.base import Scorer
+
+
+@SCORERS.register("objective-gradient", aliases=("trio",))
+class ObjectiveGradient(Scorer):
+    """L2 norm of the gradient of a layer-local proxy loss by each visual token (TRIO, arXiv 2602.04657).
+
+    One decoder layer, the final norm and the output head are run on the hidden states at the stage; the loss is the
+    mean cross-entropy of the logits at a few rows at the end of the prompt against their own argmax. Only those rows
+    are computed, which gives the gradient of the whole layer exactly: a visual token reaches them only through its key
+    and its value.
+
+    Parameters:
+        positions: supervised rows, counted back from the end of the prompt (paper and code: 4).
+        rows: ``"prompt-end"`` supervises up to the last prompt token, the one that predicts the first answer token, as
+            the paper's figure shows; ``"released"`` leaves that one out, as the released LLaVA code does.
+        probe_layer: ``"next"`` runs the layer that comes after the stage (paper and LLaVA code), ``"last"`` applies
+            the layer that has just run once more (released Qwen code); not after layer 0.
+    """
+
+    positions: Annotated[int, Field(ge=1)] = 4
+    rows: Literal["prompt-end", "released"] = "prompt-end"
+    probe_layer: Literal["next", "last"] = "next"
+
+    def required(self) -> frozenset[str]:
+        """Gradients, and with ``probe_layer: last`` a layer that has run."""
+        return frozenset({"objective"} | ({"last"} if self.probe_layer == "last" else set()))
+
+    def score(self, ctx: LayerContext) -> torch.Tensor:
+        """See `Scorer.score`; the magnitudes are those of the loss's gradient."""
+        rows = rows_at_end(ctx.valid, self.positions, skip=int(self.rows == "released"))
+        return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows))

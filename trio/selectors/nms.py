@@ -1,0 +1,115 @@
+"""Non-maximum suppression in feature space, TRIO's selector (arXiv 2602.04657)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from trio.registry import SELECTORS
+from trio.selectors.base import Selector
+from trio.selectors.common import first_k, ranking
+
+#: Candidates compared with all tokens at a time where similarities are computed in blocks.
+BLOCK = 64
+
+
+@SELECTORS.register("nms")
+class NMS(Selector):
+    """Greedy non-maximum suppression, exact and batched.
+
+    Tokens are visited by falling saliency (ties: lower index first). A visited token is kept, and every token whose
+    cosine similarity with it is at least `threshold` is suppressed, until k are kept. Where tokens run out first, the
+    best suppressed ones fill up.
+
+    Parameters:
+        threshold: cosine similarity from which on a token counts as a duplicate (paper and code: 0.8). Above 1 nothing
+            is suppressed (top-k); at -1 everything is.
+    """
+
+    threshold: Annotated[float, Field(ge=-1.0, le=1.01)] = 0.8
+
+    def select(
+        self, saliency: torch.Tensor, features: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Selector.select`."""
+        order = ranking(saliency, valid)
+        unit = F.normalize(features.float(), dim=-1)
+        unit = unit.gather(1, order[..., None].expand_as(unit))
+        exists = valid.gather(1, order)
+        if features.device.type == "cpu":
+            kept = suppress_in_blocks(unit, exists, self.threshold, k)
+        else:
+            kept = suppress_at_once(unit, exists, self.threshold)
+        # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
+        rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
+        return first_k(order.gather(1, rank), k)
+
+
+def suppress_in_blocks(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: torch.Tensor) -> torch.Tensor:
+    """Greedy suppression that computes only the similarities of the next candidates, and stops at k.
+
+    Args:
+        unit: float32 ``(G, N, D)`` of length 1 (or 0), best first.
+        exists: bool ``(G, N)``.
+        threshold: see `NMS`.
+        k: int64 ``(G,)`` on the CPU; the answer is exact for the first k that are kept, later ones are left out.
+
+    Returns:
+        bool ``(G, N)``, True at kept tokens.
+    """
+    groups = [_suppress_one(unit[g], exists[g], threshold, int(k[g])) for g in range(unit.shape[0])]
+    return torch.stack(groups) if groups else exists.clone()
+
+
+def _suppress_one(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: int) -> torch.Tensor:
+    kept = torch.zeros_like(exists)
+    alive = exists.clone()
+    count = 0
+    while count < k:
+        candidates = alive.nonzero().squeeze(1)[:BLOCK]
+        if not len(candidates):
+            break
+        near = unit[candidates] @ unit.T >= threshold
+        among = near[:, candidates]
+        # Within the block a candidate survives if no earlier survivor is near it.
+        survivors: list[int] = []
+        dead = torch.zeros(len(candidates), dtype=torch.bool)
+        for i in range(len(candidates)):
+            if count == k:
+                break
+            if not dead[i]:
+                survivors.append(i)
+                dead |= among[i]
+                count += 1
+        kept[candidates[survivors]] = True
+        alive[candidates] = False
+        alive &= ~near[survivors].any(0)
+    return kept
+
+
+def suppress_at_once(unit: torch.Tensor, exists: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Greedy suppression from all similarities, for accelerators: the fixed point of "kept unless near a kept one".
+
+    A token's fate depends on better tokens only, so repeating the rule settles at least one more token each time and
+    the fixed point is the greedy answer; it is reached after the longest chain of suppressions, in practice a few.
+
+    Args:
+        unit: float32 ``(G, N, D)`` of length 1 (or 0), best first.
+        exists: bool ``(G, N)``.
+        threshold: see `NMS`.
+
+    Returns:
+        bool ``(G, N)``, True at kept tokens.
+    """
+    near = (unit @ unit.transpose(1, 2) >= threshold).triu(1)  # [g, i, j]: the better i would suppress j
+    kept = exists
+    for _ in range(unit.shape[1]):
+        suppressed = (near & kept[..., None]).any(1)
+        settled = exists & ~suppressed
+        if torch.equal(settled, kept):
+            break
+        kept = settled
+    return kept

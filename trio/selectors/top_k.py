@@ -1,0 +1,20 @@
+"""Top-k: the most salient tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from trio.registry import SELECTORS
+from trio.selectors.base import Selector
+from trio.selectors.common import first_k, ranking
+
+
+@SELECTORS.register("top-k", aliases=("topk",))
+class TopK(Selector):
+    """Keeps the k most salient tokens of each group; ties go to the lower index."""
+
+    def select(
+        self, saliency: torch.Tensor, features: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Selector.select`; features are not looked at."""
+        return first_k(ranking(saliency, valid), k)
