@@ -112,7 +112,8 @@ class Registry(Generic[T]):
     def _add(self, name: str, aliases: Sequence[str], cls: type[T]) -> None:
         if not isinstance(cls, type) or not issubclass(cls, self.base):
             raise InputError(
-                f"{self.kind} {name!r}: {cls!r} is not a subclass of {self._base.replace(':', '.')}; derive it from that "
+                f"{self.kind} {name!r}: {cls!r} is not a subclass of {self._base.replace(':', '.')}; derive it from "
+                "that "
                 "class before registering it."
             )
         with self._lock:
@@ -199,7 +200,7 @@ class Registry(Generic[T]):
         return self._parts[name]
 
     def names(self, pattern: str = "*") -> list[str]:
-        """The sorted names that match a shell-style pattern such as `"*visionzip*"`; plugins by name only, not loaded."""
+        """The sorted names that match a shell-style pattern such as `"*visionzip*"`; plugins are not loaded for it."""
         with self._lock:
             self._load_builtins()
             return sorted(fnmatch.filter({*self._parts, *self._entry_points()}, pattern))
@@ -247,8 +248,9 @@ class Registry(Generic[T]):
             return self.build(obj, **params)
         if isinstance(part, str):
             return self._make(self.get(part), part, params)
-        if not isinstance(part, Mapping) and hasattr(part, "as_mapping"):
-            part = cast("Mapping[str, Any]", part.as_mapping())
+        as_mapping = getattr(part, "as_mapping", None)  # a PartSpec that carries a name
+        if as_mapping is not None and not isinstance(part, self.base):
+            part = cast("Mapping[str, Any]", as_mapping())
         if isinstance(part, Mapping):
             given = dict(part)
             name = given.pop("name", None)

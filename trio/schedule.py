@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Literal
 
 from trio.errors import BudgetError, InputError, SpecError
-from trio.spec import Keep, PipelineSpec, parse_share
+from trio.spec import Keep, PipelineSpec
+from trio.spec_rules import parse_share
 
 __all__ = ["Schedule", "resolve"]
 
@@ -131,7 +132,8 @@ class Schedule:
     def counts(self, started: int, *, compressed: int | None = None) -> tuple[int, ...]:
         """Tokens of one image in each of the `num_layers` layers; arguments and errors as `stage_counts`."""
         kept = self.stage_counts(started, compressed=compressed)
-        current, result, ends = self._entering(started, compressed), [], (*self.layers, self.num_layers)
+        current, ends = self._entering(started, compressed), (*self.layers, self.num_layers)
+        result: list[int] = []
         for end, after in zip(ends, (*kept, 0), strict=True):
             result += [current] * (end - len(result))
             current = after
@@ -160,7 +162,8 @@ class Schedule:
         if found > wanted + slack or (found < wanted - slack and not small and wanted <= started):
             raise BudgetError(
                 f"budget.average: {_say(self.target)} was promised, but an image of {started} tokens keeps "
-                f"{float(found):.2f} on average ({float(found / started):.1%}) over {self.num_layers} layers. Change the "
+                f"{float(found):.2f} on average ({float(found / started):.1%}) over {self.num_layers} layers. Change "
+                "the "
                 "counts, or write `keep: auto` to have them solved."
             )
 
@@ -174,7 +177,8 @@ class Schedule:
         if count is None:
             if compressed is None:
                 raise InputError(
-                    "the compressor decides its own count, so the tokens by layer depend on the picture; give `compressed`."
+                    "the compressor decides its own count, so the tokens by layer depend on the picture; give "
+                    "`compressed`."
                 )
             return compressed
         return count
@@ -192,7 +196,8 @@ class Schedule:
             return 0
         if wanted > current and rule.strict:
             raise BudgetError(
-                f"{rule.place}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the spec says "
+                f"{rule.place}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the "
+                "spec says "
                 "if_fewer: error. Use a larger picture, a lower count, or if_fewer: keep-all."
             )
         return min(wanted, current)
@@ -312,7 +317,8 @@ def _unreachable(schedule: Schedule, started: int, least: float, most: float) ->
     assert schedule.target is not None  # only called for a stated budget
     return BudgetError(
         f"budget.average: {_say(schedule.target)} cannot be met for an image of {started} tokens on "
-        f"{schedule.num_layers} layers; between {least:.2f} ({least / started:.1%}) and {most:.2f} ({most / started:.1%}) is "
+        f"{schedule.num_layers} layers; between {least:.2f} ({least / started:.1%}) and {most:.2f} "
+        f"({most / started:.1%}) is "
         "reachable. Move the first stage to an earlier layer, change the explicit counts, or change the budget."
     )
 
@@ -329,7 +335,7 @@ def resolve(spec: PipelineSpec, num_layers: int) -> Schedule:
     """
     if num_layers < 1:
         raise InputError(f"num_layers: found {num_layers}; a language model has at least one decoder layer.")
-    stages = []
+    stages: list[Reduction] = []
     for index, stage in enumerate(spec.stages):
         place = f"stages[{index}]"
         layer = _layer(stage.after_layer, num_layers, place)
@@ -361,7 +367,8 @@ def _layer(after: int | str, num_layers: int, place: str) -> int:
     layer = after if isinstance(after, int) else int(parse_share(after) * num_layers)
     if layer >= num_layers:
         raise SpecError(
-            f"{place}.after_layer: found {after!r}, but the model has {num_layers} decoder layers, so nothing would run "
+            f"{place}.after_layer: found {after!r}, but the model has {num_layers} decoder layers, so nothing would "
+            "run "
             f'after it; allowed are 0 to {num_layers - 1}, or a share of the depth such as "50%".',
             place=f"{place}.after_layer",
         )
@@ -388,7 +395,8 @@ def _check_any_size(schedule: Schedule) -> None:
         lowest = _real_total(schedule, Fraction(keeps[0].count), 0.0) / schedule.num_layers
         if lowest > float(schedule.target) + float(MAX_ERROR):
             raise BudgetError(
-                f"budget.average: the counts contradict the stated {_say(schedule.target)}: on {schedule.num_layers} layers "
+                f"budget.average: the counts contradict the stated {_say(schedule.target)}: on {schedule.num_layers} "
+                "layers "
                 f"they amount to at least {lowest:.2f}. Change the counts or the budget, or write `keep: auto`."
             )
 
@@ -402,10 +410,12 @@ def _check_range(schedule: Schedule, started: int, wanted: float, slack: float) 
     low, high = (f"{value / started:.2%}" if share else f"{value:.2f} tokens" for value in (least, most))
     if any(rule.keep is not None and rule.keep.auto for rule in schedule._all()):
         raise BudgetError(
-            f"budget.average: {_say(schedule.target)} cannot be met on {schedule.num_layers} layers; between {low} and {high} "
+            f"budget.average: {_say(schedule.target)} cannot be met on {schedule.num_layers} layers; between {low} "
+            f"and {high} "
             "is reachable. Move the first stage to an earlier layer, change the explicit counts, or change the budget."
         )
     raise BudgetError(
-        f"budget.average: the counts contradict the stated {_say(schedule.target)}: on {schedule.num_layers} layers they "
+        f"budget.average: the counts contradict the stated {_say(schedule.target)}: on {schedule.num_layers} layers "
+        "they "
         f"amount to {low}. Change the counts or the budget, or write `keep: auto`."
     )

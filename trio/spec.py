@@ -6,14 +6,11 @@ the parts. Nothing here imports torch until a spec's parts are checked.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import (
@@ -28,6 +25,12 @@ from pydantic import (
 )
 
 from trio.errors import InputError, SpecError, TrioError, UnknownNameError, did_you_mean
+from trio.spec_file import read_spec_file
+from trio.spec_rules import check_budget, check_growth, check_order, format_share, parse_share
+from trio.spec_text import Wrong, at, line_of, short, steps, translate
+
+if TYPE_CHECKING:
+    from trio.registry import Registry
 
 __all__ = [
     "Budget",
@@ -40,8 +43,6 @@ __all__ = [
     "shipped_specs",
 ]
 
-MAX_BYTES = 1 << 20  # a spec is a page of text; anything larger is some other file
-
 KEEP_HELP = (
     'a count for each image such as 32, a share such as "5.6%", {share: "33.3%", of: start | current, per: image | '
     'sample}, {count: 64, per: image | sample}, or "auto" (solved from budget.average)'
@@ -49,28 +50,6 @@ KEEP_HELP = (
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
 _PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
-
-
-class _Wrong(ValueError):
-    """A problem found by our own validators: a complete sentence, and optionally the place below the model."""
-
-    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
-        super().__init__(message)
-        self.place = place
-
-
-def parse_share(text: object) -> Fraction:
-    """The exact value of a percentage such as "5.6%"; raises ValueError for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text) if isinstance(text, str) and len(text) < 40 else None
-    if match is None:
-        raise ValueError(f"{text!r} is not a percentage")
-    return Fraction(match[1]) / 100
-
-
-def format_share(share: Fraction) -> str:
-    """The shortest percentage with the exact value of `share` (which has to be a decimal fraction)."""
-    value = Decimal(share.numerator * 100) / Decimal(share.denominator)
-    return f"{value.normalize():f}%"
 
 
 class _Model(BaseModel):
@@ -87,7 +66,7 @@ class _Model(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _translate(error, type(self)) from error
+            raise translate(error, type(self)) from error
 
     # Says that this __init__ only calls pydantic's own, so that nested models are validated in one go.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
@@ -102,7 +81,7 @@ class _Model(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise _translate(error, cls) from error
+            raise translate(error, cls) from error
 
 
 class Keep(_Model):
@@ -132,14 +111,14 @@ class Keep(_Model):
         elif isinstance(value, int) and not isinstance(value, bool):
             value = {"count": value}
         elif isinstance(value, float):
-            raise _Wrong(
+            raise Wrong(
                 f"found {value!r}. A number is a count and has no fraction; write a share as a percentage, for example "
                 f'"{value * 100:g}%".'
                 if math.isfinite(value)
                 else f"found {value!r}. Allowed: {KEEP_HELP}."
             )
         if not isinstance(value, Mapping):
-            raise _Wrong(f"found {_short(value)}. Allowed: {KEEP_HELP}.")
+            raise Wrong(f"found {short(value)}. Allowed: {KEEP_HELP}.")
         return cls._checked(dict(value))
 
     @classmethod
@@ -147,33 +126,33 @@ class Keep(_Model):
         keys = ("count", "share", "of", "per")
         for key in value:
             if key not in (*keys, "auto"):
-                raise _Wrong(f"unknown key {key!r}. {did_you_mean(str(key), keys)}Allowed: {', '.join(keys)}.", (key,))
+                raise Wrong(f"unknown key {key!r}. {did_you_mean(str(key), keys)}Allowed: {', '.join(keys)}.", (key,))
         given = [key for key in ("count", "share", "auto") if value.get(key) not in (None, False)]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
-            raise _Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
+            raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
         for key, options in (("of", ("start", "current")), ("per", ("image", "sample"))):
             if key in value and value[key] not in options:
-                raise _Wrong(f"found {_short(value[key])}; allowed: {' or '.join(options)}.", (key,))
+                raise Wrong(f"found {short(value[key])}; allowed: {' or '.join(options)}.", (key,))
         if "share" in given:
             try:
                 share = parse_share(value["share"])
             except ValueError:
-                raise _Wrong(f"found {_short(value['share'])}. Allowed: {KEEP_HELP}.") from None
+                raise Wrong(f"found {short(value['share'])}. Allowed: {KEEP_HELP}.") from None
             if not 0 < share <= 1:
-                raise _Wrong(
-                    f"found {_short(value['share'])}; a share is above 0% and at most 100%. To drop every visual token, "
+                raise Wrong(
+                    f"found {short(value['share'])}; a share is above 0% and at most 100%. To drop every visual token, "
                     "write the count 0."
                 )
             value["share"] = format_share(share)
         elif value.get("of", "start") != "start":
-            raise _Wrong("only a share is `of: current`; remove `of`, or write a share.", ("of",))
+            raise Wrong("only a share is `of: current`; remove `of`, or write a share.", ("of",))
         if "count" in given:
             count = value["count"]
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise _Wrong(f"found {_short(count)}; a count is a whole number of tokens, 0 or more.")
+                raise Wrong(f"found {short(count)}; a count is a whole number of tokens, 0 or more.")
         if "auto" in given and value.get("per", "image") != "image":
-            raise _Wrong("auto is solved for each image; remove `per: sample`, or write a count or a share.", ("per",))
+            raise Wrong("auto is solved for each image; remove `per: sample`, or write a count or a share.", ("per",))
         return value
 
     @property
@@ -185,7 +164,7 @@ class Keep(_Model):
     def _short_form(self) -> int | str | dict[str, Any]:
         if self.auto:
             return "auto"
-        long = {} if self.per == "image" else {"per": self.per}
+        long: dict[str, Any] = {} if self.per == "image" else {"per": self.per}
         if self.count is not None:
             return {"count": self.count, **long} if long else self.count
         if self.of != "start":
@@ -215,9 +194,9 @@ def _depth(value: Any) -> int | str:
     try:
         share = parse_share(value)
     except ValueError:
-        raise _Wrong(f"found {_short(value)}. Allowed: {DEPTH_HELP}.") from None
+        raise Wrong(f"found {short(value)}. Allowed: {DEPTH_HELP}.") from None
     if share >= 1:
-        raise _Wrong(f"found {_short(value)}: no layer is left after the last one. Allowed: {DEPTH_HELP}.")
+        raise Wrong(f"found {short(value)}: no layer is left after the last one. Allowed: {DEPTH_HELP}.")
     return format_share(share)
 
 
@@ -233,13 +212,13 @@ def _average(value: Any) -> int | float | str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         if value >= 1:
             return value
-        raise _Wrong(f'found {value!r}. {allowed}; did you mean "{value * 100:g}%"?')
+        raise Wrong(f'found {value!r}. {allowed}; did you mean "{value * 100:g}%"?')
     try:
         share = parse_share(value)
     except ValueError:
-        raise _Wrong(f"found {_short(value)}. {allowed}.") from None
+        raise Wrong(f"found {short(value)}. {allowed}.") from None
     if not 0 < share < 1:
-        raise _Wrong(f"found {_short(value)}. {allowed}.")
+        raise Wrong(f"found {short(value)}. {allowed}.")
     return format_share(share)
 
 
@@ -308,11 +287,11 @@ def _flat(value: Any, own: Sequence[str]) -> Any:
         return {"name": value}
     if not isinstance(value, Mapping):
         if value is None or isinstance(value, bool | int | float | Sequence):
-            raise _Wrong(f"found {_short(value)}. Allowed: {PART_HELP}.")
+            raise Wrong(f"found {short(value)}. Allowed: {PART_HELP}.")
         return _from_object(value)
     data = dict(value)
     if any(not isinstance(key, str) for key in data):
-        raise _Wrong(f"found {_short(value)}; keys are names. Allowed: {PART_HELP}.")
+        raise Wrong(f"found {short(value)}; keys are names. Allowed: {PART_HELP}.")
     if data.keys() <= {"name", "params", "obj", *own} and isinstance(data.get("params"), dict):
         flat = data
     else:
@@ -326,7 +305,7 @@ def _flat(value: Any, own: Sequence[str]) -> Any:
 def _from_object(value: Any) -> dict[str, Any]:
     cls = value if isinstance(value, type) else type(value)
     if value is None or isinstance(value, bool | int | float | Sequence | Mapping):
-        raise _Wrong(f"found {_short(value)}; a name is text. Allowed: {PART_HELP}.", ("name",))
+        raise Wrong(f"found {short(value)}; a name is text. Allowed: {PART_HELP}.", ("name",))
     return {"name": cls.__name__, "obj": value}
 
 
@@ -435,16 +414,16 @@ class PipelineSpec(_Model):
     def _mapping(cls, value: Any) -> Any:
         # An explicit null says "none", as in JSON that other programs write.
         if isinstance(value, Mapping) and isinstance(value.get("version"), bool):
-            raise _Wrong(f"found {value['version']!r}; allowed: 1.", ("version",))
+            raise Wrong(f"found {value['version']!r}; allowed: 1.", ("version",))
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.compressor is None and not self.stages:
-            raise _Wrong("the spec does nothing: give a compressor, at least one stage, or both.")
-        _check_order(self.stages)
-        _check_growth(self.compressor, self.stages)
-        _check_budget(self.budget, self.compressor, self.stages)
+            raise Wrong("the spec does nothing: give a compressor, at least one stage, or both.")
+        check_order(self.stages)
+        check_growth(self.compressor, self.stages)
+        check_budget(self.budget, self.compressor, self.stages)
         return self
 
     def reductions(self) -> Iterator[tuple[str, CompressorSpec | StageSpec]]:
@@ -464,18 +443,17 @@ class PipelineSpec(_Model):
         """
         from trio.registry import COMPRESSORS, SCORERS, SELECTORS
 
-        def made(place: str, build: Callable[[], object]) -> None:
+        def made(place: str, registry: Registry[Any], part: PartSpec) -> None:
             try:
-                build()
+                registry.build(part)
             except TrioError as error:
-                raise _at(error, place) from error
+                raise at(error, place) from error
 
         if self.compressor is not None:
-            compressor = self.compressor
-            made("compressor", lambda: COMPRESSORS.build(compressor))
+            made("compressor", COMPRESSORS, self.compressor)
         for index, stage in enumerate(self.stages):
-            made(f"stages[{index}].scorer", lambda stage=stage: SCORERS.build(stage.scorer))  # type: ignore[misc]  # mypy cannot infer lambda defaults
-            made(f"stages[{index}].selector", lambda stage=stage: SELECTORS.build(stage.selector))  # type: ignore[misc]  # as above
+            made(f"stages[{index}].scorer", SCORERS, stage.scorer)
+            made(f"stages[{index}].selector", SELECTORS, stage.selector)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data in its canonical short forms, defaults left out.
@@ -486,27 +464,15 @@ class PipelineSpec(_Model):
         from trio.registry import COMPRESSORS, SCORERS, SELECTORS
 
         full = self.model_dump()
-        default = {
-            "description": "",
-            "source": "",
-            "compressor": None,
-            "stages": [],
-            "positions": "auto",
-            "budget": None,
-        }
-        data = {key: value for key, value in full.items() if key not in default or value != default[key]}
+        data = {key: value for key, value in full.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
         if self.compressor is not None and self.compressor.obj is not None:
             named = _named(self.compressor.obj, COMPRESSORS, "compressor")
-            own = (
-                {}
-                if isinstance(full["compressor"], str)
-                else {k: v for k, v in full["compressor"].items() if k != "name"}
-            )
-            data["compressor"] = {**({"name": named} if isinstance(named, str) else named), **own}
+            own = full["compressor"] if isinstance(full["compressor"], dict) else {}
+            data["compressor"] = {**own, **named}
         for index, (stage, out) in enumerate(zip(self.stages, data.get("stages", []), strict=True)):
             for key, part, registry in (("scorer", stage.scorer, SCORERS), ("selector", stage.selector, SELECTORS)):
                 if part.obj is not None:
-                    out[key] = _named(part.obj, registry, f"stages[{index}].{key}")
+                    out[key] = _named(part.obj, cast("Registry[Any]", registry), f"stages[{index}].{key}")
             if out["if_fewer"] == "keep-all":
                 del out["if_fewer"]
         return data
@@ -566,7 +532,19 @@ def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-def _named(obj: Any, registry: Any, place: str) -> str | dict[str, Any]:
+# What `to_dict` leaves out.
+_DEFAULTS: dict[str, Any] = {
+    "description": "",
+    "source": "",
+    "compressor": None,
+    "stages": [],
+    "positions": "auto",
+    "budget": None,
+}
+
+
+def _named(obj: Any, registry: Registry[Any], place: str) -> dict[str, Any]:
+    """An object as the mapping that makes an equal one by name."""
     cls = obj if isinstance(obj, type) else type(obj)
     name = registry.name_of(cls)
     if name is None:
@@ -576,182 +554,7 @@ def _named(obj: Any, registry: Any, place: str) -> str | dict[str, Any]:
             place=place,
         )
     params = {} if isinstance(obj, type) else obj.model_dump(exclude_defaults=True)
-    return {"name": name, **params} if params else cast("str", name)
-
-
-# What a spec must not say --------------------------------------------------------------------------------------------
-
-
-def _check_order(stages: list[StageSpec]) -> None:
-    for index in range(1, len(stages)):
-        here = stages[index].after_layer
-        for earlier in range(index):
-            there = stages[earlier].after_layer
-            if isinstance(here, int) != isinstance(there, int):
-                continue  # a share against a number: decided when the depth is known
-            now, before = (int(x) if isinstance(x, int) else parse_share(x) for x in (here, there))
-            if now == before:
-                raise _Wrong(
-                    f"found {here!r}, which stages[{earlier}] has too; two stages cannot act at one layer. Move one of "
-                    "them, or merge them.",
-                    ("stages", index, "after_layer"),
-                )
-            if now < before:
-                raise _Wrong(
-                    f"found {here!r} after stages[{earlier}] at {there!r}; list the stages in the order of the layers.",
-                    ("stages", index, "after_layer"),
-                )
-
-
-def _check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
-    seen: dict[tuple[str, str], tuple[str, int | Fraction]] = {}
-    listed: list[tuple[tuple[str | int, ...], Keep | None]] = [
-        (("compressor",), compressor.keep if compressor else None)
-    ]
-    listed += [(("stages", index), stage.keep) for index, stage in enumerate(stages)]
-    for place, keep in listed:
-        if keep is None or keep.auto or keep.of == "current":
-            continue
-        value = keep.count if keep.count is not None else cast("Fraction", keep.fraction)
-        key = ("count" if keep.count is not None else "share", keep.per)
-        before = seen.get(key)
-        if before is not None and value > before[1]:
-            raise _Wrong(
-                f"found {keep.model_dump()!r}, more than the {before[0]} leaves; counts cannot grow. Keep fewer here or "
-                "more there.",
-                (*place, "keep"),
-            )
-        seen[key] = (path(place), value)
-
-
-def _check_budget(budget: Budget | None, compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
-    keeps: list[tuple[tuple[str | int, ...], Keep | None]] = [
-        (("stages", index, "keep"), stage.keep) for index, stage in enumerate(stages)
-    ]
-    if compressor is not None:
-        keeps.insert(0, (("compressor", "keep"), compressor.keep))
-    for place, keep in keeps:
-        if keep is None or not keep.auto:
-            continue
-        if budget is None:
-            raise _Wrong(
-                "found auto without a budget; add for example `budget: {average: 64}`, or write a count or a share.",
-                place,
-            )
-        if compressor is not None and compressor.keep is None:
-            raise _Wrong(
-                "found auto, but the compressor decides its own count, so nothing can be solved; give compressor.keep.",
-                place,
-            )
-        if any(other is not None and other.per == "sample" for _, other in keeps):
-            raise _Wrong(
-                "found auto beside `per: sample`; auto is solved for each image. Write a count or a share.", place
-            )
-    if budget is None:
-        return
-    if not stages and compressor is not None and compressor.keep is None:
-        raise _Wrong("the only reduction decides its own count, so the budget means nothing; remove it.", ("budget",))
-    average = budget.average
-    for place, keep in keeps:
-        if keep is None or keep.auto or keep.per == "sample" or keep.of == "current":
-            continue
-        value = keep.fraction if budget.fraction is not None else keep.count
-        limit = budget.fraction if budget.fraction is not None else average
-        tolerance = Fraction(1, 1000) if budget.fraction is not None else 0.5
-        last, first = place == keeps[-1][0], place[0] == "compressor"
-        if value is None:
-            continue
-        low, high = value > limit + tolerance, value < limit - tolerance  # type: ignore[operator]  # both share or both count
-        if (last and low) or (first and high):
-            raise _Wrong(
-                f"an average of {average!r} contradicts {path(place)}: {keep.model_dump()!r}, which leaves "
-                f"{'more' if low else 'fewer'} in every layer; change one of them.",
-                ("budget", "average"),
-            )
-
-
-# Files and messages --------------------------------------------------------------------------------------------------
-
-
-def path(place: Sequence[str | int]) -> str:
-    """A place as text: ("stages", 1, "keep") -> "stages[1].keep"."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
-    return text.removeprefix(".")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _place(problem: Any, root: type[BaseModel]) -> tuple[tuple[str | int, ...], str]:
-    """Where a pydantic problem is, and what it says."""
-    place: tuple[str | int, ...] = tuple(problem["loc"])
-    error = problem.get("ctx", {}).get("error")
-    if isinstance(error, _Wrong):
-        return place + error.place, str(error)
-    model, field = _field(root, place)
-    if problem["type"] == "extra_forbidden":
-        known = list(model.model_fields) if model is not None else []
-        key = str(place[-1])
-        return place, f"unknown key {key!r}. {did_you_mean(key, known)}Allowed: {', '.join(known)}."
-    help_ = f" Allowed: {field}." if field else ""
-    if problem["type"] == "missing":
-        return place, f"missing; add it.{help_}"
-    return place, f"found {_short(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}.{help_}"
-
-
-def _field(root: type[BaseModel], place: Sequence[str | int]) -> tuple[type[BaseModel] | None, str]:
-    """The model that holds the last step of a place, and that field's description."""
-    children: dict[str, type[BaseModel]] = {
-        "compressor": CompressorSpec,
-        "stages": StageSpec,
-        "budget": Budget,
-        "keep": Keep,
-        "scorer": PartSpec,
-        "selector": PartSpec,
-    }
-    model: type[BaseModel] = root
-    names = [step for step in place if isinstance(step, str)]
-    for name in names[:-1]:
-        model = children.get(name, model)
-    info = model.model_fields.get(names[-1]) if names else None
-    return model, (info.description or "") if info is not None else ""
-
-
-def _translate(
-    error: ValidationError,
-    root: type[BaseModel],
-    origin: str = "",
-    lines: Mapping[tuple[str | int, ...], int] | None = None,
-) -> SpecError:
-    sentences: list[str] = []
-    first: tuple[str, int | None] | None = None
-    for problem in error.errors():
-        place, text = _place(problem, root)
-        line = _line(place, lines)
-        where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(place)) if part)
-        sentences.append(f"{where}: {text}" if where else text)
-        first = first or (path(place), line)
-    place_text, line = first or ("", None)
-    return SpecError(" ".join(sentences), place=place_text, line=line)
-
-
-def _line(place: Sequence[str | int], lines: Mapping[tuple[str | int, ...], int] | None) -> int | None:
-    if lines is None:
-        return None
-    for size in range(len(place), 0, -1):
-        found = lines.get(tuple(place[:size]))
-        if found is not None:
-            return found
-    return lines.get(())
-
-
-def _at(error: TrioError, place: str, line: int | None = None, origin: str = "") -> TrioError:
-    """The same error with its place (and line and file) in front."""
-    where = ", ".join(part for part in (origin, f"line {line}" if line else "", place) if part)
-    message = f"{where}: {error}" if where else str(error)
-    return SpecError(message, place=place, line=line) if isinstance(error, SpecError) else type(error)(message)
+    return {"name": name, **params}
 
 
 def shipped_specs() -> list[str]:
@@ -780,28 +583,23 @@ def load_spec(source: str | Path | Mapping[str, Any] | PipelineSpec, *, check_pa
             data: Any = dict(source)
         elif isinstance(source, str | Path):
             file, origin = _find(source)
-            data, lines = _read(file, origin)
+            data, lines = read_spec_file(file, origin)
         else:
             raise InputError(
-                f"spec: found {_short(source)}; allowed are a shipped name, a path, a mapping or a PipelineSpec."
+                f"spec: found {short(source)}; allowed are a shipped name, a path, a mapping or a PipelineSpec."
             )
         try:
             spec = PipelineSpec.model_validate(data)
         except ValidationError as error:
-            raise _translate(error, PipelineSpec, origin, lines) from error
+            raise translate(error, PipelineSpec, origin, lines) from error
     if check_parts:
         try:
             spec.check_parts()
         except TrioError as error:
             place = str(error).partition(":")[0]
-            steps = _steps(place)
             inner = error.__cause__ if isinstance(error.__cause__, TrioError) else error
-            raise _at(inner, place, _line(steps, lines), origin) from error
+            raise at(inner, place, line_of(steps(place), lines), origin) from error
     return spec
-
-
-def _steps(place: str) -> tuple[str | int, ...]:
-    return tuple(int(step) if step.isdigit() else step for step in re.findall(r"\w+", place))
 
 
 def _find(source: str | Path) -> tuple[Path, str]:
@@ -815,87 +613,3 @@ def _find(source: str | Path) -> tuple[Path, str]:
         f"there is no shipped spec {source!r}. {did_you_mean(str(source), shipped_specs())}Shipped: "
         f"{', '.join(shipped_specs())}; or give the path of a YAML file."
     )
-
-
-def _read(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise SpecError(f"{origin}: {size} bytes is no spec (at most {MAX_BYTES}); give a YAML file.")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(
-            f"{origin}: cannot be read ({error.strerror or error}); check the path and its rights."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{origin}: not UTF-8 text (byte {error.start}); save the file as UTF-8.") from error
-    lines: dict[tuple[str | int, ...], int] = {}
-    if file.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(
-                f"{origin}, line {error.lineno}: not valid JSON: {error.msg}.", line=error.lineno
-            ) from error
-        text = text.replace("\t", " ")  # the YAML reader, which gives the lines, refuses tabs
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _map_lines(node, (), lines, origin, ())
-        if file.suffix != ".json":
-            data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _yaml_error(error, origin) from error
-    if not isinstance(data, dict):
-        found = "an empty file" if data is None else f"{type(data).__name__} {_short(data)}"
-        raise SpecError(
-            f"{origin}: found {found}; a spec is a mapping of keys such as version, name and stages. `trio show trio-11 "
-            "--yaml` prints one to start from."
-        )
-    if "version" not in data:
-        raise SpecError(f"{origin}, line 1, version: missing; add `version: 1`.", place="version", line=1)
-    return data, lines
-
-
-def _yaml_error(error: Exception, origin: str) -> SpecError:
-    mark = getattr(error, "problem_mark", None)
-    line = mark.line + 1 if mark is not None else None
-    where = f"{origin}, line {line}" if line else origin
-    problem = str(getattr(error, "problem", None) or error)
-    if isinstance(error, yaml.constructor.ConstructorError) and "tag" in problem:
-        return SpecError(f"{where}: {problem}; a spec holds plain values only. Remove the tag.", line=line)
-    context = getattr(error, "context", None)
-    detail = f"{context}: {problem}" if context else problem
-    return SpecError(f"{where}: not valid YAML: {detail}. Check indentation, quotes and brackets there.", line=line)
-
-
-def _map_lines(
-    node: yaml.Node,
-    place: tuple[str | int, ...],
-    lines: dict[tuple[str | int, ...], int],
-    origin: str,
-    above: tuple[int, ...],
-) -> None:
-    """Fill in the 1-based line of every key and item; refuse duplicate keys and aliases into themselves."""
-    here = node.start_mark.line + 1
-    lines.setdefault(place, here)
-    if id(node) in above:
-        raise SpecError(f"{origin}, line {here}: an alias refers to itself; write the values out.", line=here)
-    if len(above) > 20 or len(lines) > 10_000:
-        raise SpecError(f"{origin}, line {here}: nested too deeply, or too many values for a spec.", line=here)
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                raise SpecError(
-                    f"{origin}, line {line}, {path((*place, name))}: the key is there twice; remove one.",
-                    place=path((*place, name)),
-                    line=line,
-                )
-            seen.add(name)
-            lines[(*place, name)] = line
-            _map_lines(value, (*place, name), lines, origin, (*above, id(node)))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _map_lines(item, (*place, index), lines, origin, (*above, id(node)))

@@ -1,0 +1,121 @@
+"""What a spec must not say: shares that are none, stages out of order, counts that grow, budgets that contradict."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, cast
+
+from trio.spec_text import Wrong, path
+
+if TYPE_CHECKING:
+    from trio.spec import Budget, CompressorSpec, Keep, StageSpec
+
+__all__ = ["check_budget", "check_growth", "check_order", "format_share", "parse_share"]
+
+
+def parse_share(text: object) -> Fraction:
+    """The exact value of a percentage such as "5.6%"; raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*", text) if isinstance(text, str) and len(text) < 40 else None
+    if match is None:
+        raise ValueError(f"{text!r} is not a percentage")
+    return Fraction(match[1]) / 100
+
+
+def format_share(share: Fraction) -> str:
+    """The shortest percentage with the exact value of `share` (which has to be a decimal fraction)."""
+    value = Decimal(share.numerator * 100) / Decimal(share.denominator)
+    return f"{value.normalize():f}%"
+
+
+def check_order(stages: list[StageSpec]) -> None:
+    """Refuse stages at one layer or out of order, as far as that shows before the depth is known."""
+    for index in range(1, len(stages)):
+        here = stages[index].after_layer
+        for earlier in range(index):
+            there = stages[earlier].after_layer
+            if isinstance(here, int) != isinstance(there, int):
+                continue  # a share against a number: decided when the depth is known
+            now, before = (int(x) if isinstance(x, int) else parse_share(x) for x in (here, there))
+            if now == before:
+                raise Wrong(
+                    f"found {here!r}, which stages[{earlier}] has too; two stages cannot act at one layer. Move one of "
+                    "them, or merge them.",
+                    ("stages", index, "after_layer"),
+                )
+            if now < before:
+                raise Wrong(
+                    f"found {here!r} after stages[{earlier}] at {there!r}; list the stages in the order of the layers.",
+                    ("stages", index, "after_layer"),
+                )
+
+
+def check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
+    """Refuse a count above an earlier count, and a share of the start above an earlier one."""
+    seen: dict[tuple[str, str], tuple[str, int | Fraction]] = {}
+    listed: list[tuple[tuple[str | int, ...], Keep | None]] = [
+        (("compressor",), compressor.keep if compressor else None)
+    ]
+    listed += [(("stages", index), stage.keep) for index, stage in enumerate(stages)]
+    for place, keep in listed:
+        if keep is None or keep.auto or keep.of == "current":
+            continue
+        value = keep.count if keep.count is not None else cast("Fraction", keep.fraction)
+        key = ("count" if keep.count is not None else "share", keep.per)
+        before = seen.get(key)
+        if before is not None and value > before[1]:
+            raise Wrong(
+                f"found {keep.model_dump()!r}, more than the {before[0]} leaves; counts cannot grow. Keep fewer here "
+                "or "
+                "more there.",
+                (*place, "keep"),
+            )
+        seen[key] = (path(place), value)
+
+
+def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
+    """Refuse auto without what it is solved from, and a budget that the counts contradict at any depth."""
+    keeps: list[tuple[tuple[str | int, ...], Keep | None]] = [
+        (("stages", index, "keep"), stage.keep) for index, stage in enumerate(stages)
+    ]
+    if compressor is not None:
+        keeps.insert(0, (("compressor", "keep"), compressor.keep))
+    for place, keep in keeps:
+        if keep is None or not keep.auto:
+            continue
+        if budget is None:
+            raise Wrong(
+                "found auto without a budget; add for example `budget: {average: 64}`, or write a count or a share.",
+                place,
+            )
+        if compressor is not None and compressor.keep is None:
+            raise Wrong(
+                "found auto, but the compressor decides its own count, so nothing can be solved; give compressor.keep.",
+                place,
+            )
+        if any(other is not None and other.per == "sample" for _, other in keeps):
+            raise Wrong(
+                "found auto beside `per: sample`; auto is solved for each image. Write a count or a share.", place
+            )
+    if budget is None:
+        return
+    if not stages and compressor is not None and compressor.keep is None:
+        raise Wrong("the only reduction decides its own count, so the budget means nothing; remove it.", ("budget",))
+    average = budget.average
+    for place, keep in keeps:
+        if keep is None or keep.auto or keep.per == "sample" or keep.of == "current":
+            continue
+        value = keep.fraction if budget.fraction is not None else keep.count
+        limit = budget.fraction if budget.fraction is not None else average
+        tolerance = Fraction(1, 1000) if budget.fraction is not None else 0.5
+        last, first = place == keeps[-1][0], place[0] == "compressor"
+        if value is None:
+            continue
+        low, high = value > limit + tolerance, value < limit - tolerance  # type: ignore[operator]  # both share or both count
+        if (last and low) or (first and high):
+            raise Wrong(
+                f"an average of {average!r} contradicts {path(place)}: {keep.model_dump()!r}, which leaves "
+                f"{'more' if low else 'fewer'} in every layer; change one of them.",
+                ("budget", "average"),
+            )

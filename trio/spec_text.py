@@ -1,0 +1,106 @@
+"""The messages of spec errors: places such as `stages[1].keep`, and pydantic's problems as sentences."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from trio.errors import SpecError, TrioError, did_you_mean
+
+__all__ = ["Lines", "Wrong", "at", "line_of", "path", "short", "steps", "translate"]
+
+Lines = Mapping[tuple[str | int, ...], int]
+
+
+class Wrong(ValueError):
+    """A problem found by our own validators: a complete sentence, and optionally the place below the model."""
+
+    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+def path(place: Sequence[str | int]) -> str:
+    """A place as text: ("stages", 1, "keep") -> "stages[1].keep"."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.removeprefix(".")
+
+
+def short(value: object) -> str:
+    """A value as a message shows it: its repr, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _place(problem: Any, root: type[BaseModel]) -> tuple[tuple[str | int, ...], str]:
+    """Where a pydantic problem is, and what it says."""
+    place: tuple[str | int, ...] = tuple(problem["loc"])
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, Wrong):
+        return place + error.place, str(error)
+    model, field = _field(root, place)
+    if problem["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        key = str(place[-1])
+        return place, f"unknown key {key!r}. {did_you_mean(key, known)}Allowed: {', '.join(known)}."
+    help_ = f" Allowed: {field}." if field else ""
+    if problem["type"] == "missing":
+        return place, f"missing; add it.{help_}"
+    return place, f"found {short(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}.{help_}"
+
+
+def _field(root: type[BaseModel], place: Sequence[str | int]) -> tuple[type[BaseModel], str]:
+    """The model that holds the last step of a place, and that field's description."""
+    model = root
+    names = [step for step in place if isinstance(step, str)]
+    for name in names[:-1]:
+        info = model.model_fields.get(name)
+        inner = [] if info is None else [info.annotation, *get_args(info.annotation)]
+        model = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), model)
+    info = model.model_fields.get(names[-1]) if names else None
+    return model, (info.description or "") if info is not None else ""
+
+
+def translate(
+    error: ValidationError,
+    root: type[BaseModel],
+    origin: str = "",
+    lines: Mapping[tuple[str | int, ...], int] | None = None,
+) -> SpecError:
+    """Pydantic's problems with `root` as one `SpecError`, a sentence each, with file, line and place."""
+    sentences: list[str] = []
+    first: tuple[str, int | None] | None = None
+    for problem in error.errors():
+        place, text = _place(problem, root)
+        line = line_of(place, lines)
+        where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(place)) if part)
+        sentences.append(f"{where}: {text}" if where else text)
+        first = first or (path(place), line)
+    place_text, line = first or ("", None)
+    return SpecError(" ".join(sentences), place=place_text, line=line)
+
+
+def line_of(place: Sequence[str | int], lines: Lines | None) -> int | None:
+    """The line of a place, or of the nearest place around it that has one."""
+    if lines is None:
+        return None
+    for size in range(len(place), 0, -1):
+        found = lines.get(tuple(place[:size]))
+        if found is not None:
+            return found
+    return lines.get(())
+
+
+def at(error: TrioError, place: str, line: int | None = None, origin: str = "") -> TrioError:
+    """The same error with its place (and line and file) in front."""
+    where = ", ".join(part for part in (origin, f"line {line}" if line else "", place) if part)
+    message = f"{where}: {error}" if where else str(error)
+    return SpecError(message, place=place, line=line) if isinstance(error, SpecError) else type(error)(message)
+
+
+def steps(place: str) -> tuple[str | int, ...]:
+    """The inverse of `path`: "stages[1].keep" -> ("stages", 1, "keep")."""
+    return tuple(int(step) if step.isdigit() else step for step in re.findall(r"\w+", place))
