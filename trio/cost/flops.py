@@ -1,0 +1,148 @@
+"""Formulas: floating-point operations of each part of a vision-language model, in closed form.
+
+Conventions. One multiply-add is 2 FLOPs. Matrix products and convolutions are counted, nothing else (no norms, softmax,
+activations, rotations, biases, look-ups, sampling): what `torch.utils.flop_counter.FlopCounterMode` counts, so that the
+two can be compared. `attention="dense"` counts every query-key pair, as that counter does for every attention kernel
+and as eager attention computes; `"causal"` counts the pairs that a causal mask leaves, as a flash kernel computes.
+All arguments are counts of rows; all results are whole numbers of FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from trio.cost.shape import ModelShape, TowerShape
+
+__all__ = [
+    "Attention",
+    "decode_flops",
+    "head_flops",
+    "keys_flops",
+    "last_row_flops",
+    "layer_flops",
+    "nms_flops",
+    "paper_flops",
+    "prefill_flops",
+    "probe_flops",
+    "projector_flops",
+    "rows_flops",
+    "tower_flops",
+]
+
+Attention = Literal["dense", "causal"]
+
+
+def _product(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def _attend(pairs: int, width: int) -> int:
+    """QK^T and AV for `pairs` (query, key) pairs of `width` = heads * head_dim numbers."""
+    return 4 * pairs * width
+
+
+def tower_flops(tower: TowerShape | None, tokens: int) -> int:
+    """The vision tower on one image that gives `tokens` visual tokens: patch embedding, all layers, pooling head."""
+    if tower is None:
+        return 0
+    crops, patches = tower.crops(tokens)
+    rows, width = patches + tower.cls_tokens, tower.hidden
+    matrices = 3 if tower.gated else 2
+    layer = 4 * _product(rows, width, width) + matrices * _product(rows, width, tower.intermediate)
+    windowed = tower.layers - tower.full_attention_layers if tower.window else 0
+    pairs = (tower.layers - windowed) * rows * rows + windowed * rows * min(rows, tower.window or rows)
+    total = _product(patches, tower.patch_values, width) + tower.layers * layer + _attend(pairs, width)
+    if tower.pooling_head:  # one learnt query over all rows, then a feed-forward layer on it
+        total += 2 * _product(1, width, width) + 2 * _product(rows, width, width) + _attend(rows, width)
+        total += 2 * _product(1, width, tower.intermediate)
+    return crops * total
+
+
+def projector_flops(shape: ModelShape, tokens: int) -> int:
+    """The projector (or Qwen's merger) on `tokens` visual tokens."""
+    return sum(_product(tokens, inputs, outputs) for inputs, outputs in shape.projector)
+
+
+def rows_flops(shape: ModelShape, rows: int) -> int:
+    """One decoder layer's matrices other than keys and values, on `rows` rows: q, o, gate, up, down."""
+    width = shape.heads * shape.head_dim
+    return 2 * _product(rows, shape.hidden, width) + 3 * _product(rows, shape.hidden, shape.intermediate)
+
+
+def keys_flops(shape: ModelShape, rows: int) -> int:
+    """The key projection of one decoder layer on `rows` rows; the value projection costs the same."""
+    return _product(rows, shape.hidden, shape.kv_heads * shape.head_dim)
+
+
+def layer_flops(shape: ModelShape, rows: int, past: int = 0, *, attention: Attention = "dense") -> int:
+    """One decoder layer on `rows` new rows that follow `past` cached ones."""
+    pairs = rows * (past + rows) if attention == "dense" else rows * past + rows * (rows + 1) // 2
+    return rows_flops(shape, rows) + 2 * keys_flops(shape, rows) + _attend(pairs, shape.heads * shape.head_dim)
+
+
+def head_flops(shape: ModelShape, rows: int) -> int:
+    """The output head on `rows` rows."""
+    return _product(rows, shape.hidden, shape.vocab)
+
+
+def prefill_flops(
+    shape: ModelShape, rows_by_layer: Sequence[int], *, head_rows: int = 1, attention: Attention = "dense"
+) -> int:
+    """The decoder on a prompt, `rows_by_layer[l]` rows in layer l, and the head on `head_rows` (`generate`: 1)."""
+    layers = sum(layer_flops(shape, rows, attention=attention) for rows in rows_by_layer)
+    return layers + head_flops(shape, head_rows)
+
+
+def decode_flops(shape: ModelShape, cached_by_layer: Iterable[int], steps: int) -> int:
+    """`steps` cached decode steps of one row each; layer l holds `cached_by_layer[l]` rows before the first."""
+    width, total = shape.heads * shape.head_dim, 0
+    for cached in cached_by_layer:
+        total += steps * (rows_flops(shape, 1) + 2 * keys_flops(shape, 1))
+        total += _attend(steps * cached + steps * (steps + 1) // 2, width)  # step t sees cached + t keys
+    return total + steps * head_flops(shape, 1)
+
+
+def probe_flops(shape: ModelShape, tokens: int, rows: int) -> int:
+    """TRIO's saliency of `tokens` rows through `rows` supervised output rows of one layer, forward and backward.
+
+    Keys and values are projected for all tokens; queries, attention, feed-forward layer and head run on `rows` rows.
+    Gradients are of inputs only, so the backward pass of a matrix costs its forward pass, and that of attention twice
+    its forward.
+
+    Args:
+        shape: the model.
+        tokens: rows that enter the layer, text and visual.
+        rows: supervised rows K.
+    """
+    matrices = 2 * keys_flops(shape, tokens) + rows_flops(shape, rows) + head_flops(shape, rows)
+    return 2 * matrices + 3 * _attend(rows * tokens, shape.heads * shape.head_dim)
+
+
+def last_row_flops(shape: ModelShape, tokens: int) -> int:
+    """The attention of one row to `tokens` keys: its query, all keys, one row of scores."""
+    width = shape.heads * shape.head_dim
+    return keys_flops(shape, tokens) + _product(1, shape.hidden, width) + _product(tokens, 1, width)
+
+
+def nms_flops(shape: ModelShape, visual: int, keep: int) -> int:
+    """Cosine similarities of `keep` kept tokens with all `visual` ones.
+
+    The lower bound: candidates that turn out to be suppressed need no row of their own, but computing in blocks
+    computes some of them; the upper bound is `nms_flops(shape, visual, visual)`.
+    """
+    return _product(keep, shape.hidden, visual)
+
+
+def paper_flops(visual_by_layer: Iterable[int], hidden: int, intermediate: int) -> int:
+    """FastV's formula, for comparison with papers only: sum over layers of 4nd^2 + 2n^2 d + 2ndm.
+
+    It counts multiply-adds (not FLOPs) of the visual tokens only, and of two of the three feed-forward matrices; no
+    text, head, tower, projector or scoring (arXiv 2403.06764, section 4; used by arXiv 2602.04657, table of costs).
+
+    Args:
+        visual_by_layer: visual tokens n of each layer.
+        hidden: width d.
+        intermediate: width m of the feed-forward layer.
+    """
+    return sum(4 * n * hidden**2 + 2 * n**2 * hidden + 2 * n * hidden * intermediate for n in visual_by_layer)
