@@ -67,7 +67,9 @@ def test_things_cover_several_patches(scenes: list[Scene]) -> None:
     assert np.mean(patches) > 6
 
 
-@pytest.mark.parametrize("size,cell", [((336, 336), 112), ((336, 336), 56), ((280, 168), 56), ((84, 252), 42), ((60, 60), 60)])
+@pytest.mark.parametrize(
+    "size,cell", [((336, 336), 112), ((336, 336), 56), ((280, 168), 56), ((84, 252), 42), ((60, 60), 60)]
+)
 def test_other_sizes(size: tuple[int, int], cell: int) -> None:
     for index in range(5):
         scene = draw_scene("test", 0, index, size, cell)
@@ -119,7 +121,12 @@ def test_answers_are_true(asked: list[tuple[Scene, Question]]) -> None:
         elif question.kind == "relation":
             assert side(items[0], items[1]) == question.answer
         elif question.answer != "none":
-            value = {"colour": items[0].colour, "shape": items[0].shape, "number": str(items[0].number), "same": items[-1].shape}
+            value = {
+                "colour": items[0].colour,
+                "shape": items[0].shape,
+                "number": str(items[0].number),
+                "same": items[-1].shape,
+            }
             assert value.get(question.kind, question.answer) == question.answer
 
 

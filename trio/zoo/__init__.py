@@ -1,6 +1,7 @@
 """Small trained models that ship with the package, so that everything can be tried without a download.
 
-They answer questions about drawn scenes and nothing else; ``docs/zoo.md`` says how they were trained and how well they do.
+They answer questions about drawn scenes and nothing else; ``docs/zoo.md`` says how they were trained and how well they
+do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ _MODELS = _HERE / "models"
 
 def names() -> list[str]:
     """Names of the models."""
-    return sorted(folder.name for folder in _MODELS.iterdir() if (folder / "config.json").is_file()) if _MODELS.is_dir() else []
+    return (
+        sorted(folder.name for folder in _MODELS.iterdir() if (folder / "config.json").is_file())
+        if _MODELS.is_dir()
+        else []
+    )
 
 
 def path(name: str) -> Path:
@@ -44,17 +49,21 @@ def load(name: str = "tiny-llava", **options: Any) -> tuple[PreTrainedModel, Pro
 
     Args:
         name: One of ``names()``.
-        options: Passed to ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype`` or ``attn_implementation``.
+        options: Passed to ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
 
     Raises:
         UnknownNameError: There is no model of this name.
     """
-    folder = path(name)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    return load_folder(path(name), **options)
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, **options)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval(), processor
+
+def load_folder(folder: Path, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """As ``load``, for a model in any folder."""
+    import transformers
+
+    auto: Any = transformers  # its typing changes from version to version
+    model = auto.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, **options)
+    return model.eval(), auto.AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def demo_picture() -> Path:

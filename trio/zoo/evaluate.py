@@ -1,7 +1,7 @@
 """How well a model of the zoo answers on held-out scenes: ``python -m trio.zoo.evaluate tiny-llava``.
 
-The same questions are asked with the picture and with a blank one: what a model scores without the picture it owes to the
-questions, not to its eyes.
+The same questions are asked with the picture and with a blank one: what a model scores without the picture it owes to
+the questions, not to its eyes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Example:
         answer: The expected answer.
         kind: Type of the question.
         scene: Number of the scene; questions of one scene are not independent.
-        boxes: Left, top, right, bottom of the things that the question is about; empty where nothing in the picture matches.
+        boxes: Left, top, right, bottom of the things that the question is about; empty where nothing matches.
         detail: Finer type: for existence, how hard the negative is.
     """
 
@@ -53,14 +53,19 @@ class Example:
 
 
 def examples(
-    split: Split = "test", seed: int = 0, scenes: int = 400, kinds: Sequence[str] = tuple(KINDS), size: tuple[int, int] = (168, 168), cell: int = 56
+    split: Split = "test",
+    seed: int = 0,
+    scenes: int = 400,
+    kinds: Sequence[str] = tuple(KINDS),
+    size: tuple[int, int] = (168, 168),
+    cell: int = 56,
 ) -> list[Example]:
     """Questions on held-out scenes, at most one of each type a scene, answers balanced within each type.
 
     The first scenes of a larger set are the same as those of a smaller one.
 
     Args:
-        split: ``test``, ``validation``, or ``novel`` for colour-shape pairs, textures and fonts that training never saw.
+        split: ``test``, ``validation``, or ``novel`` for colour-shape pairs, textures and slants never trained on.
         seed: Seed of the scenes.
         scenes: How many.
         kinds: Types of questions.
@@ -81,14 +86,21 @@ def examples(
 def blank(asked: Sequence[Example]) -> list[Example]:
     """The same questions about a grey picture."""
     return [
-        Example(Image.new("RGB", e.image.size, (128, 128, 128)), e.question, e.answer, e.kind, e.scene, e.boxes, e.detail) for e in asked
+        Example(
+            Image.new("RGB", e.image.size, (128, 128, 128)), e.question, e.answer, e.kind, e.scene, e.boxes, e.detail
+        )
+        for e in asked
     ]
 
 
 def prompt(processor: Any, question: str) -> str:
     """The question in the model's chat format, with a placeholder for one picture."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False))
+    return str(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    )
 
 
 def answers(
@@ -126,7 +138,11 @@ def answers(
 
 
 def accuracy(
-    model: Any, processor: Any, asked: Sequence[Example], batch_size: int = 32, context: AbstractContextManager[Any] | None = None
+    model: Any,
+    processor: Any,
+    asked: Sequence[Example],
+    batch_size: int = 32,
+    context: AbstractContextManager[Any] | None = None,
 ) -> list[bool]:
     """Whether each question was answered right; arguments as for ``answers``."""
     given = answers(model, processor, asked, batch_size, context)
@@ -155,7 +171,7 @@ def by_scene(right: Sequence[bool], scenes: Sequence[int], draws: int = 2000, se
 def summary(asked: Sequence[Example], right: Sequence[bool]) -> dict[str, dict[str, float]]:
     """Accuracy, interval and number of questions, by type and overall.
 
-    A type has one question a scene, so its interval is Wilson's; the overall interval comes from a bootstrap over scenes.
+    A type has one question a scene, so its interval is Wilson's; the overall one comes from a bootstrap over scenes.
     """
     table: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(e.kind for e in asked):
@@ -178,11 +194,8 @@ def main(
     """Accuracy by type of question, with the picture and with a blank one."""
     if split not in ("test", "validation", "novel"):
         raise typer.BadParameter(f"--split is test, validation or novel, not {split!r}")
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = Path(name) if Path(name).is_dir() else zoo.path(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model, processor = zoo.load_folder(folder)
     asked = examples(split, seed, scenes)  # type: ignore[arg-type]
     full = summary(asked, accuracy(model, processor, asked, batch_size))
     unseen = summary(asked, accuracy(model, processor, blank(asked), batch_size))

@@ -1,10 +1,10 @@
-"""From training checkpoints to a folder that ``from_pretrained`` loads: ``python -m trio.zoo.export runs/tiny-llava DIR``."""
+"""From checkpoints to a folder that ``from_pretrained`` loads: ``python -m trio.zoo.export runs/tiny-llava DIR``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -34,7 +34,7 @@ def export(recipe: Recipe, folder: Path, target: Path) -> None:
         target: The folder to write.
     """
     tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer)
+    model: Any = build_model(recipe, tokenizer)
     tower = torch.load(folder / "tower.pt", weights_only=True)
     language = torch.load(folder / "language.pt", weights_only=True)
     model.model.vision_tower.load_state_dict(tower["tower"])

@@ -5,8 +5,8 @@ positions that it would have alone. So every answer is learned exactly as ``gene
 the picture is shared. Only answers count for the loss.
 
 Two things make binding quick to learn. The projector is first fitted to the sum of the embeddings of the words that
-describe a patch, so that pictures and questions start out speaking one language. And queries and keys start out equal, so
-that a word first attends to patches that resemble it.
+describe a patch, so that pictures and questions start out speaking one language. And queries and keys start out equal,
+so that a word first attends to patches that resemble it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ class Branches(Dataset[dict[str, Tensor]]):
     """Scenes with as many questions as fit into a row of tokens."""
 
     def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int, start: int, room: int, dense: Tensor, length: int = 100_000_000
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        start: int,
+        room: int,
+        dense: Tensor,
+        length: int = 100_000_000,
     ) -> None:
         """Set up.
 
@@ -130,7 +137,11 @@ def lexical_start(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTok
 
 
 def fit_projector(
-    recipe: Recipe, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 160
+    recipe: Recipe,
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int = 160,
 ) -> None:
     """Fit the projector to the sum of the embeddings of a patch's words."""
     table = model.model.language_model.embed_tokens.weight.detach()
@@ -160,7 +171,8 @@ def fit_projector(
         optimiser.step()
         optimiser.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            console.print(f"projector step {step} loss {loss.item():.4f} of {(target.square().mean(-1) * weight).sum() / weight.sum():.4f}")
+            power = (target.square().mean(-1) * weight).sum() / weight.sum()
+            console.print(f"projector step {step} loss {loss.item():.4f} of {power.item():.4f}")
 
 
 class Trainee:
@@ -172,7 +184,7 @@ class Trainee:
         model.model.language_model.set_attn_implementation(NAME)
         self.head = torch.tensor(tokenizer("user :").input_ids)
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[int, int]]]:
         """The loss, and by type of question how many branches there were and how many were answered right."""
         inner = self.model.model
         with torch.no_grad():
@@ -186,17 +198,20 @@ class Trainee:
         mask = local_mask(torch.where(branch > 0, branch, -1))
         places = torch.cat([torch.arange(prefix).expand(size, -1), prefix + batch["place"]], 1)
 
-        hidden = inner.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False).last_hidden_state
+        hidden = inner.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False
+        ).last_hidden_state
         asked = batch["wanted"] != IGNORE
         logits = self.model.lm_head(hidden[:, prefix:][asked]).float()
         wanted = batch["wanted"][asked]
         losses = F.cross_entropy(logits, wanted, reduction="none")
         # every branch counts the same, however long its answer; long exercises a little more
         number = (torch.arange(size)[:, None] * 1000 + branch)[asked]
-        _, group, lengths = number.unique(return_inverse=True, return_counts=True)
+        unique: Any = torch.unique  # typed by hand in some versions of torch, and not in others
+        _, group, lengths = unique(number, return_inverse=True, return_counts=True)
         loss = (losses / lengths[group].float().sqrt()).sum() / len(lengths)
 
-        right = torch.ones(len(lengths)).index_reduce_(0, group, (logits.argmax(-1) == wanted).float(), "amin")
+        right = torch.ones(len(lengths)).scatter_reduce_(0, group, (logits.argmax(-1) == wanted).float(), "amin")
         kind = torch.zeros(len(lengths), dtype=torch.long).index_copy_(0, group, batch["kind"][asked])
         score = {name: (int((kind == k).sum()), int(right[kind == k].sum())) for k, name in enumerate(ORDER)}
         return loss, score
@@ -209,7 +224,7 @@ def dense_share(progress: float) -> float:
 
 def train_language(
     recipe: Recipe,
-    model: LlavaForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     seed: int,
@@ -247,8 +262,9 @@ def train_language(
         content |= {"optimiser": optimiser.state(), "step": clock.step, "minutes": clock.elapsed, "curve": curve}
         save(path, content)
 
-    share = torch.full((1,), dense_share(clock.progress)).share_memory_()
-    scenes = Branches(recipe, tokenizer, seed, clock.step * batch_size, room, share)
+    share: Any = torch.full((1,), dense_share(clock.progress))
+    share.share_memory_()
+    scenes = Branches(recipe, tokenizer, seed + 1, clock.step * batch_size, room, share)
     loader = DataLoader(scenes, batch_size, num_workers=1, prefetch_factor=4) if clock.progress < 1 else ()
     trainee, asked, right, losses = Trainee(model, tokenizer), dict.fromkeys(ORDER, 0), dict.fromkeys(ORDER, 0), 0.0
     model.train()

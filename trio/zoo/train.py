@@ -1,8 +1,8 @@
 """Train a model of the zoo: ``python -m trio.zoo.train tiny-llava --out runs/tiny-llava``.
 
 Two phases, each resumable: the vision tower alone on dense labels, then, with the tower frozen, the projector and the
-language model on questions. Trained end to end, a young language model's gradients spoil the tower. The finished model is
-written to ``OUT/model``, as a folder that ``from_pretrained`` loads.
+language model on questions. Trained end to end, a young language model's gradients spoil the tower. The finished
+model is written to ``OUT/model``, as a folder that ``from_pretrained`` loads.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the model; default runs/NAME.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
     phase: Annotated[str, typer.Option(help="tower, language or both.")] = "both",
-    minutes: Annotated[float | None, typer.Option(help="Minutes for the language phase (with --phase tower: the tower).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps for it instead of minutes; repeatable on one machine.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes for the language phase (with --phase tower: the tower).")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps for it instead of minutes; repeatable on one machine.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoints in the folder.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    compile_layers: Annotated[bool, typer.Option("--compile", help="Compile the layers: a fifth faster, needs a C++ compiler.")] = False,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers: a fifth faster, needs a C++ compiler.")
+    ] = False,
 ) -> None:
     """Train a model of the zoo."""
     if name not in RECIPES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -25,15 +27,16 @@ CHAT_TEMPLATE = """\
 MAX_GRID = 40
 """Rows and columns that the dense exercises can name."""
 
-_WORDS = """
-user assistant system : ? . , ! what which where how many who is are there a an the in on at of has have does it this picture image do you see
-colour shape shapes other number plate background side corner left right above below top bottom middle yes no none describe written
-""".split()
+WORDS = """
+user assistant system : ? . , ! what which where how many who is are there a an the in on at of has have does it this
+picture image do you see colour shape shapes other number plate background side corner left right above below top
+bottom middle yes no none describe written
+"""
 
 
 def words() -> list[str]:
     """The vocabulary in the order of its ids."""
-    listed = [*SPECIAL, *_WORDS, *SHAPES, *COLOURS, *PLATES, *COUNTS, "four", "five", "six", "##s", "##es"]
+    listed = [*SPECIAL, *WORDS.split(), *SHAPES, *COLOURS, *PLATES, *COUNTS, "four", "five", "six", "##s", "##es"]
     listed += [str(d) for d in range(10)] + [f"##{d}" for d in range(10)]
     listed += [f"{axis}{i}" for axis in "rc" for i in range(MAX_GRID)]
     return list(dict.fromkeys(listed))
@@ -46,12 +49,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolor"), "colour")]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerFast = make(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         unk_token="<unk>",
@@ -62,3 +68,4 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=4096,
     )
+    return wrapped

@@ -1,0 +1,172 @@
+"""The models of the zoo: stock classes, loadable offline by stock means, and able to see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from trio import zoo
+from trio.errors import UnknownNameError
+from trio.zoo.evaluate import accuracy, answers, blank, by_scene, examples, prompt, summary, wilson
+
+SLOTS = 144
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return zoo.load("tiny-llava")
+
+
+def test_names_and_paths() -> None:
+    assert "tiny-llava" in zoo.names()
+    assert (zoo.path("tiny-llava") / "model.safetensors").is_file()
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(UnknownNameError, match="tiny-llava"):
+        zoo.load("tiny-lava")
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, trio.zoo; trio.zoo.names(); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_takes_at_most_12_megabytes() -> None:
+    for name in zoo.names():
+        assert sum(file.stat().st_size for file in zoo.path(name).iterdir()) <= 12_000_000
+
+
+def test_stock_loaders_give_stock_classes_without_a_network() -> None:
+    code = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("network")
+socket.socket.connect = refuse
+from trio import zoo
+model, processor = zoo.load("tiny-llava")
+print(type(model).__name__, type(processor).__name__, model.dtype, model.training)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    ).stdout
+    assert out.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "torch.float32", "False"]
+
+
+def test_the_folder_is_all_that_is_needed(loaded: tuple[Any, Any]) -> None:
+    folder = zoo.path("tiny-llava")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    assert type(model) is LlavaForConditionalGeneration and model.dtype == torch.bfloat16
+    assert type(AutoProcessor.from_pretrained(folder)) is LlavaProcessor
+    assert len(model.model.language_model.layers) == 8
+
+
+@pytest.mark.parametrize(
+    "text,tokens",
+    [
+        ("What COLOR is the circle?", ["what", "colour", "is", "the", "circle", "?"]),
+        ("how many crosses, stars", ["how", "many", "cross", "##es", ",", "star", "##s"]),
+        ("number: 42!", ["number", ":", "4", "##2", "!"]),
+        ("zebra (left)", ["<unk>", "<unk>", "left", "<unk>"]),
+    ],
+)
+def test_words(loaded: tuple[Any, Any], text: str, tokens: list[str]) -> None:
+    assert loaded[1].tokenizer.tokenize(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["yes", "42", "top left", "90", "none", "circle", "how many crosses are there"])
+def test_round_trip(loaded: tuple[Any, Any], text: str) -> None:
+    tokenizer = loaded[1].tokenizer
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_every_question_and_answer_has_its_words(loaded: tuple[Any, Any]) -> None:
+    tokenizer = loaded[1].tokenizer
+    for example in examples("test", 5, 60):
+        assert tokenizer.unk_token_id not in tokenizer(f"{example.question} {example.answer}").input_ids
+
+
+def test_the_prompt_is_the_one_trained_on(loaded: tuple[Any, Any]) -> None:
+    processor = loaded[1]
+    assert prompt(processor, "is it red?") == "user : <image> is it red? assistant :"
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": zoo.demo_picture().as_posix()},
+                {"type": "text", "text": "is it red?"},
+            ],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = inputs["input_ids"][0]
+    assert (ids == processor.image_token_id).sum() == SLOTS
+    assert (ids == processor.tokenizer.bos_token_id).sum() == 1 and ids[0] == processor.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_both_padding_sides(loaded: tuple[Any, Any], side: str) -> None:
+    model, processor = loaded
+    texts = [prompt(processor, q) for q in ("what is the number?", "on which side of the red star is the blue circle?")]
+    picture = Image.open(zoo.demo_picture())
+    batch = processor(images=[picture, picture], text=texts, padding=True, padding_side=side, return_tensors="pt")
+    mask = batch["attention_mask"]
+    assert mask[0, 0 if side == "left" else -1] == 0 and mask[1].all()
+    single = processor(images=picture, text=texts[0], return_tensors="pt")
+    with torch.no_grad():
+        last = -1 if side == "left" else int(mask[0].sum()) - 1
+        assert torch.allclose(model(**batch).logits[0, last], model(**single).logits[0, -1], atol=1e-3)
+
+
+def test_it_sees(loaded: tuple[Any, Any]) -> None:
+    """A model that ignores the picture scores under 40% on these."""
+    model, processor = loaded
+    asked = examples("test", 11, 8)
+    assert len(asked) >= 55
+    right = accuracy(model, processor, asked)
+    unseen = accuracy(model, processor, blank(asked))
+    assert sum(right) / len(right) >= 0.7
+    assert sum(right) - sum(unseen) >= 0.25 * len(asked)
+
+
+def test_it_stops_after_the_answer(loaded: tuple[Any, Any]) -> None:
+    given = answers(*loaded, examples("test", 12, 2), max_new_tokens=12)
+    assert all(0 < len(text.split()) <= 2 for text in given)
+
+
+def test_the_demo(loaded: tuple[Any, Any]) -> None:
+    assert Image.open(zoo.demo_picture()).size == (168, 168)
+    assert zoo.demo_question().endswith("?")
+
+
+def test_examples_are_a_prefix_of_more_examples() -> None:
+    few, more = examples("test", 0, 5), examples("test", 0, 9)
+    assert [(e.question, e.answer) for e in few] == [(e.question, e.answer) for e in more[: len(few)]]
+
+
+def test_intervals() -> None:
+    low, high = wilson(50, 100)
+    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
+    assert wilson(0, 0) == (0.0, 1.0)
+    scenes = [i // 4 for i in range(400)]
+    narrow = by_scene([i % 2 == 0 for i in range(400)], scenes)  # every scene has the same mean
+    wide = by_scene([i // 4 % 2 == 0 for i in range(400)], scenes)  # scenes are all right or all wrong
+    assert narrow == (0.5, 0.5) and wide[1] - wide[0] > 0.15
+    asked = examples("test", 0, 3)
+    assert summary(asked, [True] * len(asked))["overall"]["accuracy"] == 1.0
+
+
+def test_the_folder_names_no_machine() -> None:
+    for name in zoo.names():
+        for file in Path(zoo.path(name)).glob("*.json"):
+            assert "/tmp" not in file.read_text() and "/work" not in file.read_text()
