@@ -245,7 +245,7 @@ class Registry(Generic[T]):
         """
         obj = getattr(part, "obj", None)  # a PartSpec that carries an object or a class instead of a name
         if obj is not None and not isinstance(part, self.base):
-            return self.build(obj, **params)
+            return self.build(obj, **{**getattr(part, "params", {}), **params})
         if isinstance(part, str):
             return self._make(self.get(part), part, params)
         as_mapping = getattr(part, "as_mapping", None)  # a PartSpec that carries a name

@@ -127,7 +127,7 @@ class Keep(_Model):
         for key in value:
             if key not in (*keys, "auto"):
                 raise Wrong(f"unknown key {key!r}. {did_you_mean(str(key), keys)}Allowed: {', '.join(keys)}.", (key,))
-        given = [key for key in ("count", "share", "auto") if value.get(key) not in (None, False)]
+        given = [key for key in ("count", "share", "auto") if value.get(key) is not None and value[key] is not False]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")

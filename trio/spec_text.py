@@ -73,7 +73,8 @@ def translate(
     """Pydantic's problems with `root` as one `SpecError`, a sentence each, with file, line and place."""
     sentences: list[str] = []
     first: tuple[str, int | None] | None = None
-    for problem in error.errors():
+    # A misspelt key is also a missing one: say the misspelling first.
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
         place, text = _place(problem, root)
         line = line_of(place, lines)
         where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(place)) if part)
