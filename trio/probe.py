@@ -124,9 +124,10 @@ class Probe(ABC):
         """
         with _differentiable():
             inputs = _detached(self.inputs)
+            rows = Rows(rows.index.clone(), rows.valid.clone())
             hidden = inputs.hidden.requires_grad_(True)
             logits = self._logits(self._forward_rows(inputs, rows))
-            weight, scale = _loss_gradient(logits.detach(), rows.valid.clone())
+            weight, scale = _loss_gradient(logits.detach(), rows.valid)
             (gradient,) = torch.autograd.grad(logits, hidden, grad_outputs=weight.to(logits.dtype))
             return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32) / scale[:, None]
 

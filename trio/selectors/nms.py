@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from trio.registry import SELECTORS
@@ -36,7 +35,7 @@ class NMS(Selector):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
         order = ranking(saliency, valid)
-        unit = F.normalize(features.float(), dim=-1)
+        unit = unit_length(features)
         unit = unit.gather(1, order[..., None].expand_as(unit))
         exists = valid.gather(1, order)
         if features.device.type == "cpu":
@@ -46,6 +45,13 @@ class NMS(Selector):
         # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
         rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
         return first_k(order.gather(1, rank), k)
+
+
+def unit_length(features: torch.Tensor) -> torch.Tensor:
+    """Features ``(G, N, D)`` at length 1, float32; zeros stay zeros. Huge and tiny features neither overflow nor vanish."""
+    features = features.float()
+    features = features / features.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def suppress_in_blocks(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: torch.Tensor) -> torch.Tensor:

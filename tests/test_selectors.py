@@ -1,0 +1,129 @@
+"""Selectors against naive loops, on random and on degenerate features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trio.selectors.nms import NMS, suppress_at_once, suppress_in_blocks, unit_length
+from trio.selectors.top_k import TopK
+
+
+def naive_nms(saliency: list[float], features: torch.Tensor, k: int, threshold: float) -> list[int]:
+    """Straight from the description: visit by falling saliency, keep, suppress, fill up, raster order."""
+    order = sorted(range(len(saliency)), key=lambda i: (-saliency[i], i))
+    kept: list[int] = []
+    suppressed: list[int] = []
+    for i in order:
+        if len(kept) == k:
+            break
+        if any(_cosine(features[i], features[j]) >= threshold for j in kept):
+            suppressed.append(i)
+        else:
+            kept.append(i)
+    kept += suppressed[: k - len(kept)]
+    return sorted(kept)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double(), b.double()
+    norms = a.norm() * b.norm()
+    return float(a @ b / norms) if norms > 0 else 0.0
+
+
+def batch(groups: list[tuple[list[float], torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    most = max(len(s) for s, _ in groups)
+    saliency = torch.full((len(groups), most), float("-inf"))
+    features = torch.randn(len(groups), most, groups[0][1].shape[1])  # garbage where not valid
+    valid = torch.zeros(len(groups), most, dtype=torch.bool)
+    for g, (s, f) in enumerate(groups):
+        saliency[g, : len(s)], features[g, : len(s)], valid[g, : len(s)] = torch.tensor(s), f, True
+    return saliency, features, valid
+
+
+def chosen(selector, saliency, features, k, valid) -> list[list[int]]:
+    indices, there = selector.select(saliency, features, torch.tensor(k), valid)
+    assert indices.dtype == torch.int64 and there.dtype == torch.bool and indices.shape == there.shape
+    return [row[keep].tolist() for row, keep in zip(indices, there, strict=True)]
+
+
+def clustered(n: int, seed: int, dims: int = 8, centres: int = 5) -> torch.Tensor:
+    """Features with near-duplicates, their similarities away from the thresholds by more than rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randn(centres, dims, generator=generator)
+    return middle[torch.randint(centres, (n,), generator=generator)] + 0.3 * torch.randn(n, dims, generator=generator)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("seed", range(6))
+def test_nms_equals_the_naive_loop_on_ragged_groups(threshold, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes, k = [150, 40, 1, 97], [30, 25, 1, 97]
+    groups = [(torch.rand(n, generator=generator).tolist(), clustered(n, seed + n)) for n in sizes]
+    got = chosen(NMS(threshold=threshold), *batch(groups)[:2], k, batch(groups)[2])
+    for (saliency, features), count, indices in zip(groups, k, got, strict=True):
+        assert indices == naive_nms(saliency, features, count, threshold)
+
+
+DEGENERATE = {
+    "all equal": lambda n: torch.ones(n, 4),
+    "all opposite": lambda n: torch.ones(n, 4) * torch.tensor([1.0, -1.0]).repeat(n)[:n, None],
+    "zeros": lambda n: torch.zeros(n, 4),
+    "orthogonal": lambda n: torch.eye(n),
+    "two directions": lambda n: torch.eye(4)[torch.arange(n) % 2],
+    "some zeros": lambda n: torch.eye(4)[torch.arange(n) % 4] * (torch.arange(n) % 3 > 0)[:, None],
+    "huge and tiny": lambda n: clustered(n, 3, 4) * torch.logspace(-15, 15, n)[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("threshold", [-1.0, 0.8, 1.01])
+@pytest.mark.parametrize("ties", [False, True])
+def test_nms_on_degenerate_features(kind, threshold, ties):
+    n = 70  # more than a block
+    features = DEGENERATE[kind](n)
+    saliency = [0.5] * n if ties else torch.rand(n, generator=torch.Generator().manual_seed(1)).tolist()
+    for k in (0, 1, 7, 69, 70):
+        got = chosen(
+            NMS(threshold=threshold), *batch([(saliency, features)])[:2], [k], batch([(saliency, features)])[2]
+        )
+        assert got == [naive_nms(saliency, features, k, threshold)]
+
+
+@given(st.integers(1, 90), st.integers(1, 5), st.floats(0.1, 0.99), st.integers(0, 10_000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_nms_blocks_and_all_at_once_agree_and_are_greedy(n, groups, threshold, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.stack([clustered(n, seed + g) for g in range(groups)])
+    unit = unit_length(features)
+    exists = torch.arange(n)[None] < torch.randint(1, n + 1, (groups, 1), generator=generator)
+    k = torch.tensor([data.draw(st.integers(0, int(e.sum()))) for e in exists])
+    at_once = suppress_at_once(unit, exists, threshold)
+    blocks = suppress_in_blocks(unit, exists, threshold, k)
+    for g in range(groups):
+        first = at_once[g].nonzero().squeeze(1)[: int(k[g])]
+        assert blocks[g].nonzero().squeeze(1).tolist() == first.tolist()
+
+
+def test_nms_groups_do_not_see_each_other():
+    groups = [([0.3, 0.9, 0.1], torch.eye(3)), ([0.2, 0.8, 0.5, 0.4], torch.ones(4, 3))]
+    together = chosen(NMS(), *batch(groups)[:2], [2, 2], batch(groups)[2])
+    alone = [chosen(NMS(), *batch([g])[:2], [2], batch([g])[2])[0] for g in groups]
+    assert together == alone == [[0, 1], [1, 2]]
+
+
+def test_top_k_ties_and_raggedness():
+    saliency = torch.tensor([[0.5, 0.5, 0.9, 0.5], [0.1, 0.7, float("-inf"), float("-inf")]])
+    valid = torch.tensor([[True] * 4, [True, True, False, False]])
+    features = torch.zeros(2, 4, 1)
+    assert chosen(TopK(), saliency, features, [3, 1], valid) == [[0, 1, 2], [1]]
+    assert chosen(TopK(), saliency, features, [0, 2], valid) == [[], [0, 1]]
+
+
+def test_valid_tokens_with_infinite_saliency_come_before_padding():
+    saliency = torch.full((1, 4), float("-inf"))
+    valid = torch.tensor([[False, True, True, False]])
+    for selector in (TopK(), NMS()):
+        assert chosen(selector, saliency, torch.eye(4)[None], [2], valid) == [[1, 2]]
