@@ -106,6 +106,20 @@ def test_saliencies_survive_json_to_the_last_bit(values: list[float]) -> None:
     assert GroupReport.model_validate_json(made.model_dump_json()).saliency == values
 
 
+def test_selection_counts_within_each_image_also_where_a_sample_shares_its_count() -> None:
+    images = [ImageReport(tokens=4, grid=(2, 2)), ImageReport(tokens=4, grid=(2, 2))]
+    first, second = Origins.of_grid(2, 2).take([1]), Origins.of_grid(2, 2, image=1).take([0, 3])
+    both = Origins(**{name: getattr(first, name) + getattr(second, name) for name in Origins.model_fields})
+    shared = group([1, 4, 7], 8, None, origins=both)
+    single = [group([1], 1, 0, origins=first), group([3], 2, 1, origins=second.take([1]))]
+    samples = [
+        SampleReport(sample=0, images=images, stages=[stage(1, shared), stage(2, *single)]),
+        SampleReport(sample=1, images=[]),
+    ]
+    made = report(samples=samples, layer_tokens=[[9] * 6, [9] * 6])
+    assert made.selection() == [[[[1], [0, 3]], []], [[[1], [3]], []]]
+
+
 def test_summary_names_counts_and_notes() -> None:
     noted = group([0, 1], 2, notes=["kept all: fewer tokens than the count"])
     made = report(
