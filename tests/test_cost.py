@@ -1,5 +1,6 @@
 """Predicted cost: hand arithmetic, published numbers, every way in which an input can be wrong."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,6 +175,9 @@ def test_fastv_formula_gives_the_papers_full_models() -> None:
 
 def test_fastv_formula_on_the_released_schedules_saves_more_than_the_paper_says() -> None:
     """The paper's 0.45 T and 2.68 T (6.62x, 6.22x) are not this formula on its own schedules: docs/cost.md."""
+    stated = predict(released((436, 255, 173)), ModelShape.named("llava-next-7b"), images=(2880,))
+    assert round(stated.compressed.paper_flops / 1e12, 3) == 1.822
+    assert round(stated.paper_reduction, 2) == 9.15
     small = predict(released((92, 54, 22)), ModelShape.named("llava-1.5-7b"))
     assert small.compressed.paper_flops == 325_651_333_120
     assert small.paper_reduction == pytest.approx(9.17, abs=0.005)
@@ -217,6 +221,31 @@ def test_shipped_specs_on_named_shapes(name: str, shipped: str) -> None:
     assert made.kv_reduction > 1.5
     assert made.notes == []
     assert type(made).model_validate_json(made.model_dump_json()) == made
+
+
+def test_the_table_in_the_docs_is_what_the_formulas_give() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "cost.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| trio-")]
+    assert len(rows) == 6
+    for row in rows:
+        shipped, name, tokens, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        made = predict(shipped, ModelShape.named(name), images=(int(tokens),), text_tokens=60)
+        full, small = made.full, made.compressed
+        cells = [
+            shipped,
+            name,
+            tokens,
+            f"{made.average_kept:.1f}",
+            f"{full.flops.total / 1e12:.2f}",
+            f"{small.flops.total / 1e12:.2f}",
+            f"{small.flops.scoring / 1e12:.2f}",
+            f"{made.flops_reduction:.2f}x",
+            f"{full.kv_bytes / 2**20:.0f}",
+            f"{small.kv_bytes / 2**20:.0f}",
+            f"{made.kv_reduction:.2f}x",
+            f"{made.paper_reduction:.2f}x",
+        ]
+        assert row == f"| {' | '.join(cells)} |"
 
 
 @settings(max_examples=60, deadline=None)
