@@ -1,0 +1,73 @@
+"""The command line `trio`: run, list, show, validate, schema, check.
+
+Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
+what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import trio
+from trio.cli.check import check
+from trio.cli.listing import list_parts
+from trio.cli.run import run
+from trio.cli.show import show
+from trio.cli.specs import schema, validate
+from trio.errors import TrioError
+
+__all__ = ["app"]
+
+
+class _Group(TyperGroup):
+    """Turns every error that the package raises on purpose into one paragraph on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrioError as error:
+            typer.echo(f"trio: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="trio",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fewer visual tokens for vision-language models, on stock transformers.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"trio-vlm {trio.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Fewer visual tokens for vision-language models, on stock transformers."""
+    if "_LAZY" not in vars(trio):  # the async library of the same import name was installed over this package
+        typer.echo(
+            "trio: the async library 'trio' has overwritten trio-vlm in this environment; both own the folder "
+            "site-packages/trio. Make a fresh environment and install there only trio-vlm.",
+            err=True,
+        )
+        raise typer.Exit(2)
+
+
+app.command("run")(run)
+app.command("list")(list_parts)
+app.command("show")(show)
+app.command("validate")(validate)
+app.command("schema")(schema)
+app.command("check")(check)

@@ -1,0 +1,211 @@
+"""What the commands share: output, pictures, models, and how a question is put to a model."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trio.errors import InputError, UnsupportedModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+    from rich.console import Console
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+
+
+class DType(StrEnum):
+    """Number formats that a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def console() -> Console:
+    """The console for results: standard output, 100 columns where it is no terminal."""
+    from rich.console import Console
+
+    out = Console(highlight=False, soft_wrap=False)
+    return out if out.is_terminal else Console(highlight=False, width=100)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value, and nothing else, on standard output."""
+    import json
+
+    import typer
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def times(value: float | None) -> str:
+    """A ratio for people: `5.13x`."""
+    return "?" if value is None else f"{value:.2f}x"
+
+
+def quantity(value: float, unit: str, *, base: int = 1000) -> str:
+    """A large number with a prefix: `2.98 TFLOP`, `1.5 MiB` (with base 1024)."""
+    prefixes = ["", "K", "M", "G", "T", "P"]
+    index = 0
+    while value >= base and index < len(prefixes) - 1:
+        value, index = value / base, index + 1
+    prefix = prefixes[index] + ("i" if base == 1024 and index else "")
+    return f"{value:.0f} {unit}" if index == 0 else f"{value:.2f} {prefix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, seconds above."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def layer_ranges(*columns: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """Runs of layers over which every column is constant, counted from 1: [("1-16", (576, 96)), ...]."""
+    runs: list[tuple[int, int, tuple[int, ...]]] = []
+    for layer, values in enumerate(zip(*columns, strict=True), start=1):
+        if runs and runs[-1][2] == values:
+            runs[-1] = (runs[-1][0], layer, values)
+        else:
+            runs.append((layer, layer, values))
+    return [(str(first) if first == last else f"{first}-{last}", values) for first, last, values in runs]
+
+
+def load_picture(path: Path) -> Image:
+    """A picture as RGB, upright.
+
+    Raises:
+        InputError: it is missing, is no picture, is damaged or is larger than 89 million pixels.
+    """
+    import warnings
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    place = f"picture {str(path)!r}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    raise Image.DecompressionBombWarning
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{place}: not a picture that can be read; give a PNG, JPEG or WebP file.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{place}: more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
+    except FileNotFoundError:
+        raise InputError(f"{place}: there is no such file; check the path.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{place}: cannot be read ({error}); is the file damaged, or a folder?") from error
+
+
+def find_model(name: str) -> str:
+    """A zoo model's folder, a local folder, or a hub name, as `from_pretrained` takes it.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    from trio import zoo
+
+    if name in zoo.names():
+        return str(zoo.path(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model {name!r}: the folder has no config.json; give a folder that `save_pretrained` wrote."
+            )
+        return str(folder)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
+        return name
+    raise InputError(
+        f"model {name!r}: neither a model of the zoo ({', '.join(zoo.names()) or 'empty'}), nor a folder, nor a hub "
+        "name "
+        f"such as llava-hf/llava-1.5-7b-hf. {did_you_mean(name, zoo.names())}".rstrip()
+    )
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """A model in evaluation mode, and its processor.
+
+    Args:
+        name: what `find_model` takes.
+        dtype: `auto` (as the checkpoint says), `float32`, `bfloat16` or `float16`.
+        device: `auto` (an accelerator where there is one), or a torch device such as `cpu` or `cuda:1`.
+
+    Raises:
+        InputError: there is no such model, it cannot be loaded, or there is no such device.
+        UnsupportedModelError: it is no image-text-to-text model.
+    """
+    import torch
+    import transformers
+
+    place = find_model(name)
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+    auto: Any = transformers  # its typing changes from version to version
+    try:
+        model = auto.AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
+        processor = auto.AutoProcessor.from_pretrained(place)
+    except ValueError as error:
+        if "Unrecognized" in str(error) or "not recognized" in str(error) or "does not recognize" in str(error):
+            raise UnsupportedModelError(
+                f"model {name!r}: transformers has no image-text-to-text model for it ({first_line(error)}); give a "
+                "vision-language model such as llava-hf/llava-1.5-7b-hf."
+            ) from error
+        raise InputError(f"model {name!r}: cannot be loaded ({first_line(error)}).") from error
+    except Exception as error:  # whatever a damaged checkpoint or a missing network raises is the user's to know
+        raise InputError(
+            f"model {name!r}: cannot be loaded ({type(error).__name__}: {first_line(error)}); check that the folder is "
+            "complete, or that the hub can be reached."
+        ) from error
+    try:
+        return model.to(device).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r}: {first_line(error)}; give cpu, cuda or cuda:N.") from error
+
+
+def load_config(name: str) -> Any:
+    """A model's config without its weights.
+
+    Raises:
+        InputError: there is no such model, or its config cannot be read.
+    """
+    import transformers
+
+    place = find_model(name)
+    try:
+        return transformers.AutoConfig.from_pretrained(place)
+    except Exception as error:  # as in load_model
+        raise InputError(f"model {name!r}: its config cannot be read ({first_line(error)}).") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def inputs_for(processor: Any, pictures: Sequence[Image], question: str) -> Any:
+    """What the model's forward takes for one prompt: the pictures, then the question, in the model's own chat format.
+
+    Raises:
+        InputError: the processor has neither a chat template nor a picture token.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    elif getattr(processor, "image_token", None):
+        text = f"{processor.image_token} " * len(pictures) + question
+    else:
+        raise InputError(
+            f"model: its {type(processor).__name__} has neither a chat template nor a picture token, so a prompt "
+            "cannot be "
+            "written for it; use the Python API with your own inputs."
+        )
+    return processor(text=[text], images=list(pictures), return_tensors="pt")

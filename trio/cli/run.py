@@ -1,0 +1,251 @@
+"""`trio run`: one question, answered by the full model and by the compressed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trio.cli.common import DType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trio.cost import CostPrediction
+    from trio.report import CompressionReport
+
+OVERLAY = Path("trio-overlay.png")
+
+
+def run(
+    model: Annotated[str, typer.Option("--model", "-m", help="Zoo model, folder or hub name.")] = "tiny-llava",
+    picture: Annotated[
+        list[Path] | None,
+        typer.Option("--picture", "-p", help="Picture file; may be repeated. Default: the bundled one."),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="What to ask. Default: the bundled question.")
+    ] = None,
+    spec: Annotated[
+        str, typer.Option("--spec", "-s", help="Shipped spec or a YAML file; see `trio list`.")
+    ] = "trio-11",
+    overlay: Annotated[
+        Path | None,
+        typer.Option("--overlay", "-o", help=f"Where to draw what was kept. Default: {OVERLAY}, none with --json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
+    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Answer a question about a picture twice, full and compressed, and show what was saved."""
+    from trio import zoo
+    from trio.cli.common import load_model, load_picture, print_json
+    from trio.errors import InputError
+    from trio.spec import load_spec
+
+    loaded = load_spec(spec)  # before the model: a wrong name should not cost a minute
+    files = list(picture or [zoo.demo_picture()])
+    if question is None:
+        if picture:
+            raise InputError("question: missing; a picture of your own needs a question, --question TEXT.")
+        question = zoo.demo_question()
+    if not question.strip():
+        raise InputError("question: it is empty; give the text to ask, --question TEXT.")
+    target = _writable(overlay or (None if as_json else OVERLAY))
+    pictures = [load_picture(file) for file in files]
+    network, processor = load_model(model, dtype=dtype.value, device=device)
+
+    result = _answer_twice(network, processor, pictures, question, loaded, max_new_tokens)
+    if target is not None:
+        _draw(target, pictures, processor, result["report"])
+    facts = _facts(model, loaded.name, question, files, target, result)
+    if as_json:
+        print_json(facts)
+    else:
+        _print(facts, result)
+
+
+def _writable(target: Path | None) -> Path | None:
+    """The overlay's path, refused early where it cannot be written."""
+    from trio.errors import InputError
+
+    if target is None:
+        return None
+    if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"overlay {str(target)!r}: the name has to end in .png, .jpg or .webp.")
+    if not target.resolve().parent.is_dir():
+        raise InputError(
+            f"overlay {str(target)!r}: there is no folder {str(target.resolve().parent)!r}; make it first."
+        )
+    return target
+
+
+def _answer_twice(
+    model: Any, processor: Any, pictures: list[Any], question: str, spec: Any, max_new_tokens: int
+) -> dict[str, Any]:
+    from trio.cli.common import inputs_for
+    from trio.pipeline import Pipeline
+
+    pipeline = Pipeline.from_spec(spec, model, report="full")
+    inputs = inputs_for(processor, pictures, question).to(model.device, dtype=model.dtype)
+    prompt = inputs["input_ids"].shape[1]
+
+    def answer(length: int) -> Any:
+        return model.generate(**inputs, max_new_tokens=length, do_sample=False)[0, prompt:]
+
+    answer(1)  # the first call pays for loading and caches; it is not measured
+    full_prefill, _ = _timed(model, lambda: answer(1))
+    full_time, full = _timed(model, lambda: answer(max_new_tokens))
+    with pipeline:
+        answer(1)
+        prefill, _ = _timed(model, lambda: answer(1))
+        time, compressed = _timed(model, lambda: answer(max_new_tokens))
+    report = pipeline.report
+    return {
+        "answers": [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in (full, compressed)],
+        "generated": [len(full), len(compressed)],
+        "prefill": (full_prefill, prefill),
+        "total": (full_time, time),
+        "report": report,
+        "cost": _cost(report, spec, model),
+    }
+
+
+def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds on the wall clock, and the result; queued work of an accelerator is waited for."""
+    import time
+
+    import torch
+
+    def wait() -> None:
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize(model.device)
+
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - start, result
+
+
+def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
+    """The predicted cost of what ran, or why it is not known."""
+    from trio.cost import ModelShape, of_report
+    from trio.errors import TrioError
+
+    try:
+        return of_report(report, spec, ModelShape.from_config(model.config))
+    except TrioError as error:
+        return str(error)
+
+
+def _draw(target: Path, pictures: list[Any], processor: Any, report: CompressionReport) -> None:
+    from trio.errors import InputError
+    from trio.viz import overlay_from_report, seen_region
+
+    regions = [seen_region(picture, processor) for picture in pictures]
+    drawn = overlay_from_report(pictures, report, regions=regions)
+    try:
+        drawn.save(target)
+    except OSError as error:
+        raise InputError(f"overlay {str(target)!r}: cannot be written ({error.strerror or error}).") from error
+
+
+def _facts(
+    model: str, spec: str, question: str, files: list[Path], target: Path | None, result: dict[str, Any]
+) -> dict[str, Any]:
+    report: CompressionReport = result["report"]
+    cost: CostPrediction | str = result["cost"]
+    full, compressed = result["answers"]
+    sample = report.samples[0]
+    by_layer = sample.visual_by_layer(report.num_layers)
+    return {
+        "model": model,
+        "spec": spec,
+        "pictures": [str(file) for file in files],
+        "question": question,
+        "answer": {"full": full, "compressed": compressed},
+        "same_answer": full == compressed,
+        "visual_tokens": report.visual_tokens,
+        "average_kept": report.average_kept,
+        "retention": report.retention,
+        "kept": sample.kept_by_stage,
+        "stages": [
+            {"after_layer": stage.after_layer, "tokens_in": stage.tokens_in, "kept": stage.kept}
+            for stage in sample.stages
+        ],
+        "visual_by_layer": by_layer,
+        "flops": None
+        if isinstance(cost, str)
+        else {"full": cost.full.flops.total, "compressed": cost.compressed.flops.total},
+        "flops_reduction": None if isinstance(cost, str) else cost.flops_reduction,
+        "kv_bytes": None
+        if report.kv_bytes is None
+        else {"full": report.kv_bytes.full_equivalent, "compressed": report.kv_bytes.measured},
+        "kv_reduction": None if report.kv_bytes is None else report.kv_bytes.reduction,
+        "seconds": {
+            "prefill": dict(zip(("full", "compressed"), result["prefill"], strict=True)),
+            "answer": dict(zip(("full", "compressed"), result["total"], strict=True)),
+            "phases": report.timing,
+        },
+        "new_tokens": dict(zip(("full", "compressed"), result["generated"], strict=True)),
+        "notes": [*report.notes, *([cost] if isinstance(cost, str) else cost.notes)],
+        "overlay": None if target is None else str(target),
+    }
+
+
+def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from trio.cli.common import console, duration, layer_ranges, quantity, times
+
+    out = console()
+    out.print(Text(f"{facts['model']}, spec {facts['spec']}", style="bold"))
+    out.print(Text(f"question    {facts['question']}"))
+    out.print(Text(f"full        {facts['answer']['full']}"))
+    style = "green" if facts["same_answer"] else "yellow"
+    out.print(Text(f"compressed  {facts['answer']['compressed']}", style=style))
+    out.print()
+
+    table = Table(title=None, header_style="bold")
+    table.add_column("")
+    for name in ("full", "compressed", "ratio"):
+        table.add_column(name, justify="right")
+
+    def ratio(full: float, compressed: float) -> str:
+        return times(full / compressed if compressed else None)
+
+    by_layer = facts["visual_by_layer"]
+    full_tokens = facts["visual_tokens"]
+    for layers, (kept,) in layer_ranges(by_layer):
+        table.add_row(f"visual tokens, layer {layers}", str(full_tokens), str(kept), ratio(full_tokens, kept))
+    average = facts["average_kept"]
+    table.add_row(
+        "visual tokens, average", str(full_tokens), f"{average:.1f}", ratio(full_tokens, average), end_section=True
+    )
+    if facts["flops"] is not None:
+        full, compressed = facts["flops"]["full"], facts["flops"]["compressed"]
+        table.add_row(
+            "FLOPs, prefill and tower", quantity(full, "FLOP"), quantity(compressed, "FLOP"), ratio(full, compressed)
+        )
+        cost = result["cost"]
+        language, smaller = cost.full.flops.language, cost.compressed.flops.language
+        table.add_row(
+            "  language model only", quantity(language, "FLOP"), quantity(smaller, "FLOP"), ratio(language, smaller)
+        )
+    if facts["kv_bytes"] is not None:
+        full, compressed = facts["kv_bytes"]["full"], facts["kv_bytes"]["compressed"]
+        table.add_row(
+            "KV cache", quantity(full, "B", base=1024), quantity(compressed, "B", base=1024), ratio(full, compressed)
+        )
+    for name, key in (("time to first token", "prefill"), ("time of the answer", "answer")):
+        full, compressed = facts["seconds"][key]["full"], facts["seconds"][key]["compressed"]
+        table.add_row(name, duration(full), duration(compressed), ratio(full, compressed))
+    out.print(table)
+    for note in facts["notes"]:
+        out.print(Text(f"note: {note}"))
+    if facts["overlay"] is not None:
+        out.print(Text(f"kept tokens drawn to {facts['overlay']}"), soft_wrap=True)

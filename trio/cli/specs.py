@@ -1,0 +1,36 @@
+"""`trio validate` and `trio schema`: spec files, for people and for editors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(help="Spec files, or names of shipped specs.", metavar="FILE...")],
+) -> None:
+    """Check spec files, the parameters of their parts included; exit code 2 where one is wrong."""
+    from trio.errors import TrioError
+    from trio.spec import load_spec
+
+    wrong = 0
+    for file in files:
+        try:
+            spec = load_spec(file)
+        except TrioError as error:
+            wrong += 1
+            typer.echo(f"trio: {' '.join(str(error).split())}", err=True)
+        else:
+            what = [*(["a compressor"] if spec.compressor is not None else []), f"{len(spec.stages)} stages"]
+            typer.echo(f"{file}: ok ({spec.name}: {' and '.join(what)})")
+    if wrong:
+        raise typer.Exit(2)
+
+
+def schema() -> None:
+    """Print the JSON schema of spec files, with the names of all installed parts, for editors."""
+    from trio.cli.common import print_json
+    from trio.spec import PipelineSpec
+
+    print_json(PipelineSpec.json_schema(parts=True))
