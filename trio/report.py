@@ -34,9 +34,9 @@ class Origins(_Record):
         image: index of the image in its sample, from 0.
         kind: ``patch``, ``cls``, ``merged`` (stands for several patches) or ``newline`` (LLaVA-NeXT's row ends).
         frame: index of the video frame or image tile, 0 for a plain image.
-        row: row in the image's grid of visual tokens, from 0 at the top; -1 for a token without a place (``cls``).
-        column: column in that grid, from 0 at the left; -1 for a token without a place.
-        size: how many patches the token stands for, at least 1 (0 for ``newline`` and ``cls``).
+        row: row in the image's grid of visual tokens, from 0 at the top; of no meaning for ``cls`` and ``newline``.
+        column: column in that grid, from 0 at the left; of no meaning for ``cls`` and ``newline``.
+        size: how many patches the token stands for (0 for ``newline``).
     """
 
     image: list[Count]
