@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +21,12 @@ class ImageTokens:
 
     Attributes:
         kind: index into `KINDS`.
-        frame: frame of a video, 0 for a picture.
-        row: row on the grid of visual tokens, counted from the top of the picture.
+        frame: frame of a video; for a tiled picture 0 is the whole picture and 1 the tiles put together.
+        row: row on the frame's grid of visual tokens, counted from the top of the picture.
         column: column on that grid, counted from the left.
         size: how many patches of the vision tower the token stands for (at least 1; 0 for structure such as newlines).
-        grid: rows and columns of the grid that `row` and `column` index.
+        grids: rows and columns of each frame's grid; the last one holds for all later frames. Each grid covers the
+            whole picture, so that row and column give a token's place in it.
     """
 
     kind: torch.Tensor
@@ -32,10 +34,12 @@ class ImageTokens:
     row: torch.Tensor
     column: torch.Tensor
     size: torch.Tensor
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_grid(cls, rows: int, columns: int, *, frames: int = 1, size: int = 1, leading_cls: bool = False) -> ImageTokens:
+    def from_grid(
+        cls, rows: int, columns: int, *, frames: int = 1, size: int = 1, leading_cls: bool = False
+    ) -> ImageTokens:
         """Tokens in raster order, frame by frame; with `leading_cls` one class token before them."""
         frame, row, column = (
             axis.reshape(-1)
@@ -48,7 +52,48 @@ class ImageTokens:
             kind = torch.cat([torch.full_like(zero, CLS), kind])
             frame, row, column = (torch.cat([zero, axis]) for axis in (frame, row, column))
             sizes = torch.cat([torch.ones_like(zero), sizes])
-        return cls(kind, frame, row, column, sizes, (rows, columns))
+        return cls(kind, frame, row, column, sizes, ((rows, columns),))
+
+    @classmethod
+    def join(cls, parts: Sequence[ImageTokens]) -> ImageTokens:
+        """Several frames in a row, numbered from 0: what the parts call frames is counted on."""
+        frames, first = [], 0
+        for part in parts:
+            frames.append(part.frame + first)
+            first += len(part.grids)
+        return cls(
+            torch.cat([part.kind for part in parts]),
+            torch.cat(frames),
+            torch.cat([part.row for part in parts]),
+            torch.cat([part.column for part in parts]),
+            torch.cat([part.size for part in parts]),
+            tuple(grid for part in parts for grid in part.grids),
+        )
+
+    def with_newlines(self) -> ImageTokens:
+        """The tokens of one grid with a newline at the end of each row, as LLaVA-NeXT packs its tiles."""
+        rows, columns = self.grids[0]
+        ends = torch.arange(rows)
+        order = torch.cat([self.row * (columns + 1) + self.column, ends * (columns + 1) + columns]).argsort()
+        zero = torch.zeros_like(ends)
+        return ImageTokens(
+            torch.cat([self.kind, zero + NEWLINE])[order],
+            torch.cat([self.frame, zero])[order],
+            torch.cat([self.row, ends])[order],
+            torch.cat([self.column, zero + columns])[order],
+            torch.cat([self.size, zero])[order],
+            self.grids,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns where all frames have one grid, else None."""
+        return self.grids[0] if len(set(self.grids)) == 1 else None
+
+    @property
+    def is_picture(self) -> torch.Tensor:
+        """bool ``(n,)``, False at structure such as newlines."""
+        return self.kind != NEWLINE
 
     @property
     def tokens(self) -> int:
@@ -63,5 +108,5 @@ class ImageTokens:
             self.row[indices],
             self.column[indices],
             self.size[indices],
-            self.grid,
+            self.grids,
         )

@@ -102,6 +102,7 @@ class Pipeline:
             owner=spec.name,
             compact=self.positions == "compact",
             full_report=report == "full",
+            newlines=spec.newlines,
             on_prefill=self._remember,
             on_decode=self._decoded,
         )

@@ -114,12 +114,16 @@ class GroupReport(_Record):
 
 
 class StageReport(_Record):
-    """What one stage did to one sample; one entry in `groups` for each image, or one for all of them."""
+    """What one stage did to one sample; one entry in `groups` for each image, or one for all of them.
+
+    `newlines` counts the newline tokens left, which are structure and in no other count.
+    """
 
     after_layer: Count
     scorer: str
     selector: str
     groups: list[GroupReport]
+    newlines: Count = 0
     notes: list[str] = []
 
     @property
@@ -139,12 +143,15 @@ class ImageReport(_Record):
     Attributes:
         tokens: visual tokens that the full model gives the image.
         grid: (rows, columns) of these tokens where they form one grid, else None (a tiled image, a video).
+        grids: (rows, columns) of each frame (of a tiled picture: the whole picture, then the tiles put together); the
+            last one holds for all later frames.
         size_px: (width, height) of the picture in pixels, where known.
         entered: tokens that entered the language model after a compressor; None: no compressor, `tokens` entered.
     """
 
     tokens: Count
     grid: tuple[int, int] | None = None
+    grids: list[tuple[int, int]] = []
     size_px: tuple[int, int] | None = None
     entered: Count | None = None
 
@@ -155,10 +162,14 @@ class ImageReport(_Record):
 
 
 class SampleReport(_Record):
-    """One row of the batch: its images, and what each stage kept of them (stages in the order in which they ran)."""
+    """One row of the batch: its images, and what each stage kept of them (stages in the order in which they ran).
+
+    `newlines` counts the newline tokens at the start, which are structure and in no other count.
+    """
 
     sample: Count
     images: list[ImageReport]
+    newlines: Count = 0
     stages: list[StageReport] = []
 
     @model_validator(mode="after")

@@ -41,7 +41,8 @@ def make_report(
         samples.append(
             SampleReport(
                 sample=number,
-                images=[ImageReport(tokens=image.tokens, grid=image.grid) for image in images],
+                images=[ImageReport(tokens=image.tokens, grid=image.grid, grids=list(image.grids)) for image in images],
+                newlines=record.newlines[number] if record.newlines else 0,
                 stages=[
                     _stage_report(stage, on_host[stage.index], number, record, level)
                     for stage in stages
@@ -83,6 +84,7 @@ def _to_host(stage: StageRecord) -> StageRecord:
         counts=stage.counts,
         asked=stage.asked,
         saliency=None if stage.saliency is None else stage.saliency.cpu(),
+        newlines=stage.newlines,
     )
 
 
@@ -125,6 +127,7 @@ def _stage_report(
         scorer=SCORERS.name_of(type(stage.scorer)) or type(stage.scorer).__name__,
         selector=SELECTORS.name_of(type(stage.selector)) or type(stage.selector).__name__,
         groups=groups,
+        newlines=host.newlines[sample] if host.newlines else 0,
     )
 
 

@@ -407,6 +407,11 @@ class PipelineSpec(_Model):
         default="auto",
         description="compact: renumber the survivors; original: each keeps its own; auto: as the published code does",
     )
+    newlines: Literal["with-row", "always", "never"] = Field(
+        default="with-row",
+        description="tokens that end the rows of a tiled picture (LLaVA-NeXT, OneVision) and are no picture: kept while "
+        "their row has a token, always, or never",
+    )
     budget: Budget | None = Field(default=None, description="a promise about the average, and what auto is solved from")
 
     @model_validator(mode="before")

@@ -74,23 +74,45 @@ class Adapter(ABC):
         """The module between vision tower and language model."""
 
     @abstractmethod
-    def layout(self, input_ids: torch.Tensor, call: Mapping[str, Any]) -> Layout | None:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Where the visual tokens of a call of `multimodal` stand.
 
         Args:
             input_ids: int64 ``(B, S)``, on the CPU.
-            call: the call's arguments by name.
-
-        Returns:
-            None where the call brings no picture.
+            encoded: by modality, the arguments of the last call of its encoder method (see `encoders`), None left out.
 
         Raises:
             InputError: the placeholders do not fit the pictures (a prompt cut within a picture, for example).
         """
 
-    @abstractmethod
+    #: The methods of `multimodal` that encode pictures, by the modality's name in ``mm_encoder_outputs``. While a
+    #: pipeline is attached their arguments are noted: `generate` may encode before the forward, which then sees no grids.
+    encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
+    #: Arguments of `multimodal` that hold pixels.
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
     def brings_pictures(self, call: Mapping[str, Any]) -> bool:
         """Whether a call of `multimodal` brings pictures or features of pictures; looks at no tensor's content."""
+        encoded = call.get("mm_encoder_outputs") or {}
+        return any(call.get(name) is not None for name in self.pixels) or any(
+            encoded.get(name) is not None for name in self.encoders
+        )
+
+    def later_features(
+        self, arguments: Mapping[str, Any], after_layer: int
+    ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None:
+        """Visual features that the language model adds between its layers, from a given depth on.
+
+        Args:
+            arguments: of the language model, by name.
+            after_layer: decoder layers that run before tokens may be dropped.
+
+        Returns:
+            The arguments without the features that come at that depth or later, and those features, ``(n, D)`` for the
+            n visual tokens of the batch in order, by the layer in front of which they are added. None where there are
+            none (most families).
+        """
+        return None
 
     @property
     def text_config(self) -> Any:

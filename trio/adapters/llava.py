@@ -49,12 +49,7 @@ class LlavaAdapter(Adapter):
         """`LlavaMultiModalProjector`."""
         return self.multimodal.multi_modal_projector  # type: ignore[return-value]  # nn.Module attribute
 
-    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
-        """Pixels, or features that `generate` computed before the forward."""
-        encoded = call.get("mm_encoder_outputs") or {}
-        return call.get("pixel_values") is not None or encoded.get("image") is not None
-
-    def layout(self, input_ids: torch.Tensor, call: Mapping[str, Any]) -> Layout | None:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
         return images_by_count(input_ids, self.model.config.image_token_id, self._image_tokens())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from trio.adapters.base import Layout
@@ -32,3 +34,52 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
             )
         samples.append((image,) * count)
     return Layout(visual, tuple(samples))
+
+
+def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[ImageTokens]]) -> Layout:
+    """Hands pictures of known sizes out to the placeholders, in the order of the batch.
+
+    Beam search repeats every sample, and its pictures with it, after they were encoded: where a stream fits the
+    placeholders of the batch a whole number of times, that many neighbouring samples share their pictures.
+
+    Args:
+        input_ids: int64 ``(B, S)`` on the CPU.
+        streams: for each placeholder (images, video frames) the pictures of the batch in order.
+
+    Raises:
+        InputError: the placeholders do not fit the pictures.
+    """
+    visual = torch.zeros_like(input_ids, dtype=torch.bool)
+    found: list[list[tuple[int, ImageTokens]]] = [[] for _ in range(input_ids.shape[0])]
+    for token_id, stream in streams.items():
+        here = input_ids == token_id
+        visual |= here
+        given, wanted = sum(image.tokens for image in stream), int(here.sum())
+        if wanted == 0 and given == 0:
+            continue
+        repeats, rest = divmod(wanted, given) if given else (0, wanted)
+        if rest or not repeats or input_ids.shape[0] % max(repeats, 1):
+            raise InputError(
+                f"placeholders: the batch has {wanted} with id {token_id}, but the encoded pictures give {given} tokens; "
+                "the prompt may be cut within a picture, or its features were computed while the pipeline was not "
+                "attached: pass pixels, and whole pictures in one forward"
+            )
+        remaining = iter(stream)
+        for first in range(0, input_ids.shape[0], repeats):
+            columns = here[first].nonzero().squeeze(1).tolist()
+            taken = 0
+            while taken < len(columns):
+                image = next(remaining)
+                for row in range(first, first + repeats):
+                    found[row].append((columns[taken], image))
+                taken += image.tokens
+            if taken != len(columns):
+                raise InputError(
+                    f"sample {first}: its {len(columns)} placeholders with id {token_id} end within a picture; the "
+                    "prompt may be cut, or pictures and samples are in different orders: pass whole pictures"
+                )
+    return Layout(visual, tuple(tuple(image for _, image in sorted(row, key=_column)) for row in found))
+
+
+def _column(entry: tuple[int, ImageTokens]) -> int:
+    return entry[0]

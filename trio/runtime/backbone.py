@@ -43,7 +43,17 @@ class Backbone(Protocol):
 
     def brings_pictures(self, call: Mapping[str, Any]) -> bool: ...  # noqa: D102
 
-    def layout(self, input_ids: torch.Tensor, call: Mapping[str, Any]) -> PictureLayout | None: ...  # noqa: D102
+    @property
+    def pixels(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def encoders(self) -> Mapping[str, str]: ...  # noqa: D102
+
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PictureLayout: ...  # noqa: D102
+
+    def later_features(
+        self, arguments: Mapping[str, Any], after_layer: int
+    ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None: ...  # noqa: D102
 
     def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any: ...  # noqa: D102
 

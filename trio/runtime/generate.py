@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
 
 from trio.errors import InputError
+from trio.runtime.methods import StandIn
 
 
-class GuardedGenerate:
+class GuardedGenerate(StandIn):
     """Stands in for a model's `generate` while a pipeline is attached; passes everything on unchanged."""
 
     def __init__(self, model: nn.Module, *, owner: object, name: str) -> None:
-        """Prepares a guard; nothing changes before `install`.
+        """Prepares a guard.
 
         Args:
             model: the model whose `generate` is guarded.
             owner: who installs it.
             name: of the pipeline, for messages.
         """
-        self._model = model
-        self._generate: Any = model.generate  # a bound method of every generative transformers model
+        super().__init__(model, "generate")
         self.owner = owner
         self.name = name
-        functools.update_wrapper(self, self._generate)
 
     @staticmethod
     def on(model: nn.Module) -> GuardedGenerate | None:
@@ -33,17 +31,9 @@ class GuardedGenerate:
         there = vars(model).get("generate")
         return there if isinstance(there, GuardedGenerate) else None
 
-    def install(self) -> None:
-        """Puts the guard on the model instance."""
-        self._model.generate = self  # type: ignore[assignment]  # an instance attribute in front of the method
-
-    def remove(self) -> None:
-        """Takes the guard off again."""
-        vars(self._model).pop("generate", None)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, then generates."""
-        config = kwargs.get("generation_config") or getattr(self._model, "generation_config", None)
+        config = kwargs.get("generation_config") or getattr(self._module, "generation_config", None)
 
         def asked(name: str) -> Any:
             value = kwargs.get(name)
@@ -65,4 +55,4 @@ class GuardedGenerate:
                 f"generate: cache_implementation {cache!r} cannot hold a different number of tokens in each layer; "
                 "use 'dynamic' (the default) or 'offloaded', or detach the pipeline"
             )
-        return self._generate(*args, **kwargs)
+        return super().__call__(*args, **kwargs)

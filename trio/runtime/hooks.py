@@ -19,8 +19,10 @@ from trio.probe import LayerInputs, Past, Probe
 from trio.runtime.backbone import Backbone
 from trio.runtime.cache import ReducedLayer, check_can_shrink, layer_of, reduced_layer
 from trio.runtime.generate import GuardedGenerate
+from trio.runtime.methods import NotedEncoder, StandIn
 from trio.runtime.record import PrefillRecord
-from trio.runtime.sequence import Images, start
+from trio.runtime.sequence import Images, NewlinePolicy, start
+from trio.runtime.sequence import Sequence as Tokens
 from trio.runtime.stage import BoundStage, Prefill, now, run_stage
 
 #: Tokens to keep, as a user gives them: by stage, sample and image, places among the image's own tokens.
@@ -35,6 +37,8 @@ class _Forward:
     thread: int
     call: Mapping[str, Any] = field(default_factory=dict)
     pictures: bool = False
+    modalities: set[str] = field(default_factory=set)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
     begin: float = 0.0
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
@@ -42,6 +46,8 @@ class _Forward:
     active: bool = False
     segments: dict[int, _Segment] = field(default_factory=dict)
     ran: LayerInputs | None = None
+    #: Token ids and visual hidden states, where there is no cache and the next step may repeat this forward.
+    uncached: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Runtime:
         owner: str,
         compact: bool,
         full_report: bool,
+        newlines: NewlinePolicy = "with-row",
         on_prefill: Callable[[PrefillRecord], None],
         on_decode: Callable[[float], None],
     ) -> None:
@@ -90,6 +97,7 @@ class Runtime:
             owner: name of the pipeline; it is written on the caches that it reduces.
             compact: whether survivors are renumbered.
             full_report: keep saliencies, measure times and bytes.
+            newlines: what happens to tokens that end the rows of a picture.
             on_prefill: told after each forward that brought visual tokens.
             on_decode: told the seconds of each other forward, where `full_report` is set.
         """
@@ -102,9 +110,12 @@ class Runtime:
         self._owner = owner
         self._compact = compact
         self._full = full_report
+        self._newlines = newlines
         self._on_prefill = on_prefill
         self._on_decode = on_decode
         self._handles: list[Any] = []
+        self._stand_ins: list[StandIn] = []
+        self._encoded: dict[str, Mapping[str, Any]] = {}
         self._lock = threading.Lock()
         self._forward: _Forward | None = None
         self._uncached: _Uncached | None = None
@@ -138,15 +149,23 @@ class Runtime:
                 f"attach: this {type(model).__name__} is in training mode; call model.eval() first: "
                 "compression is for inference"
             )
-        guard = GuardedGenerate(model, owner=self, name=self._owner)
+        multimodal = self._backbone.multimodal
+        self._stand_ins = [
+            GuardedGenerate(model, owner=self, name=self._owner),
+            *(
+                NotedEncoder(multimodal, name, pixels=self._backbone.pixels, note=self._noting(modality))
+                for modality, name in self._backbone.encoders.items()
+            ),
+        ]
         try:
             self._hook(model, self._before_model)
-            self._hook(self._backbone.multimodal, self._before_multimodal, after=True)
+            self._hook(multimodal, self._before_multimodal, after=True)
             self._hook(self._backbone.language_model, self._before_language_model, after=True)
             for index, layer in enumerate(self._backbone.layers):
                 if index >= self._first or index in self._needs_ran:
                     self._hook(layer, self._layer_hook(index))
-            guard.install()
+            for stand_in in self._stand_ins:
+                stand_in.install()
         except BaseException:
             self.detach()
             raise
@@ -156,11 +175,12 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        there = GuardedGenerate.on(self._backbone.model)
-        if there is not None and there.owner is self:
-            there.remove()
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        self._stand_ins = []
         self._forward = None
         self._uncached = None
+        self._encoded.clear()
         if self._lock.locked():
             self._lock.release()
 
@@ -194,13 +214,24 @@ class Runtime:
         call.update(call.pop("kwargs", {}))
         forward.call = call
         forward.pictures = self._backbone.brings_pictures(call)
-        if forward.pictures and call.get("input_ids") is None:
+        if call.get("input_ids") is None and (forward.pictures or call.get("inputs_embeds") is not None):
             raise InputError(
                 "inputs_embeds: without input_ids nobody can tell which embeddings are visual tokens; "
                 "pass input_ids and pixels, or detach the pipeline"
             )
 
-    def _before_language_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _noting(self, modality: str) -> Callable[[Mapping[str, Any]], None]:
+        def note(arguments: Mapping[str, Any]) -> None:
+            self._encoded[modality] = arguments
+            forward = self._forward
+            if forward is not None and forward.thread == threading.get_ident():
+                forward.modalities.add(modality)
+
+        return note
+
+    def _before_language_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = self._enter(module)
         hidden = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
@@ -225,6 +256,12 @@ class Runtime:
         forward.active = reduced or forward.prefill is not None
         if self._full:
             forward.begin = now(_device(hidden, kwargs))
+        later = None if forward.prefill is None else self._backbone.later_features(kwargs, self._first)
+        if later is None:
+            return None
+        kwargs, features = later
+        forward.features = {layer: _by_sample(flat, forward) for layer, flat in features.items()}
+        return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._forward
@@ -258,16 +295,23 @@ class Runtime:
     def _start_prefill(self, forward: _Forward, hidden: torch.Tensor, uncached: bool) -> Prefill | None:
         batch, length = hidden.shape[:2]
         ids = forward.call["input_ids"].cpu()  # the prefill's synchronisation: from here on counts are known
-        layout = self._backbone.layout(ids, forward.call)
-        if layout is None or not any(layout.images):
+        given = forward.call.get("mm_encoder_outputs") or {}
+        here = forward.modalities | {name for name, output in given.items() if output is not None}
+        layout = self._backbone.layout(ids, {name: self._encoded[name] for name in here if name in self._encoded})
+        if not any(layout.images):
             return None
         valid = torch.ones(batch, length, dtype=torch.bool)
         if forward.attention_mask is not None:
             valid = forward.attention_mask[:, -length:].cpu().bool()
-        visual = layout.visual & valid
+        sequence, images = start(layout.visual & valid, valid, layout.images, hidden.device, self._newlines)
         prefill = Prefill(
-            record=PrefillRecord(images=layout.images, visual=visual, valid=valid),
-            sequence=start(visual, valid, layout.images, hidden.device),
+            record=PrefillRecord(
+                images=images,
+                visual=layout.visual & valid,
+                valid=valid,
+                newlines=() if sequence.newlines is None else sequence.newlines.counts,
+            ),
+            sequence=sequence,
             seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
             num_layers=len(self._backbone.layers),
             score_only=self.score_only,
@@ -275,10 +319,12 @@ class Runtime:
             clock=self._full,
             finite=[],
         )
+        if uncached:
+            prefill.uncached = ids, hidden[sequence.visual].detach()
         if self.forced is not None:
-            prefill.forced = _forced(self.forced, layout.images, [s.index for s in self._stages.values()])
-        elif uncached:
-            prefill.forced = self._repeated(ids, _at_visual(hidden, prefill))
+            prefill.forced = _forced(self.forced, images, [s.index for s in self._stages.values()])
+        elif prefill.uncached is not None:
+            prefill.forced = self._repeated(*prefill.uncached)
         prefill.record.replayed = prefill.forced is not None
         return prefill
 
@@ -288,7 +334,8 @@ class Runtime:
         if last is None or last.input_ids.shape[0] != ids.shape[0] or last.input_ids.shape[1] + 1 != ids.shape[1]:
             return None
         same = torch.equal(ids[:, :-1], last.input_ids) or _same_prompts(ids[:, :-1], last.input_ids)
-        return last.forced if same and torch.equal(visual, last.visual) else None
+        alike = visual.shape == last.visual.shape and torch.allclose(visual, last.visual, rtol=1e-3, atol=1e-5)
+        return last.forced if same and alike else None
 
     def _finish(self, forward: _Forward, output: Any) -> None:
         prefill = forward.prefill
@@ -305,6 +352,10 @@ class Runtime:
                     "or weights or pixels hold nan"
                 )
         record = prefill.record
+        self._uncached = None
+        if forward.uncached is not None:
+            ids, visual = forward.uncached
+            self._uncached = _Uncached(ids, visual, {index: stage.kept for index, stage in record.stages.items()})
         if len(record.lengths) < prefill.num_layers:
             missing = prefill.num_layers - len(record.lengths)
             tokens, length = tuple(prefill.sequence.lengths), prefill.sequence.valid.shape[1]
@@ -319,7 +370,11 @@ class Runtime:
             record.seconds["prefill"] = now(device) - forward.begin
             cache = output[1] if isinstance(output, tuple) and len(output) > 1 else output.get("past_key_values")
             record.cache_bytes = _cache_bytes(cache)
-        self._on_prefill(record)
+        if prefill.uncached is not None and not prefill.score_only:
+            ids, visual = prefill.uncached
+            self._uncached = _Uncached(ids, visual, {index: kept.kept for index, kept in record.stages.items()})
+        if not (prefill.uncached is not None and record.replayed and self.forced is None):
+            self._on_prefill(record)
 
     # Decoder layers
 
@@ -344,6 +399,9 @@ class Runtime:
     ) -> tuple[torch.Tensor, dict[str, Any]] | None:
         prefill, cache = forward.prefill, kwargs.get("past_key_values")
         stage = self._stages.get(index)
+        arrived = hidden
+        if prefill is not None and index in forward.features:
+            hidden = _added(hidden, forward.features[index], prefill.sequence)
         if prefill is not None and stage is not None:
             check_can_shrink(cache, index, len(self._backbone.layers), self._owner)
             inputs = self._inputs(forward, index, hidden, kwargs)
@@ -359,7 +417,9 @@ class Runtime:
         if prefill is not None and index >= self._first:
             prefill.record.lengths.append(prefill.sequence.valid.shape[1])
             prefill.record.tokens.append(prefill.sequence.lengths)
-        return None if changed is None else (hidden, changed)
+        if changed is None:
+            return None if hidden is arrived else (hidden, kwargs)
+        return hidden, changed
 
     def _shrunk(
         self, forward: _Forward, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]
@@ -534,8 +594,22 @@ def _seed(ids: torch.Tensor) -> int:
     return zlib.crc32(ids.to(torch.int64).numpy().tobytes())
 
 
-def _at_visual(hidden: torch.Tensor, prefill: Prefill) -> torch.Tensor:
-    return hidden[prefill.sequence.visual]
+def _by_sample(flat: torch.Tensor, forward: _Forward) -> torch.Tensor:
+    """Features ``(n, D)`` of the batch's visual tokens in order, as ``(B, N, D)``."""
+    assert forward.prefill is not None
+    there = forward.prefill.sequence.visual_valid.to(flat.device)
+    out = flat.new_zeros(*there.shape, flat.shape[-1])
+    out[there] = flat
+    return out
+
+
+def _added(hidden: torch.Tensor, features: torch.Tensor, sequence: Tokens) -> torch.Tensor:
+    """Hidden states with the features of the visual tokens that are still there added."""
+    place = sequence.origin[..., None].expand(-1, -1, features.shape[-1])
+    here = features.to(hidden.device, hidden.dtype).gather(1, place.to(hidden.device))
+    hidden = hidden.clone()
+    hidden[sequence.visual] = hidden[sequence.visual] + here[sequence.visual_valid]
+    return hidden
 
 
 def _same_prompts(ids: torch.Tensor, last: torch.Tensor) -> bool:

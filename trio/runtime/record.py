@@ -19,6 +19,7 @@ class StageRecord:
         counts: tokens that each image has left.
         asked: the count asked for, for each group (image or sample) in order.
         saliency: float32 ``(B, N)``, nan where a token did not reach the stage; None unless asked to keep it.
+        newlines: newline tokens that each sample has left; empty in families without.
     """
 
     kept: torch.Tensor
@@ -26,6 +27,7 @@ class StageRecord:
     counts: Counts
     asked: tuple[int, ...]
     saliency: torch.Tensor | None = None
+    newlines: tuple[int, ...] = ()
 
 
 @dataclass
@@ -33,7 +35,8 @@ class PrefillRecord:
     """One forward that brought visual tokens.
 
     Attributes:
-        images: the images of each sample, with the tokens that they started with.
+        images: the images of each sample, with the visual tokens that they started with.
+        newlines: newline tokens that each sample started with; empty in families without.
         lengths: for each decoder layer the padded length of the sequence.
         tokens: for each decoder layer the valid tokens of each sample.
         stages: by index of the stage.
@@ -49,6 +52,7 @@ class PrefillRecord:
     images: Images
     visual: torch.Tensor
     valid: torch.Tensor
+    newlines: tuple[int, ...] = ()
     lengths: list[int] = field(default_factory=list)
     tokens: list[tuple[int, ...]] = field(default_factory=list)
     stages: dict[int, StageRecord] = field(default_factory=dict)

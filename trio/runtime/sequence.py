@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from trio.origins import ImageTokens
 
+#: What happens to newline tokens, which are structure and no picture.
+NewlinePolicy = Literal["with-row", "always", "never"]
 Side = Literal["left", "right"]
 Images = tuple[tuple[ImageTokens, ...], ...]
 Counts = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Newlines:
+    """Tokens that end the rows of a picture.
+
+    Attributes:
+        here: bool ``(B, S)``, True at newline tokens.
+        row: int64 ``(B, S)``, the row that a newline token ends, counted over the sample's pictures (0 elsewhere).
+        row_of: int64 ``(B, N)``, the row of each visual token that the sample started with.
+        rows: rows of the sample that has most.
+        policy: ``with-row`` keeps a newline while its row has a token, ``always`` keeps all, ``never`` drops all with
+            the first drop.
+        counts: newline tokens that each sample still has.
+    """
+
+    here: torch.Tensor
+    row: torch.Tensor
+    row_of: torch.Tensor
+    rows: int
+    policy: NewlinePolicy
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,7 @@ class Sequence:
         counts: for each sample, how many visual tokens each image still has (known on the host).
         lengths: for each sample, its valid tokens (known on the host).
         side: on which side padding goes.
+        newlines: the newline tokens; None in families without.
     """
 
     column: torch.Tensor
@@ -45,6 +70,7 @@ class Sequence:
     counts: Counts
     lengths: tuple[int, ...]
     side: Side
+    newlines: Newlines | None = None
 
     @property
     def ragged(self) -> bool:
@@ -52,24 +78,36 @@ class Sequence:
         return any(length != self.valid.shape[1] for length in self.lengths)
 
 
-def start(visual: torch.Tensor, valid: torch.Tensor, images: Images, device: torch.device) -> Sequence:
+def start(
+    placeholders: torch.Tensor,
+    valid: torch.Tensor,
+    images: Images,
+    device: torch.device,
+    policy: NewlinePolicy = "with-row",
+) -> tuple[Sequence, Images]:
     """The sequence as it enters the model.
 
     Args:
-        visual: bool ``(B, S)`` on the CPU.
+        placeholders: bool ``(B, S)`` on the CPU, True at the tokens of pictures, newlines included.
         valid: bool ``(B, S)`` on the CPU.
-        images: the images of each sample.
+        images: the images of each sample, newlines included.
         device: where the tensors go.
+        policy: what happens to newlines.
+
+    Returns:
+        The sequence, and the images without their newlines: only visual tokens are scored, counted and selected.
     """
-    batch, length = visual.shape
-    totals = [sum(image.tokens for image in sample) for sample in images]
+    batch, length = placeholders.shape
+    visual, newlines = _split(placeholders, images, device, policy)
+    pictures = tuple(tuple(image.select(image.is_picture.nonzero().squeeze(1)) for image in row) for row in images)
+    totals = [sum(image.tokens for image in sample) for sample in pictures]
     most = max(totals, default=0)
     index = _true_first(visual, most)
     visual_valid = torch.arange(most)[None] < torch.tensor(totals)[:, None]
     zero = torch.zeros(batch, length, dtype=torch.int64, device=device)
     # A sample whose last column is padding came padded on the right. Without padding, left is what generate reads.
     side: Side = "right" if not bool(valid[:, -1].all()) else "left"
-    return Sequence(
+    sequence = Sequence(
         column=torch.arange(length, device=device).expand(batch, -1),
         valid=valid.to(device),
         visual=visual.to(device),
@@ -79,10 +117,41 @@ def start(visual: torch.Tensor, valid: torch.Tensor, images: Images, device: tor
         dropped_before=zero,
         dropped=zero[:, 0],
         started=most,
-        counts=tuple(tuple(image.tokens for image in sample) for sample in images),
+        counts=tuple(tuple(image.tokens for image in sample) for sample in pictures),
         lengths=tuple(valid.sum(1).tolist()),
         side=side,
+        newlines=newlines,
     )
+    return sequence, pictures
+
+
+def _split(
+    placeholders: torch.Tensor, images: Images, device: torch.device, policy: NewlinePolicy
+) -> tuple[torch.Tensor, Newlines | None]:
+    """Visual tokens and newline tokens among the placeholders."""
+    if all(bool(image.is_picture.all()) for sample in images for image in sample):
+        return placeholders, None
+    visual, here = placeholders.clone(), torch.zeros_like(placeholders)
+    row = torch.zeros(placeholders.shape, dtype=torch.int64)
+    row_of, most = [], 1
+    for sample, members in enumerate(images):
+        columns = placeholders[sample].nonzero().squeeze(1)
+        rows, picture, first = [], [], 0
+        for image in members:
+            tall = max(rows_ for rows_, _ in image.grids)
+            rows.append(first + image.frame * tall + image.row)
+            picture.append(image.is_picture)
+            first += tall * (int(image.frame.max()) + 1)
+        most = max(most, first)
+        is_picture = torch.cat(picture) if picture else torch.zeros(0, dtype=torch.bool)
+        all_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        visual[sample, columns] = is_picture
+        here[sample, columns] = ~is_picture
+        row[sample, columns] = torch.where(is_picture, 0, all_rows)
+        row_of.append(all_rows[is_picture])
+    padded = torch.nn.utils.rnn.pad_sequence(row_of, batch_first=True)
+    counts = tuple(here.sum(1).tolist())
+    return visual, Newlines(here.to(device), row.to(device), padded.to(device), most, policy, counts)
 
 
 @dataclass(frozen=True)
@@ -194,10 +263,19 @@ def drop(sequence: Sequence, keep: torch.Tensor, counts: Counts) -> tuple[Sequen
     batch, length = sequence.valid.shape
     stays = torch.zeros(batch, length + 1, dtype=torch.bool, device=keep.device)
     stays.scatter_(1, torch.where(sequence.visual_valid, sequence.visual_index, length), keep)
-    stays = stays[:, :length] | (sequence.valid & ~sequence.visual)
+    stays = stays[:, :length]
+    text, newlines, gone_lines = sequence.valid & ~sequence.visual, sequence.newlines, [0] * batch
+    if newlines is not None:
+        text = text & ~newlines.here
+        ends = _newlines_that_stay(newlines, sequence, keep)
+        # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
+        left = newlines.counts if newlines.policy == "always" else tuple(ends.sum(1).tolist())
+        gone_lines = [before - after for before, after in zip(newlines.counts, left, strict=True)]
+        stays = stays | ends
+    stays = stays | text
     lengths = tuple(
-        now - sum(before) + sum(after)
-        for now, before, after in zip(sequence.lengths, sequence.counts, counts, strict=True)
+        now - sum(before) + sum(after) - lines
+        for now, before, after, lines in zip(sequence.lengths, sequence.counts, counts, gone_lines, strict=True)
     )
     new_length = max(lengths)
     order = (stays if sequence.side == "left" else ~stays).to(torch.int8).sort(dim=1, stable=True).indices
@@ -222,8 +300,27 @@ def drop(sequence: Sequence, keep: torch.Tensor, counts: Counts) -> tuple[Sequen
             counts=counts,
             lengths=lengths,
             side=sequence.side,
+            newlines=None if newlines is None else _taken(newlines, take, valid, left),
         ),
         take,
+    )
+
+
+def _newlines_that_stay(newlines: Newlines, sequence: Sequence, keep: torch.Tensor) -> torch.Tensor:
+    """bool ``(B, S)``, by the policy."""
+    if newlines.policy == "always":
+        return newlines.here
+    if newlines.policy == "never":
+        return torch.zeros_like(newlines.here)
+    rows = torch.zeros(keep.shape[0], newlines.rows + 1, dtype=torch.bool, device=keep.device)
+    row = newlines.row_of.gather(1, sequence.origin.clamp_max(max(newlines.row_of.shape[1] - 1, 0)))
+    rows.scatter_(1, torch.where(keep, row, newlines.rows), True)
+    return rows.gather(1, newlines.row) & newlines.here
+
+
+def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, left: tuple[int, ...]) -> Newlines:
+    return replace(
+        newlines, here=newlines.here.gather(1, take) & valid, row=newlines.row.gather(1, take), counts=left
     )
 
 

@@ -55,6 +55,7 @@ class Prefill:
         keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
         clock: whether to measure phases.
         finite: flags on the device, one for each scored stage.
+        uncached: where the forward keeps no cache, its ids and the embeddings of its visual tokens.
     """
 
     record: PrefillRecord
@@ -66,6 +67,7 @@ class Prefill:
     keep_saliency: bool = False
     clock: bool = False
     finite: list[tuple[BoundStage, torch.Tensor]] | None = None
+    uncached: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
@@ -123,10 +125,13 @@ def run_stage(
         counts=counts,
         asked=asked,
         saliency=_saliency_at_origin(saliency, sequence) if prefill.keep_saliency or prefill.score_only else None,
+        newlines=() if sequence.newlines is None else sequence.newlines.counts,
     )
     if counts == sequence.counts:
         return None
     prefill.sequence, columns = drop(sequence, keep, counts)
+    if prefill.sequence.newlines is not None:
+        prefill.record.stages[stage.index].newlines = prefill.sequence.newlines.counts
     return columns
 
 
