@@ -1,0 +1,23 @@
+"""The conformance suites: the promises of the runtime as functions that outsiders call on parts of their own.
+
+`check_adapter` runs the promises on a model, `check_scorer` and `check_selector` prove a new part with one call. None
+needs pytest: a check that fails raises `AssertionError` with the numbers.
+"""
+
+from trio.testing.adapters import check_adapter
+from trio.testing.inputs import InputsFactory, ProcessorInputs, Prompt
+from trio.testing.promises import PROMISES
+from trio.testing.results import Check, Results
+from trio.testing.tiny import TokenInputs, tiny_llava
+
+__all__ = [
+    "PROMISES",
+    "Check",
+    "InputsFactory",
+    "ProcessorInputs",
+    "Prompt",
+    "Results",
+    "TokenInputs",
+    "check_adapter",
+    "tiny_llava",
+]

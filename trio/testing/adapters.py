@@ -1,0 +1,109 @@
+"""`check_adapter`: the promises of the runtime, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trio.adapters import adapter_for
+from trio.adapters.base import Adapter
+from trio.errors import InputError, did_you_mean
+from trio.testing.bench import AT_INPUT, TWO_STAGES, Bench, Setting
+from trio.testing.inputs import InputsFactory, as_factory
+from trio.testing.promises import PROMISES
+from trio.testing.results import Check, Results, run_cases
+
+#: Largest difference of logits, relative to the largest logit.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def check_adapter(
+    model: nn.Module,
+    inputs: InputsFactory | Any,
+    *,
+    tolerance: float | None = None,
+    promises: Sequence[str] | None = None,
+    stages: Sequence[Any] | None = None,
+    attention: Sequence[str] = ("eager", "sdpa"),
+    adapter: Adapter | None = None,
+    raise_on_failure: bool = True,
+    on_check: Callable[[Check], None] | None = None,
+) -> Results:
+    """Checks the promises of the runtime on a model, and so the adapter that serves it.
+
+    The model is run a few hundred times on prompts of a few words with up to two pictures. It is as before afterwards.
+
+    Args:
+        model: a vision-language model in evaluation mode, on any device and in any dtype.
+        inputs: the model's processor, or an `InputsFactory`.
+        tolerance: largest difference of logits, relative to the largest; by default `TOLERANCES` of the model's dtype.
+        promises: names out of `trio.testing.PROMISES`; all by default.
+        stages: what to compress with, in place of two stages of the default scorer and selector.
+        attention: transformers' names of the implementations that must agree with the model's own; those that the model
+            does not take are reported as such. On a GPU add "flex_attention".
+        adapter: in place of the one found for the model.
+        raise_on_failure: whether to raise where a promise does not hold.
+        on_check: called with each check as soon as it is known, for progress.
+
+    Returns:
+        Every check with its numbers.
+
+    Raises:
+        AssertionError: a promise does not hold; the message names it with the numbers.
+        InputError: a promise of that name does not exist, or `inputs` is neither a processor nor a factory.
+        UnsupportedModelError: no adapter takes the model.
+    """
+    wanted = list(PROMISES if promises is None else promises)
+    for name in wanted:
+        if name not in PROMISES:
+            raise InputError(
+                f"promises: there is no {name!r}. {did_you_mean(name, PROMISES)}Allowed: {', '.join(PROMISES)}."
+            )
+    found = adapter_for(model) if adapter is None else adapter
+    dtype: torch.dtype = found.model.dtype  # type: ignore[assignment]  # a property of transformers models
+    bench = Bench(
+        model=model,
+        factory=as_factory(inputs),
+        adapter=found,
+        tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        exact=dtype in (torch.float32, torch.float64),
+        settings=_settings(found, stages),
+        attention=_offered(found.model, attention),
+    )
+    checks: list[Check] = []
+    for name in wanted:
+        for case in PROMISES[name](bench):
+            (check,) = run_cases(name, [case])
+            checks.append(check)
+            if on_check is not None:
+                on_check(check)
+    results = Results(f"{type(found.model).__name__} ({type(found).__name__})", tuple(checks))
+    return results.raise_if_failed() if raise_on_failure else results
+
+
+def _settings(adapter: Adapter, stages: Sequence[Any] | None) -> tuple[Setting, ...]:
+    if stages is not None:
+        own = [Setting("the given stages", stages)]
+        return tuple(own)
+    settings = [Setting("two stages", TWO_STAGES), Setting("a stage at the input", AT_INPUT)]
+    other = adapter.allowed_positions - {adapter.default_positions}
+    settings += [Setting(f"positions {name}", TWO_STAGES, name) for name in sorted(other)]
+    return tuple(settings)
+
+
+def _offered(model: nn.Module, attention: Sequence[str]) -> tuple[str, ...]:
+    """The implementations that the model itself takes."""
+    return tuple(name for name in attention if _takes(model, name))
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    from trio.testing.bench import attention_of
+
+    try:
+        with attention_of(model, name):
+            return True
+    except (ValueError, ImportError):
+        return False

@@ -1,0 +1,129 @@
+"""Inputs for the conformance suites: prompts that say where pictures stand, and factories that make tensors of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from trio.errors import InputError
+
+Side = Literal["left", "right"]
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: texts, and numbers that stand for pictures.
+
+    The same number is the same picture, whatever batch it comes in.
+
+    Example:
+        ``Prompt("What differs between", 1, "and", 2, "?")``
+    """
+
+    parts: tuple[str | int, ...]
+
+    def __init__(self, *parts: str | int) -> None:
+        """A prompt from its parts, in order."""
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """The pictures, in order."""
+        return tuple(part for part in self.parts if isinstance(part, int))
+
+
+class InputsFactory(Protocol):
+    """Makes what a model's forward takes."""
+
+    def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
+        """A padded batch.
+
+        Args:
+            prompts: one for each sample. A prompt must give the same tokens and the same pictures in any batch.
+            side: where padding goes.
+
+        Returns:
+            `input_ids` and `attention_mask` ``(B, S)``, and what else the model's forward takes. Tensors that belong to
+            pictures have them in the order of the prompts along their first dimension.
+        """
+
+
+@dataclass(frozen=True)
+class ProcessorInputs:
+    """Inputs from a transformers processor, through its chat template where it has one.
+
+    Attributes:
+        processor: with a tokenizer and an image processor.
+        size: width and height of the pictures that are drawn, in pixels.
+    """
+
+    processor: Any
+    size: tuple[int, int] = (224, 224)
+
+    def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
+        """See `InputsFactory.__call__`."""
+        pictures = [picture(number, self.size) for prompt in prompts for number in prompt.pictures]
+        tokenizer = self.processor.tokenizer
+        before, padding = tokenizer.padding_side, tokenizer.pad_token
+        tokenizer.padding_side = side
+        if padding is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        try:
+            out: Mapping[str, Any] = self.processor(
+                text=[self._text(prompt) for prompt in prompts],
+                images=pictures or None,
+                padding=True,
+                return_tensors="pt",
+            )
+        finally:
+            tokenizer.padding_side = before
+            if padding is None:
+                tokenizer.pad_token = None
+        return out
+
+    def _text(self, prompt: Prompt) -> str:
+        if getattr(self.processor, "chat_template", None):
+            content = [
+                {"type": "image"} if isinstance(part, int) else {"type": "text", "text": part} for part in prompt.parts
+            ]
+            messages = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        token = getattr(self.processor, "image_token", None)
+        if token is None:
+            raise InputError(
+                f"processor: {type(self.processor).__name__} has neither a chat_template nor an image_token; pass an "
+                "inputs factory (trio.testing.InputsFactory) in its place"
+            )
+        return " ".join(str(token) if isinstance(part, int) else part for part in prompt.parts)
+
+
+def picture(number: int, size: tuple[int, int] = (224, 224)) -> Any:
+    """A picture of a few coloured rectangles on noise (`PIL.Image`, RGB), the same for the same number."""
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(number)
+    width, height = size
+    pixels = generator.integers(90, 160, (height, width, 3))
+    for _ in range(6):
+        top, left = generator.integers(0, height * 3 // 4), generator.integers(0, width * 3 // 4)
+        high, wide = generator.integers(height // 8, height // 2), generator.integers(width // 8, width // 2)
+        pixels[top : top + high, left : left + wide] = generator.integers(0, 256, 3)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def as_factory(inputs: InputsFactory | Any) -> InputsFactory:
+    """An inputs factory, made from a processor where that is given."""
+    if hasattr(inputs, "tokenizer") and hasattr(inputs, "image_processor"):
+        return ProcessorInputs(inputs)
+    if callable(inputs):
+        factory: InputsFactory = inputs
+        return factory
+    raise InputError(
+        f"inputs: found a {type(inputs).__name__}; pass the model's processor, or a function that takes prompts and a "
+        "padding side (trio.testing.InputsFactory)"
+    )

@@ -1,0 +1,24 @@
+"""The promises of the runtime, one file a promise; each gives the cases that `check_adapter` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from trio.testing.promises import attention, batch, decode, generation, identity, lost, refusals, reversibility
+from trio.testing.results import Case
+
+if TYPE_CHECKING:
+    from trio.testing.bench import Bench
+
+#: By name, in the order in which they are checked.
+PROMISES: dict[str, Callable[[Bench], Iterator[Case]]] = {
+    "identity": identity.cases,
+    "reversibility": reversibility.cases,
+    "decode": decode.cases,
+    "batch": batch.cases,
+    "attention": attention.cases,
+    "generation": generation.cases,
+    "refusals": refusals.cases,
+    "nothing-lost": lost.cases,
+}

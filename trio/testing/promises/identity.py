@@ -1,0 +1,60 @@
+"""Promise 1: if no sample loses a token, logits are bitwise the stock model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from trio.testing.bench import ONE, RAGGED, TEXT, Bench, Setting
+from trio.testing.inputs import Side
+from trio.testing.results import Case, require
+
+EVERYTHING = Setting("keep 100%", ({"after_layer": 0, "keep": "100%"}, {"after_layer": "50%", "keep": "100%"}))
+
+
+def cases(bench: Bench) -> Iterator[Case]:
+    """A single picture, ragged batches, generation, prompts without a picture."""
+    yield "keep 100%, one picture", partial(_forward, bench, "left", False)
+    yield "keep 100%, ragged batch padded on the left", partial(_forward, bench, "left", True)
+    yield "keep 100%, ragged batch padded on the right", partial(_forward, bench, "right", True)
+    yield "keep 100%, generation", partial(_generation, bench)
+    yield "a pipeline that drops, prompts without a picture", partial(_text, bench)
+
+
+def _forward(bench: Bench, side: Side, ragged: bool) -> str:
+    inputs = bench.inputs(*(RAGGED if ragged else (ONE,)), side=side)
+    stock = bench.forward(inputs)
+    with bench.pipeline(EVERYTHING):
+        ours = bench.forward(inputs)
+    return bitwise(ours, stock)
+
+
+def _generation(bench: Bench) -> str:
+    inputs = bench.inputs(*RAGGED)
+    stock = bench.generate(inputs)
+    with bench.pipeline(EVERYTHING):
+        ours = bench.generate(inputs)
+    require(torch.equal(ours.sequences, stock.sequences), "generated tokens differ from the stock model's")
+    return bitwise(torch.stack(ours.logits), torch.stack(stock.logits))
+
+
+def _text(bench: Bench) -> str:
+    inputs = bench.inputs(TEXT)
+    stock = bench.generate(inputs)
+    with bench.pipeline():
+        ours = bench.generate(inputs)
+    return bitwise(torch.stack(ours.logits), torch.stack(stock.logits))
+
+
+def bitwise(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Says that two tensors are equal bit by bit.
+
+    Raises:
+        AssertionError: they are not.
+    """
+    require(found.shape == expected.shape, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
+    different = int((found != expected).sum())
+    require(different == 0, f"{different} of {found.numel()} logits are not bitwise the stock model's")
+    return f"{found.numel()} logits bitwise equal"
