@@ -46,8 +46,6 @@ class _Forward:
     active: bool = False
     segments: dict[int, _Segment] = field(default_factory=dict)
     ran: LayerInputs | None = None
-    #: Token ids and visual hidden states, where there is no cache and the next step may repeat this forward.
-    uncached: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -353,9 +351,6 @@ class Runtime:
                 )
         record = prefill.record
         self._uncached = None
-        if forward.uncached is not None:
-            ids, visual = forward.uncached
-            self._uncached = _Uncached(ids, visual, {index: stage.kept for index, stage in record.stages.items()})
         if len(record.lengths) < prefill.num_layers:
             missing = prefill.num_layers - len(record.lengths)
             tokens, length = tuple(prefill.sequence.lengths), prefill.sequence.valid.shape[1]
@@ -370,7 +365,7 @@ class Runtime:
             record.seconds["prefill"] = now(device) - forward.begin
             cache = output[1] if isinstance(output, tuple) and len(output) > 1 else output.get("past_key_values")
             record.cache_bytes = _cache_bytes(cache)
-        if prefill.uncached is not None and not prefill.score_only:
+        if prefill.uncached is not None and not prefill.score_only and self.forced is None:
             ids, visual = prefill.uncached
             self._uncached = _Uncached(ids, visual, {index: kept.kept for index, kept in record.stages.items()})
         if not (prefill.uncached is not None and record.replayed and self.forced is None):
