@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     auto: Any = transformers  # its typing changes from version to version
+    if not sys.stderr.isatty():
+        auto.utils.logging.disable_progress_bar()
     try:
         model = auto.AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
         processor = auto.AutoProcessor.from_pretrained(place)

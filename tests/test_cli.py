@@ -1,0 +1,375 @@
+"""The command line: what each command prints, and what it says about wrong input (exit code 2, one paragraph)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import trio
+from trio.cli import app
+from trio.cli.common import duration, layer_ranges, load_picture, quantity
+from trio.spec import load_spec, shipped_specs
+
+ROOT = Path(trio.__file__).parent.parent
+
+
+def trio_(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of the zoo's recipe with its processor, saved: the commands do not depend on what it knows."""
+    import torch
+
+    from trio.zoo.recipes import RECIPES, build_model, build_processor
+    from trio.zoo.vocabulary import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    recipe, tokenizer = RECIPES["tiny-llava"], build_tokenizer()
+    torch.manual_seed(0)
+    build_model(recipe, tokenizer).save_pretrained(folder)
+    build_processor(recipe, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "picture.png"
+    Image.radial_gradient("L").resize((168, 168)).convert("RGB").save(file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files with default names are not written into the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['trio', '--help']\n"
+        "import atexit; atexit.register(lambda: print([m for m in ('torch', 'transformers', 'pydantic') "
+        "if m in sys.modules]))\n"
+        "from trio.cli import app; app()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("[]")
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", ["run", "list", "show", "validate", "schema", "check"])
+def test_every_command_has_help(command: str) -> None:
+    result = trio_(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+    assert command in trio_("--help").stdout
+
+
+def test_version() -> None:
+    assert trio_("--version").stdout == f"trio-vlm {trio.__version__}\n"
+
+
+# run -----------------------------------------------------------------------------------------------------------------
+
+
+def test_run_json(model: Path, picture: Path) -> None:
+    result = trio_("run", "--model", model, "--picture", picture, "--question", "how many circles ?", "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["question"] == "how many circles ?"
+    assert set(facts["answer"]) == {"full", "compressed"}
+    assert facts["visual_tokens"] == 144
+    assert abs(facts["average_kept"] - 16) <= 0.5
+    assert facts["kept"] == [34, 20, 8]
+    assert [stage["after_layer"] for stage in facts["stages"]] == [0, 2, 3]
+    assert facts["visual_by_layer"] == [34, 34, 20, 8, 8, 8, 8, 8]
+    assert facts["flops_reduction"] > 1
+    assert facts["kv_reduction"] > 2
+    assert facts["overlay"] is None
+    assert not list(Path.cwd().glob("*overlay*"))
+
+
+def test_run_prints_a_table_and_draws(model: Path, picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept.png"
+    result = trio_(
+        "run", "-m", model, "-p", picture, "-q", "what shape ?", "-s", "trio-11", "-o", target, "--max-new-tokens", 4
+    )
+    assert result.exit_code == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    for shown in (
+        "what shape ?",
+        "full",
+        "compressed",
+        "layer 1-2",
+        "average",
+        "FLOP",
+        "KV cache",
+        "time to first token",
+    ):
+        assert shown in words
+    assert f"kept tokens drawn to {target}" in result.stdout
+    with Image.open(target) as drawn:
+        assert drawn.width > 3 * 336
+
+
+def test_run_writes_the_default_overlay(model: Path, picture: Path) -> None:
+    result = trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.stderr
+    assert Path("trio-overlay.png").is_file()
+    assert "trio-overlay.png" in result.stdout
+
+
+def test_run_with_two_pictures_and_a_file(model: Path, picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("version: 1\nname: mine\nstages: [{after_layer: 2, keep: 10, scorer: random, selector: top-k}]\n")
+    result = trio_("run", "-m", model, "-p", picture, "-p", picture, "-q", "hi", "-s", file, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["spec"], facts["visual_tokens"], facts["kept"]) == ("mine", 288, [20])
+
+
+def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
+    import transformers
+
+    from trio.cli.common import inputs_for
+
+    facts = json.loads(trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--json").stdout)
+    network = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
+    processor = transformers.AutoProcessor.from_pretrained(model)
+    inputs = inputs_for(processor, [load_picture(picture)], "what shape ?")
+    with trio.Pipeline.from_spec("trio-11", network):
+        out = network.generate(**inputs, max_new_tokens=32, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert facts["answer"]["compressed"] == answer
+
+
+# list ----------------------------------------------------------------------------------------------------------------
+
+
+def test_list() -> None:
+    result = trio_("list")
+    assert result.exit_code == 0, result.stderr
+    for name in ("objective-gradient", "last-token-attention", "random", "nms", "top-k", "llava", *shipped_specs()):
+        assert name in result.stdout
+
+
+def test_list_json_and_patterns() -> None:
+    everything = json.loads(trio_("list", "--json").stdout)
+    assert set(everything) == {"scorers", "selectors", "compressors", "adapters", "specs", "models"}
+    assert all(row["source"] for rows in everything.values() for row in rows)
+    (nms,) = [row for row in everything["selectors"] if row["name"] == "nms"]
+    assert nms["parameters"]["threshold"]["default"] == "0.8"
+    some = json.loads(trio_("list", "specs", "--name", "*llava*", "--json").stdout)
+    assert {row["name"] for row in some["specs"]} == {name for name in shipped_specs() if "llava" in name}
+    assert set(some) == {"specs"}
+
+
+def test_list_shows_broken_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "site" / "rotten-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rotten\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[trio.scorers]\nspoilt = no_such_module:Scorer\n")
+    monkeypatch.syspath_prepend(str(info.parent))
+    result = trio_("list", "scorers")
+    assert result.exit_code == 0
+    assert "broken: the plugin rotten 0.3" in " ".join(result.stdout.split())
+    assert "objective-gradient" in result.stdout
+    (row,) = json.loads(trio_("list", "scorers", "--name", "spoilt", "--json").stdout)["scorers"]
+    assert "no_such_module" in row["broken"]
+    asked = trio_("show", "trio-11", "--json")
+    assert asked.exit_code == 0
+
+
+# show ----------------------------------------------------------------------------------------------------------------
+
+
+def test_show_on_the_published_shape() -> None:
+    result = trio_("show", "trio-llava-1.5-64")
+    assert result.exit_code == 0, result.stderr
+    for shown in (
+        "llava-1.5-7b",
+        "576",
+        "2-10",
+        "92",
+        "11-15",
+        "54",
+        "16-32",
+        "22",
+        "average 64.0 of 576",
+        "predicted cost",
+    ):
+        assert shown in result.stdout
+
+
+def test_show_json(model: Path) -> None:
+    facts = json.loads(trio_("show", "trio-llava-1.5-64", "--json").stdout)
+    assert facts["stages"] == [{"after_layer": a, "kept": k} for a, k in ((1, 92), (10, 54), (15, 22))]
+    assert facts["average_kept"] == 64
+    assert facts["kv_reduction"] == pytest.approx((576 + 64) / (64 + 64))
+    here = json.loads(trio_("show", "trio-11", "--model", model, "--json").stdout)
+    assert (here["visual_tokens"], here["model"]) == (144, str(model))
+    more = json.loads(trio_("show", "trio-11", "--model", "qwen2.5-vl-7b", "--tokens", "900", "--json").stdout)
+    assert more["visual_tokens"] == 900
+
+
+def test_show_yaml_round_trips(tmp_path: Path) -> None:
+    file = tmp_path / "copy.yaml"
+    file.write_text(trio_("show", "trio-11", "--yaml").stdout)
+    assert load_spec(file) == load_spec("trio-11")
+
+
+# validate, schema ----------------------------------------------------------------------------------------------------
+
+
+def test_validate(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("version: 1\nstages: [{after_layer: 2, keep: 10}]\n")
+    bad.write_text("version: 1\nstages:\n  - after_layer: 2\n    kepe: 10\n")
+    result = trio_("validate", good, "trio-11")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{good}: ok (custom: 1 stages)" in result.stdout
+    result = trio_("validate", good, bad, tmp_path / "none.yaml")
+    assert result.exit_code == 2
+    assert f"{good}: ok" in result.stdout
+    assert f"{bad}, line 4, stages[0].kepe: unknown key 'kepe'. Did you mean 'keep'?" in result.stderr
+    assert "none.yaml: cannot be read" in result.stderr
+
+
+def test_schema_is_valid_and_accepts_the_shipped_specs() -> None:
+    result = trio_("schema")
+    assert result.exit_code == 0
+    schema = json.loads(result.stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for name in shipped_specs():
+        text = (Path(trio.__file__).parent / "specs" / f"{name}.yaml").read_text()
+        jsonschema.validate(yaml.safe_load(text), schema)
+
+
+# Wrong input ---------------------------------------------------------------------------------------------------------
+
+
+def _damaged(folder: Path) -> dict[str, Path]:
+    whole = folder / "whole.png"
+    Image.effect_noise((200, 200), 80).save(whole)
+    files = {"corrupt": folder / "corrupt.png", "cut": folder / "cut.png", "huge": folder / "huge.png"}
+    files["corrupt"].write_bytes(b"this is no picture")
+    files["cut"].write_bytes(whole.read_bytes()[:2000])
+    Image.new("1", (20_000, 10_000)).save(files["huge"])
+    (folder / "empty").mkdir()
+    files["empty"] = folder / "empty"
+    (folder / "odd").mkdir()
+    (folder / "odd" / "config.json").write_text('{"model_type": "bert"}')
+    files["odd"] = folder / "odd"
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    files["broken"] = folder / "broken"
+    files["yaml"] = folder / "bad.yaml"
+    files["yaml"].write_text("version: 1\nstages: [\n")
+    files["deep"] = folder / "deep.yaml"
+    files["deep"].write_text("version: 1\nstages: [{after_layer: 8, keep: 10}]\n")
+    return files
+
+
+RUN = ["run", "-m", "{model}", "-p", "{picture}", "-q", "hi"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([*RUN[:3], "-p", "nowhere.png", "-q", "hi"], "picture 'nowhere.png': there is no such file; check the path"),
+        ([*RUN[:3], "-p", "{corrupt}", "-q", "hi"], "corrupt.png': not a picture that can be read; give a PNG"),
+        ([*RUN[:3], "-p", "{cut}", "-q", "hi"], "cut.png': cannot be read (image file is truncated"),
+        ([*RUN[:3], "-p", "{huge}", "-q", "hi"], "huge.png': more than 89 million pixels; scale it down"),
+        ([*RUN[:3], "-p", "{empty}", "-q", "hi"], "empty': cannot be read"),
+        (RUN[:5], "question: missing; a picture of your own needs a question, --question TEXT"),
+        ([*RUN[:6], " "], "question: it is empty"),
+        ([*RUN, "--spec", "trio-12"], "there is no shipped spec 'trio-12'. Did you mean 'trio-11'"),
+        ([*RUN, "--spec", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory); check the path"),
+        ([*RUN, "--spec", "{yaml}"], "bad.yaml, line 3: not valid YAML"),
+        ([*RUN, "--spec", "{deep}"], "stages[0].after_layer: found 8, but the model has 8 decoder layers"),
+        ([*RUN, "--overlay", "kept.gif"], "overlay 'kept.gif': the name has to end in .png, .jpg or .webp"),
+        ([*RUN, "--overlay", "nowhere/kept.png"], "overlay 'nowhere/kept.png': there is no folder"),
+        ([*RUN, "--device", "warp"], "device 'warp': "),
+        (["run", "-m", "tiny-lava"], "model 'tiny-lava': neither a model of the zoo"),
+        (["run", "-m", "{empty}"], "the folder has no config.json"),
+        (["run", "-m", "{odd}"], "transformers has no image-text-to-text model for it"),
+        (["run", "-m", "{broken}"], "cannot be loaded"),
+        (["show", "trio-12"], "there is no shipped spec 'trio-12'"),
+        (["show", "trio-11", "--model", "llava-1.5-8b"], "model 'llava-1.5-8b': neither a model of the zoo"),
+        (["show", "trio-11", "--model", "{broken}"], "its config cannot be read"),
+        (["show", "trio-11", "--model", "{odd}"], "no vision_config"),
+        (["check", "nothing-here"], "model 'nothing-here': neither a model of the zoo"),
+        (["check", "{model}", "--promise", "nothing"], "nothing"),
+        (["validate", "{yaml}"], "bad.yaml, line 3: not valid YAML"),
+        (["run", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["run", "--no-such-option"], "No such option"),
+        (["run", "--dtype", "int3"], "--dtype"),
+        (["show"], "Missing argument"),
+        (["shwo"], "No such command"),
+        (["list", "scores"], "scores"),
+    ],
+)
+def test_wrong_input(args: list[str], says: str, model: Path, picture: Path, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"model": model, "picture": picture, **_damaged(tmp_path)}
+    if args[0] == "run" and args[1:2] == ["-m"] and args[2] in ("{empty}", "{odd}", "{broken}", "tiny-lava"):
+        args = [*args, *RUN[3:]]
+    result = trio_(*(arg.format(**names) for arg in args))
+    assert result.exit_code == 2, (result.stdout, result.stderr)
+    assert says in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.stderr + result.stdout
+    if result.stderr.startswith("trio: "):
+        assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_broken_part_is_the_user_s_to_read(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("version: 1\nstages:\n  - after_layer: 1\n    keep: 3\n    scorer: {name: random, sead: 3}\n")
+    result = trio_("show", file)
+    assert result.exit_code == 2
+    assert "line 5, stages[0].scorer: scorer 'random': unknown parameter 'sead'. Did you mean 'seed'?" in result.stderr
+
+
+# Small helpers -------------------------------------------------------------------------------------------------------
+
+
+def test_helpers() -> None:
+    assert quantity(2.98e12, "FLOP") == "2.98 TFLOP"
+    assert quantity(999, "FLOP") == "999 FLOP"
+    assert quantity(2048, "B", base=1024) == "2.00 KiB"
+    assert duration(0.0123) == "12 ms"
+    assert duration(2.5) == "2.50 s"
+    assert layer_ranges([9, 9, 4]) == [("1-2", (9,)), ("3", (4,))]
+    assert layer_ranges([]) == []
+
+
+def test_pictures_are_upright_rgb(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_picture(tmp_path / "turned.jpg").size == (20, 40)
+    Image.new("LA", (4, 4)).save(tmp_path / "grey.png")
+    assert load_picture(tmp_path / "grey.png").mode == "RGB"
