@@ -21,6 +21,8 @@ from trio.cli import app
 from trio.cli.common import duration, layer_ranges, load_picture, quantity
 from trio.spec import load_spec, shipped_specs
 
+pytestmark = pytest.mark.contract
+
 ROOT = Path(trio.__file__).parent.parent
 
 

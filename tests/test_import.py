@@ -12,6 +12,8 @@ import pytest
 
 import trio
 
+pytestmark = pytest.mark.contract
+
 ROOT = Path(trio.__file__).parent.parent
 
 
