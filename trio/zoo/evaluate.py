@@ -201,17 +201,17 @@ def main(
     unseen = summary(asked, accuracy(model, processor, blank(asked), batch_size))
 
     table = Table(title=f"{folder.name}: {scenes} scenes of the split {split}, seed {seed}")
-    for column in ("questions about", "n", "with the picture", "95%", "blank picture", "95%", "sees"):
-        table.add_column(column, justify="left" if column == "questions about" else "right")
+    for column in ("type", "n", "full", "95%", "blank", "95%", "sees"):
+        table.add_column(column, justify="left" if column == "type" else "right", no_wrap=True)
     for kind, row in full.items():
         other = unseen[kind]
-        spans = [f"{100 * r['low']:.1f} to {100 * r['high']:.1f}" for r in (row, other)]
+        spans = [f"{100 * r['low']:.1f}-{100 * r['high']:.1f}" for r in (row, other)]
         gain = 100 * (row["low"] - other["accuracy"])
         cells = (f"{100 * row['accuracy']:.1f}", spans[0], f"{100 * other['accuracy']:.1f}", spans[1], f"{gain:+.1f}")
         table.add_row(kind, f"{row['questions']:.0f}", *cells)
     console = Console()
     console.print(table)
-    console.print("sees: lower end of the interval minus the accuracy with a blank picture, in points")
+    console.print("full: with the picture; blank: with a grey one; sees: lower end of full minus blank, in points")
     if json_file is not None:
         content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "full": full, "blank": unseen}
         json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -29,7 +29,7 @@ from trio.zoo.scenes import COLOURS, PLATES, SHAPES, draw_scene
 from trio.zoo.tower import IGNORE, dense_labels, pixels, tower_output
 from trio.zoo.vocabulary import MAX_GRID
 
-MIX = {"existence": 2, "colour": 2, "shape": 1, "count": 2, "relation": 3, "corner": 2, "number": 1, "same": 2}
+MIX = {"existence": 2, "colour": 1, "shape": 1, "count": 4, "relation": 2, "corner": 1, "number": 2, "same": 5}
 """How often each type of question is asked in training."""
 ORDER = ("dense", *KINDS)
 
@@ -219,7 +219,7 @@ class Trainee:
 
 def dense_share(progress: float) -> float:
     """Share of dense exercises: most at first, few after the middle."""
-    return 0.55 if progress < 0.15 else max(0.1, 0.55 - 1.5 * (progress - 0.15))
+    return 0.55 if progress < 0.15 else max(0.1, 0.55 - 3 * (progress - 0.15))
 
 
 def train_language(
