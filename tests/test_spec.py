@@ -37,6 +37,7 @@ FULL: dict[str, Any] = {
         }
     ],
     "positions": "compact",
+    "newlines": "always",
     "budget": {"average": 64},
 }
 
@@ -334,6 +335,7 @@ OUT_OF_RANGE = {
     "version": 2,
     "name": "",
     "positions": "middle",
+    "newlines": "sometimes",
     "if_fewer": "maybe",
     "after_layer": -1,
     "keep": -1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -83,3 +84,47 @@ def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[Imag
 
 def _column(entry: tuple[int, ImageTokens]) -> int:
     return entry[0]
+
+
+def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> Layout:
+    """Takes every unbroken run of placeholders for one picture, made of tiles with the same number of tokens.
+
+    Args:
+        input_ids: int64 ``(B, S)`` on the CPU.
+        token_id: the placeholder.
+        tile: the tokens of one tile.
+
+    Raises:
+        InputError: a run is not a whole number of tiles.
+    """
+    visual = input_ids == token_id
+    samples = []
+    for sample, row in enumerate(visual):
+        columns = row.nonzero().squeeze(1)
+        breaks = (columns.diff() != 1).nonzero().squeeze(1) + 1
+        images = []
+        for run in columns.tensor_split(breaks.tolist()) if len(columns) else ():
+            count, rest = divmod(len(run), tile.tokens)
+            if rest:
+                raise InputError(
+                    f"sample {sample}: a run of {len(run)} image placeholders is no whole number of tiles of "
+                    f"{tile.tokens}; the prompt may be cut within a picture: pass whole pictures in one forward"
+                )
+            images.append(ImageTokens.join([tile] * count))
+        samples.append(tuple(images))
+    return Layout(visual, tuple(samples))
+
+
+def encoded_argument(encoded: Mapping[str, Mapping[str, Any]], modality: str, name: str) -> Any:
+    """An argument of the last call of an encoder method.
+
+    Raises:
+        InputError: the encoder was not called while the pipeline was attached, or not with that argument.
+    """
+    arguments = encoded.get(modality, {})
+    if name not in arguments:
+        raise InputError(
+            f"{name}: the sizes of the pictures are not known, because their features were computed while the pipeline "
+            "was not attached; pass pixels, and let the model encode them while it is"
+        )
+    return arguments[name]

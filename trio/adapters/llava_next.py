@@ -1,0 +1,46 @@
+"""LLaVA-NeXT (LLaVA-1.6): any-resolution tiles behind the whole picture, with newline tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trio.adapters.base import Layout
+from trio.adapters.llava import LlavaAdapter
+from trio.adapters.placeholders import encoded_argument, images_in_order
+from trio.adapters.tiles import tiled_image
+from trio.registry import ADAPTERS
+
+
+@ADAPTERS.register("llava-next")
+class LlavaNextAdapter(LlavaAdapter):
+    """`LlavaNextForConditionalGeneration`: the whole picture's tokens, then those of its unpadded grid of tiles.
+
+    Newline tokens are structure, not picture: they are in no count, and the spec's `newlines` says when they go.
+    """
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a `LlavaNextForConditionalGeneration`."""
+        from transformers import LlavaNextForConditionalGeneration
+
+        return isinstance(model, LlavaNextForConditionalGeneration)
+
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """Grids follow from the sizes of the pictures, which only the encoder method sees."""
+        config: Any = self.model.config
+        vision = config.vision_config
+        sizes = encoded_argument(encoded, "image", "image_sizes")
+        images = [
+            tiled_image(
+                (height, width),
+                config.image_grid_pinpoints,
+                tile=vision.image_size,
+                side=vision.image_size // vision.patch_size,
+            )
+            for height, width in torch.as_tensor(sizes).tolist()
+        ]
+        return images_in_order(input_ids, {config.image_token_id: images})

@@ -1,0 +1,90 @@
+"""LLaVA-OneVision: one picture in tiles, several pictures without, and video frames with pooled tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from trio.adapters.base import Layout
+from trio.adapters.llava import LlavaAdapter
+from trio.adapters.placeholders import encoded_argument, images_in_order
+from trio.adapters.tiles import tiled_image
+from trio.origins import NEWLINE, ImageTokens
+from trio.registry import ADAPTERS
+
+
+@ADAPTERS.register("llava-onevision")
+class LlavaOnevisionAdapter(LlavaAdapter):
+    """`LlavaOnevisionForConditionalGeneration`, with images, several images and videos.
+
+    A video is one image whose frames share a grid half as fine as a picture's; one newline token ends it.
+    """
+
+    encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a `LlavaOnevisionForConditionalGeneration`."""
+        from transformers import LlavaOnevisionForConditionalGeneration
+
+        return isinstance(model, LlavaOnevisionForConditionalGeneration)
+
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """Grids follow from the sizes of the pictures and the number of frames, which only the encoders see."""
+        config: Any = self.model.config
+        streams: dict[int, list[ImageTokens]] = {}
+        if "image" in encoded:
+            streams[config.image_token_id] = self._pictures(encoded)
+        if "video" in encoded:
+            count, frames = encoded_argument(encoded, "video", "pixel_values_videos")[:2]
+            streams[config.video_token_id] = [self._video(frames)] * count
+        return images_in_order(input_ids, streams)
+
+    @property
+    def _side(self) -> int:
+        vision: Any = self.model.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    def _pictures(self, encoded: Mapping[str, Mapping[str, Any]]) -> list[ImageTokens]:
+        config: Any = self.model.config
+        sizes = torch.as_tensor(encoded_argument(encoded, "image", "image_sizes")).tolist()
+        numbers = encoded["image"].get("batch_num_images")
+        counts = [1] * len(sizes) if numbers is None else torch.as_tensor(numbers).tolist()
+        alone = [count == 1 for count in counts for _ in range(count)]  # several pictures of a sample are not tiled
+        aspect = encoded["image"].get("vision_aspect_ratio") or config.vision_aspect_ratio
+        single = ImageTokens.join([_row_of_newline(ImageTokens.from_grid(self._side, self._side))])
+        return [
+            tiled_image(
+                (height, width),
+                config.image_grid_pinpoints,
+                tile=config.vision_config.image_size,
+                side=self._side,
+                most_tiles=int(str(aspect).removeprefix("anyres_max_")),
+            )
+            if tiled
+            else single
+            for (height, width), tiled in zip(sizes, alone, strict=True)
+        ]
+
+    def _video(self, frames: int) -> ImageTokens:
+        side = math.ceil(self._side / 2)
+        return _row_of_newline(ImageTokens.from_grid(side, side, frames=frames, size=4))
+
+
+def _row_of_newline(image: ImageTokens) -> ImageTokens:
+    """An image with one newline behind its last row."""
+    end = ImageTokens.from_grid(1, 1)
+    last_row = image.row[-1:]
+    return ImageTokens(
+        torch.cat([image.kind, torch.full_like(end.kind, NEWLINE)]),
+        torch.cat([image.frame, image.frame[-1:]]),
+        torch.cat([image.row, last_row]),
+        torch.cat([image.column, image.column[-1:] + 1]),
+        torch.cat([image.size, torch.zeros_like(end.size)]),
+        image.grids,
+    )

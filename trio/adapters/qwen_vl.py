@@ -1,0 +1,107 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, merged patches, positions with time, row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from trio.adapters.base import Adapter, Layout, Positions
+from trio.adapters.placeholders import encoded_argument, images_in_order
+from trio.errors import UnsupportedModelError
+from trio.origins import ImageTokens
+from trio.registry import ADAPTERS
+
+
+@ADAPTERS.register("qwen-vl", aliases=("qwen2-vl", "qwen2.5-vl"))
+class QwenVLAdapter(Adapter):
+    """`Qwen2VLForConditionalGeneration` and `Qwen2_5_VLForConditionalGeneration`, with images and videos.
+
+    Survivors keep their own positions, as the released TRIO code for Qwen does: a position tells time, row and column,
+    and renumbering would move tokens on the picture. A video's tokens carry their frame.
+    """
+
+    default_positions: ClassVar[Positions] = "original"
+    allowed_positions: ClassVar[frozenset[Positions]] = frozenset({"original"})
+    encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
+    pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a Qwen2-VL or Qwen2.5-VL."""
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+        return isinstance(model, (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration))
+
+    @property
+    def multimodal(self) -> nn.Module:
+        """The module that merges text, images and videos."""
+        return self.model.model  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The text decoder, without its head."""
+        return self.multimodal.language_model  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """Qwen's own ViT, its merger included."""
+        return self.multimodal.visual  # type: ignore[return-value]  # nn.Module attribute
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger of 2 x 2 patches."""
+        return self.vision_tower.merger  # type: ignore[return-value]  # nn.Module attribute
+
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """Grids come with the pixels: time, height and width in patches, which only the encoders see."""
+        config: Any = self.model.config
+        streams = {
+            token: self._images(encoded_argument(encoded, modality, grid))
+            for modality, grid, token in (
+                ("image", "image_grid_thw", config.image_token_id),
+                ("video", "video_grid_thw", config.video_token_id),
+            )
+            if modality in encoded
+        }
+        return images_in_order(input_ids, streams)
+
+    def _images(self, grids: Any) -> list[ImageTokens]:
+        merge = int(self.vision_tower.spatial_merge_size)  # type: ignore[arg-type]  # nn.Module attribute
+        return [
+            ImageTokens.from_grid(height // merge, width // merge, frames=frames, size=merge**2)
+            for frames, height, width in torch.as_tensor(grids).tolist()
+        ]
+
+    def _check_positions(self, length: int, device: torch.device) -> torch.Tensor:
+        return super()._check_positions(length, device).expand(3, 1, -1)
+
+
+@ADAPTERS.register("qwen3-vl")
+class Qwen3VLAdapter(QwenVLAdapter):
+    """`Qwen3VLForConditionalGeneration` (dense): DeepStack adds visual features behind the first decoder layers."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a dense Qwen3-VL."""
+        from transformers import Qwen3VLForConditionalGeneration
+
+        return isinstance(model, Qwen3VLForConditionalGeneration)
+
+    def later_features(
+        self, arguments: Mapping[str, Any], after_layer: int
+    ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None:
+        """DeepStack's features of layers behind the first stage: the model would add them to all visual tokens."""
+        features = arguments.get("deepstack_visual_embeds")
+        if not features or len(features) <= after_layer:
+            return None
+        if len(features) >= len(self.layers):
+            raise UnsupportedModelError(
+                f"DeepStack: found features for {len(features)} layers of {len(self.layers)}; the last layer's would "
+                f"come behind all hooks: put the first stage after layer {len(features)} or later"
+            )
+        stock = list(features[:after_layer])
+        kept = {**arguments, "deepstack_visual_embeds": stock or None}
+        return kept, {index + 1: features[index] for index in range(after_layer, len(features))}

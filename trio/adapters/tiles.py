@@ -1,0 +1,66 @@
+"""Any-resolution pictures: the whole picture, then its tiles put together, unpadded, with a newline at each row's end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from trio.origins import ImageTokens
+
+
+def tiled_image(
+    size: tuple[int, int], pinpoints: Sequence[Sequence[int]], *, tile: int, side: int, most_tiles: int | None = None
+) -> ImageTokens:
+    """The tokens of one picture, as LLaVA-NeXT and OneVision pack them.
+
+    Frame 0 is the whole picture in ``side x side`` patches. Frame 1 is the grid of all tiles without what padding
+    covers; each of its rows ends with a newline. Both grids cover the whole picture.
+
+    Args:
+        size: height and width of the picture in pixels.
+        pinpoints: resolutions (height, width) that the tiles may make up.
+        tile: pixels along a side of a tile.
+        side: patches along a side of a tile.
+        most_tiles: OneVision shrinks the grid so that it has about as many patches as this many tiles; None: never.
+    """
+    height, width = best_resolution(size, pinpoints)
+    rows, columns = unpadded(height // tile * side, width // tile * side, size)
+    if most_tiles is not None:
+        ratio = math.sqrt(rows * columns / (most_tiles * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+    return ImageTokens.join([ImageTokens.from_grid(side, side), ImageTokens.from_grid(rows, columns).with_newlines()])
+
+
+def best_resolution(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The resolution that keeps most of the picture and, among those, wastes least (LLaVA-NeXT).
+
+    Args:
+        size: height and width of the picture in pixels.
+        pinpoints: the resolutions to choose from, height and width.
+    """
+    height, width = size
+
+    def fit(resolution: Sequence[int]) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        useful = min(int(width * scale) * int(height * scale), width * height)
+        return useful, useful - resolution[0] * resolution[1]
+
+    best = max(pinpoints, key=fit)
+    return int(best[0]), int(best[1])
+
+
+def unpadded(rows: int, columns: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the grid without what the padding to the grid's aspect ratio covers.
+
+    Args:
+        rows: of the padded grid.
+        columns: of the padded grid.
+        size: height and width of the picture in pixels.
+    """
+    height, width = size
+    if width / height > columns / rows:
+        kept = int(round(height * columns / width, 7))
+        return rows - 2 * ((rows - kept) // 2), columns
+    kept = int(round(width * rows / height, 7))
+    return rows, columns - 2 * ((columns - kept) // 2)
