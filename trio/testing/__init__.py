@@ -8,6 +8,8 @@ from trio.testing.adapters import check_adapter
 from trio.testing.inputs import InputsFactory, ProcessorInputs, Prompt
 from trio.testing.promises import PROMISES
 from trio.testing.results import Check, Results
+from trio.testing.scorers import check_scorer
+from trio.testing.selectors import check_selector
 from trio.testing.tiny import TokenInputs, tiny_llava
 
 __all__ = [
@@ -19,5 +21,7 @@ __all__ = [
     "Results",
     "TokenInputs",
     "check_adapter",
+    "check_scorer",
+    "check_selector",
     "tiny_llava",
 ]

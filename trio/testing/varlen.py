@@ -26,6 +26,9 @@ def registered() -> Iterator[str]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     tables: tuple[Any, ...] = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    if NAME in tables[0]:  # within another such block, which will take it out
+        yield NAME
+        return
     for table, function in zip(tables, (attention, flash_attention_mask), strict=True):
         type(table).register(NAME, function)
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.testing.bench import RAGGED, Bench, Setting, reduced
-from trio.testing.inputs import Side
+from trio.testing.bench import RAGGED, Bench, Setting
+from trio.testing.inputs import Prompt, Side
 from trio.testing.results import Case
 
 
@@ -14,19 +14,20 @@ def cases(bench: Bench) -> Iterator[Case]:
     """Every setting, padded on either side: one, two and no pictures, and a picture at the very end."""
     for setting in bench.settings:
         for side in ("left", "right"):
-            yield f"{setting.label}, padded on the {side}", partial(_singles, bench, setting, side)
+            yield f"{setting.label}, padded on the {side}", partial(singles, bench, setting, side)
 
 
-def _singles(bench: Bench, setting: Setting, side: Side) -> str:
-    inputs = bench.inputs(*RAGGED, side=side)
+def singles(bench: Bench, setting: Setting, side: Side, prompts: Sequence[Prompt] = RAGGED) -> str:
+    """Runs a batch and each of its samples alone; some prompt has a picture."""
+    inputs = bench.inputs(*prompts, side=side)
     pipeline = bench.pipeline(setting)
     worst, shares = 0.0, []
     with pipeline:
         logits = bench.forward(inputs)
-        report = reduced(pipeline.report)
+        report = pipeline.report
         ends = bench.last(logits, inputs, side, report)
         selection = report.selection()
-        for sample, prompt in enumerate(RAGGED):
+        for sample, prompt in enumerate(prompts):
             alone = bench.inputs(prompt)
             expected = [[by_sample[sample]] for by_sample in selection]
             if prompt.pictures:
@@ -37,4 +38,4 @@ def _singles(bench: Bench, setting: Setting, side: Side) -> str:
             with pipeline.replay(expected):
                 own = bench.forward(alone)[:, -1]
             worst = max(worst, bench.close(ends[sample : sample + 1], own, f"sample {sample}"))
-    return f"{min(shares):.0%} of the same tokens, largest error {worst:.1e}"
+    return f"{min(shares):.0%} of the same tokens, kept {report.retention:.1%}, largest error {worst:.1e}"
