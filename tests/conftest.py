@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -26,6 +27,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str:
     """Which versions a run is about."""
-    import transformers
-
-    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"torch {torch.__version__}, transformers {metadata.version('transformers')}"
