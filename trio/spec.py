@@ -489,7 +489,12 @@ class PipelineSpec(_Model):
             SpecError: a part is an object that no registry knows by name, or a parameter is not plain data.
         """
         try:
-            return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+            data = self.to_dict()
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+            # Written plainly, some line-breaking characters (U+0085, U+2028) come back as others: escape those texts.
+            if yaml.safe_load(text) == data:
+                return text
+            return yaml.safe_dump(data, sort_keys=False, allow_unicode=False, width=110)
         except yaml.YAMLError as error:
             raise SpecError(
                 f"spec {self.name!r}: a parameter is not plain data ({error}); write it as text."

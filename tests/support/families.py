@@ -263,6 +263,98 @@ def qwen3_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
     return finish(model, dtype, attention), qwen_inputs(dtype)
 
 
+def smolvlm(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+    config = transformers.SmolVLMConfig(
+        text_config=text_config("llama"),
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": TILE,
+            "patch_size": PATCH // 2,
+        },
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    model = transformers.SmolVLMForConditionalGeneration(config)
+
+    def collate(numbers: list[int]) -> Inputs:
+        return {"pixel_values": torch.stack([noise(n, 1, 3, TILE, TILE) for n in numbers]).to(dtype)}
+
+    def by_sample(batch: Inputs) -> Inputs:
+        """Pixels are laid out by sample; samples with fewer pictures are filled with zeros."""
+        if "pixel_values" not in batch:
+            return batch
+        counts = ((batch["input_ids"] == IMAGE_TOKEN).sum(1) // SIDE**2).tolist()
+        rows = [torch.cat([chunk[:, 0]]) for chunk in batch["pixel_values"].split(counts)]
+        return {**batch, "pixel_values": stacked(rows)}
+
+    return finish(model, dtype, attention), Factory(lambda n: [START, *[IMAGE_TOKEN] * SIDE**2, END], collate, by_sample)
+
+
+def mistral3(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+    config = transformers.Mistral3Config(
+        text_config=text_config("mistral"),
+        vision_config=transformers.PixtralVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=8,
+            image_size=64,
+            patch_size=PATCH,
+        ),
+        image_token_id=IMAGE_TOKEN,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    model = transformers.Mistral3ForConditionalGeneration(config)
+
+    def size(number: int) -> tuple[int, int]:
+        return 16 + 8 * (number % 2), 16 + 8 * (number % 3)
+
+    def tokens(number: int) -> list[int]:
+        height, width = (side // (2 * PATCH) for side in size(number))
+        return [t for row in range(height) for t in [IMAGE_TOKEN] * width + [START if row + 1 < height else END]]
+
+    def collate(numbers: list[int]) -> Inputs:
+        pixels = torch.zeros(len(numbers), 3, 32, 32)
+        for place, number in enumerate(numbers):
+            height, width = size(number)
+            pixels[place, :, :height, :width] = noise(number, 3, height, width)
+        return {"pixel_values": pixels.to(dtype), "image_sizes": torch.tensor([size(n) for n in numbers])}
+
+    return finish(model, dtype, attention), Factory(tokens, collate)
+
+
+def glm4v(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+    config = transformers.Glm4vConfig(
+        text_config={
+            **QWEN_TEXT,
+            "rope_parameters": {**rope([1, 1, 2]), "partial_rotary_factor": 1.0},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "image_size": TILE,
+        },
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        image_start_token_id=START,
+        image_end_token_id=END,
+        video_start_token_id=94,
+        video_end_token_id=95,
+    )
+    model = transformers.Glm4vForConditionalGeneration(config)
+    return finish(model, dtype, attention), qwen_inputs(dtype)
+
+
 FAMILIES: dict[str, Callable[[torch.dtype, str], tuple[Any, Factory]]] = {
     "llava": llava,
     "llava-next": llava_next,
@@ -271,6 +363,9 @@ FAMILIES: dict[str, Callable[[torch.dtype, str], tuple[Any, Factory]]] = {
     "qwen2.5-vl": qwen2_5_vl,
     "qwen3-vl": qwen3_vl,
     "internvl": internvl,
+    "smolvlm": smolvlm,
+    "mistral3": mistral3,
+    "glm4v": glm4v,
 }
 
 

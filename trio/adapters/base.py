@@ -38,6 +38,8 @@ class Adapter(ABC):
     out (`layout`). Everything else has defaults that fit models built from a stock text decoder.
     """
 
+    #: Asked only where no other adapter takes a model.
+    fallback: ClassVar[bool] = False
     #: Numbering of the survivors under ``positions: auto``, as the family's published code does it.
     default_positions: ClassVar[Positions] = "compact"
     #: Numberings that the family's rotary embeddings allow.

@@ -16,14 +16,14 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a model, chosen by asking each registered one.
+    """The adapter of a model, chosen by asking each registered one, fallbacks last.
 
     Raises:
         UnsupportedModelError: no adapter takes the model.
     """
     model = base_model(model)
-    for name in ADAPTERS.names():
-        cls = ADAPTERS.get(name)
+    known = [ADAPTERS.get(name) for name in ADAPTERS.names()]
+    for cls in sorted(known, key=lambda adapter: adapter.fallback):
         if cls.matches(model):
             return cls(model)
     raise UnsupportedModelError(

@@ -115,6 +115,23 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
     return Layout(visual, tuple(samples))
 
 
+def runs_as_images(input_ids: torch.Tensor, tokens: Sequence[int]) -> Layout:
+    """Takes runs of placeholders at most one token apart for a picture; its grid is a single row.
+
+    Args:
+        input_ids: int64 ``(B, S)`` on the CPU.
+        tokens: the placeholders.
+    """
+    visual = torch.isin(input_ids, torch.tensor(list(tokens)))
+    samples = []
+    for row in visual:
+        columns = row.nonzero().squeeze(1)
+        breaks = (columns.diff() > 2).nonzero().squeeze(1) + 1
+        runs = columns.tensor_split(breaks.tolist()) if len(columns) else ()
+        samples.append(tuple(ImageTokens.from_grid(1, len(run)) for run in runs))
+    return Layout(visual, tuple(samples))
+
+
 def encoded_argument(encoded: Mapping[str, Mapping[str, Any]], modality: str, name: str) -> Any:
     """An argument of the last call of an encoder method.
 
