@@ -53,6 +53,7 @@ class Pipeline:
         stages: Sequence[StageSpec | Mapping[str, Any]] = (),
         compressor: CompressorSpec | Mapping[str, Any] | str | None = None,
         positions: Literal["auto", "compact", "original"] = "auto",
+        newlines: Literal["with-row", "always", "never"] = "with-row",
         budget: Budget | Mapping[str, Any] | None = None,
         name: str = "custom",
         report: Literal["counts", "full"] = "counts",
@@ -66,6 +67,7 @@ class Pipeline:
             stages: reductions inside the language model, in order of their layers.
             compressor: the reduction on the encoder side.
             positions: numbering of the survivors; ``auto`` follows the family's published code.
+            newlines: what happens to tokens that end the rows of a tiled picture.
             budget: a promise about the average that is checked.
             name: what reports call the pipeline.
             report: ``counts`` costs nothing; ``full`` keeps saliencies and measures times and bytes.
@@ -78,7 +80,8 @@ class Pipeline:
             UnknownNameError: a part of that name does not exist.
         """
         if spec is None:
-            fields: dict[str, Any] = {"stages": list(stages), "positions": positions, "name": name}
+            fields: dict[str, Any] = {"stages": list(stages), "positions": positions, "newlines": newlines}
+            fields["name"] = name
             if compressor is not None:
                 fields["compressor"] = compressor
             if budget is not None:

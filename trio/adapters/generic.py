@@ -48,7 +48,7 @@ class GenericAdapter(Adapter):
         warnings.warn(
             f"no adapter knows {type(model).__name__}; the generic one is used, which was not tested on it: run "
             "`trio check` on your checkpoint",
-            stacklevel=2,
+            stacklevel=4,
         )
         super().__init__(model)
         if _is_multi_axis(self.text_config):
