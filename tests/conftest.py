@@ -1,4 +1,4 @@
-"""Settings for every test: no network, and no more threads than a small machine has cores."""
+"""Settings for every test: no network, and one thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(2)
+# Tiny tensors on a shared machine: threads that wait for each other cost far more than they bring.
+torch.set_num_threads(1)
 
 # Machines differ in speed and may be shared, so no test fails for being slow once.
 settings.register_profile("trio", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -166,6 +166,44 @@ def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
     assert facts["answer"]["compressed"] == answer
 
 
+def test_run_without_arguments() -> None:
+    """The demo: the zoo's model, picture and question."""
+    result = trio_("run")
+    assert result.exit_code == 0, result.stderr
+    assert trio.zoo.demo_question() in result.stdout
+    assert Path("trio-overlay.png").is_file()
+    facts = json.loads(trio_("run", "--json").stdout)
+    assert facts["model"] == "tiny-llava"
+    assert facts["spec"] == "trio-11"
+    assert facts["answer"]["full"]
+    assert abs(facts["average_kept"] - 0.111 * facts["visual_tokens"]) <= 0.5
+
+
+# check ---------------------------------------------------------------------------------------------------------------
+
+
+def test_check(model: Path) -> None:
+    result = trio_("check", model, "--promise", "identity")
+    assert result.exit_code == 0, result.stderr
+    assert "identity" in result.stdout
+    assert "checks hold" in result.stdout
+    facts = json.loads(trio_("check", model, "--promise", "identity", "--json").stdout)
+    assert facts["passed"]
+    assert {one["promise"] for one in facts["checks"]} == {"identity"}
+
+
+def test_check_fails_with_exit_code_1(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trio import testing
+    from trio.testing import Check, Results
+
+    failed = Results("x", (Check("identity", "logits", False, "they differ by 3"),))
+    monkeypatch.setattr(testing, "check_adapter", lambda *args, **kwargs: failed)
+    result = trio_("check", model)
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "they differ by 3" in result.stdout
+
+
 # list ----------------------------------------------------------------------------------------------------------------
 
 

@@ -275,13 +275,13 @@ def spec_of(*stages: tuple[Any, Any], **more: Any) -> dict[str, Any]:
             r"stages\[1\].after_layer: found 4 after stages\[0\] at 8; list the stages in the order",
         ),
         (spec_of(("50%", 8), (4, 6), ("10%", 4)), r"stages\[2\].after_layer: found '10%' after stages\[0\]"),
-        (spec_of((4, 8), (8, 9)), r"stages\[1\].keep: found 9, more than the stages\[0\] leaves; counts cannot grow"),
+        (spec_of((4, 8), (8, 9)), r"stages\[1\].keep: found 9, more than stages\[0\] leaves; counts cannot grow"),
         (spec_of((4, "10%"), (8, "11%")), r"stages\[1\].keep: found '11%', more than"),
         (
             spec_of((4, 97), compressor={"name": "scan", "keep": 96}),
             r"stages\[0\].keep: found 97, more than the compressor",
         ),
-        (spec_of((1, 8), (2, "5%"), (3, 9)), r"stages\[2\].keep: found 9, more than the stages\[0\]"),
+        (spec_of((1, 8), (2, "5%"), (3, 9)), r"stages\[2\].keep: found 9, more than stages\[0\]"),
         (
             spec_of((4, 65), budget={"average": 64}),
             r"budget.average: an average of 64 contradicts stages\[0\].keep: 65",
@@ -459,7 +459,7 @@ def test_yaml_reads(tmp_path: Path) -> None:
     [
         ("    keep: 54", "    kepe: 54", 7, "stages[1].kepe: unknown key 'kepe'. Did you mean 'keep'?"),
         ("    keep: 54", "    keep: 5.4", 7, "stages[1].keep: found 5.4"),
-        ("    keep: 54", "    keep: 93", 7, "stages[1].keep: found 93, more than the stages[0] leaves"),
+        ("    keep: 54", "    keep: 93", 7, "stages[1].keep: found 93, more than stages[0] leaves"),
         ("    keep: 54", "    keep: {share: x}", 7, "stages[1].keep: found 'x'"),
         ("    keep: 54\n", "", 6, "stages[1].keep: missing"),
         ("    keep: 54", "    keep: 54\n    keep: 55", 8, "stages[1].keep: the key is there twice"),

@@ -66,12 +66,12 @@ def check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> 
         before = seen.get(key)
         if before is not None and value > before[1]:
             raise Wrong(
-                f"found {keep.model_dump()!r}, more than the {before[0]} leaves; counts cannot grow. Keep fewer here "
+                f"found {keep.model_dump()!r}, more than {before[0]} leaves; counts cannot grow. Keep fewer here "
                 "or "
                 "more there.",
                 (*place, "keep"),
             )
-        seen[key] = (path(place), value)
+        seen[key] = (path(place) if place[0] == "stages" else "the compressor", value)
 
 
 def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:

@@ -51,6 +51,8 @@ def check(
 
 
 def _print(model: str, results: Results) -> None:
+    import textwrap
+
     from rich.table import Table
     from rich.text import Text
 
@@ -63,7 +65,8 @@ def _print(model: str, results: Results) -> None:
     before = ""
     for one in results:
         verdict = Text("ok", style="green") if one.passed else Text("FAILED", style="bold red")
-        table.add_row(Text(one.promise if one.promise != before else ""), Text(one.name), verdict, Text(one.detail))
+        detail = textwrap.shorten(one.detail, 90, placeholder=" ...") if one.passed else one.detail
+        table.add_row(Text(one.promise if one.promise != before else ""), Text(one.name), verdict, Text(detail))
         before = one.promise
     out.print(table)
     out.print(Text(f"{len(results) - len(results.failures)} of {len(results)} checks hold"))

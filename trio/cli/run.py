@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trio.report import CompressionReport
 
 OVERLAY = Path("trio-overlay.png")
+SMALL = 10**11  # FLOPs of a prefill below which a processor's time goes to dispatching operations, not to them
 
 
 def run(
@@ -114,7 +115,10 @@ def _answer_twice(
 
 
 def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds on the wall clock, and the result; queued work of an accelerator is waited for."""
+    """Seconds on the wall clock, and the result: the best of three, or of fewer where they take more than two seconds.
+
+    Queued work of an accelerator is waited for.
+    """
     import time
 
     import torch
@@ -123,11 +127,15 @@ def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
         if model.device.type != "cpu":
             torch.accelerator.synchronize(model.device)
 
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return time.perf_counter() - start, result
+    seconds: list[float] = []
+    result: Any = None
+    while len(seconds) < 3 and sum(seconds) < 2:
+        wait()
+        start = time.perf_counter()
+        result = work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
 
 
 def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
@@ -191,9 +199,19 @@ def _facts(
             "phases": report.timing,
         },
         "new_tokens": dict(zip(("full", "compressed"), result["generated"], strict=True)),
-        "notes": [*report.notes, *([cost] if isinstance(cost, str) else cost.notes)],
+        "notes": _notes(report, cost),
         "overlay": None if target is None else str(target),
     }
+
+
+def _notes(report: CompressionReport, cost: CostPrediction | str) -> list[str]:
+    if isinstance(cost, str):
+        return [*report.notes, cost]
+    small = cost.full.flops.total < SMALL
+    note = (
+        "a model this small spends its time on overhead outside the layers, so its times say nothing about large ones"
+    )
+    return [*report.notes, *cost.notes, *([note] if small else [])]
 
 
 def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
