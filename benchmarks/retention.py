@@ -1,0 +1,211 @@
+"""What a model still answers with fewer visual tokens.
+
+``python -m benchmarks.retention tiny-llava --scenes 300`` measures, ``python -m benchmarks.retention --table`` writes
+``docs/retention.md`` from the committed results. Every row is asked the same questions about the same held-out scenes.
+Scenes come in chunks, and a chunk is written when all rows have answered it: a killed run goes on where it was, and a
+larger ``--scenes`` adds to what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import trio
+from benchmarks.rows import Row, rows
+from benchmarks.table import write_table
+from trio import zoo
+from trio.zoo.evaluate import Example, blank, examples, prompt
+
+RESULTS = Path(__file__).parent / "results"
+CHUNK = 25  # scenes
+SEED = 2026  # of the scenes; the zoo's own evaluation uses 0
+console = Console()
+
+
+@dataclass
+class Batch:
+    """Questions, ready for the model, with what its vision tower gives for their pictures."""
+
+    inputs: Any
+    hidden: torch.Tensor
+    answers: list[str]
+
+
+class RememberedTower:
+    """Answers in place of the vision tower, which would see the same pictures in every row.
+
+    Only the layer that the model reads is remembered; everything behind it is computed anew.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Binds to a LLaVA model."""
+        self.tower = model.model.vision_tower
+        self.layer: int = model.config.vision_feature_layer
+
+    def look(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The hidden states that the model reads, float ``(pictures, patches, width)``."""
+        with torch.no_grad():
+            hidden: torch.Tensor = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer]
+        return hidden
+
+    @contextmanager
+    def giving(self, hidden: torch.Tensor) -> Iterator[None]:
+        """The tower gives these hidden states for the block."""
+        stored = (hidden,) * abs(self.layer)
+        self.tower.forward = lambda *args, **kwargs: BaseModelOutputWithPooling(
+            last_hidden_state=hidden, hidden_states=stored
+        )
+        try:
+            yield
+        finally:
+            del self.tower.forward
+
+
+def batches(tower: RememberedTower, processor: Any, asked: Sequence[Example], batch_size: int) -> list[Batch]:
+    """Left-padded batches; each scene goes through the tower once."""
+    made, seen = [], {}
+    for first in range(0, len(asked), batch_size):
+        part = asked[first : first + batch_size]
+        inputs = processor(
+            images=[e.image for e in part],
+            text=[prompt(processor, e.question) for e in part],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        new = {e.scene: place for place, e in enumerate(part) if e.scene not in seen}
+        if new:
+            seen.update(zip(new, tower.look(inputs["pixel_values"][list(new.values())]), strict=True))
+        made.append(Batch(inputs, torch.stack([seen[e.scene] for e in part]), [e.answer for e in part]))
+    return made
+
+
+def answered(model: Any, processor: Any, tower: RememberedTower, row: Row, asked: Sequence[Batch]) -> str:
+    """Which questions a row answers right, one character each: "1" or "0"."""
+    right = ""
+    with row.pipeline or nullcontext(), torch.no_grad():
+        for batch in asked:
+            with tower.giving(batch.hidden):
+                out = model.generate(**batch.inputs, max_new_tokens=6, do_sample=False)
+            texts = processor.batch_decode(out[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right += "".join("01"[text.strip() == answer] for text, answer in zip(texts, batch.answers, strict=True))
+    return right
+
+
+def measure(
+    name: str, folder: Path, out: Path, scenes: int, *, seed: int = SEED, batch_size: int = 64, limit: int | None = None
+) -> None:
+    """Runs every row on every chunk that is not there yet.
+
+    Args:
+        name: of the model, for the results.
+        folder: of the model.
+        out: the results, JSON.
+        scenes: how many in all.
+        seed: of the scenes.
+        batch_size: questions in a batch.
+        limit: chunks to run now; all that are missing by default.
+    """
+    model, processor = zoo.load_folder(folder)
+    tower = RememberedTower(model)
+    every = examples("test", seed, scenes)
+    tokens = _tokens(model, processor, every[0])
+    table, refused = rows(model, tokens)
+    header = {
+        "model": name,
+        "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "split": "test",
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "visual_tokens": tokens,
+        "layers": len(model.model.language_model.layers),
+        "average": {row.name: row.average for row in table},
+        "refused": refused,
+    }
+    results = _started(out, header)
+    done = results["scenes"]
+    todo = list(range(done, scenes, CHUNK))[:limit]
+    with Progress(console=console) as progress:
+        bar = progress.add_task(f"{name}: rows", total=len(todo) * len(table))
+        for first in todo:
+            begin = time.perf_counter()
+            asked = [e for e in every if first <= e.scene < first + CHUNK]
+            seeing, blind = (batches(tower, processor, some, batch_size) for some in (asked, blank(asked)))
+            for row in table:
+                results["right"][row.name] = results["right"].get(row.name, "") + answered(
+                    model, processor, tower, row, blind if row.blank else seeing
+                )
+                progress.advance(bar)
+            results["questions"]["scene"] += [e.scene for e in asked]
+            results["questions"]["kind"] += [e.kind for e in asked]
+            results["scenes"] = min(first + CHUNK, scenes)
+            results["seconds"] = round(results["seconds"] + time.perf_counter() - begin, 1)
+            _write(out, results)
+    console.print(
+        f"{results['scenes']} scenes, {len(results['questions']['kind'])} questions, {len(table)} rows: {out}"
+    )
+
+
+def _tokens(model: Any, processor: Any, example: Example) -> int:
+    inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
+    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
+def _started(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results so far, or empty ones."""
+    if not out.exists():
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trio-vlm": trio.__version__}
+        empty = {"scenes": 0, "seconds": 0.0, "questions": {"scene": [], "kind": []}, "right": {}}
+        return {**header, "versions": versions, **empty}
+    results: dict[str, Any] = json.loads(out.read_text())
+    other = [field for field, value in header.items() if results.get(field) != value]
+    if other:
+        raise trio.InputError(
+            f"{out}: it holds results with other {', '.join(other)}; going on would mix two measurements. Give another "
+            "--out, or remove the file to start again."
+        )
+    return results
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(out)
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="A model of the zoo, or the folder of one.")] = "tiny-llava",
+    scenes: Annotated[int, typer.Option(help="Held-out scenes, those of an earlier run counted in.")] = 300,
+    out: Annotated[Path | None, typer.Option(help="Results; default benchmarks/results/retention-NAME.json.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 64,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    table: Annotated[bool, typer.Option("--table", help="Only write docs/retention.md from the results.")] = False,
+) -> None:
+    """Accuracy by retention, method and place."""
+    if table:
+        target = Path(__file__).parent.parent / "docs" / "retention.md"
+        write_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("retention-*.json"))], target)
+        console.print(f"wrote {target}")
+        return
+    torch.set_num_threads(threads)
+    folder = Path(name) if Path(name).is_dir() else zoo.path(name)
+    measure(folder.name, folder, out or RESULTS / f"retention-{folder.name}.json", scenes, batch_size=batch_size)
+
+
+if __name__ == "__main__":
+    typer.run(main)
