@@ -84,7 +84,7 @@ def test_builtins_are_found_lazily(toys: Registry[Toy]) -> None:
 def test_duplicates_are_refused(toys: Registry[Toy]) -> None:
     toys.register("square")(Square)
     toys.register("square")(Square)  # the same object is fine
-    with pytest.raises(InputError, match="'square' is taken by .*Square; register .*Round under another name"):
+    with pytest.raises(InputError, match=r"'square' is taken by .*Square; register .*Round under another name"):
         toys.register("square")(Round)
     with pytest.raises(InputError, match="'square' is taken"):
         toys.register("round", aliases=("square",))(Round)
@@ -106,7 +106,7 @@ def test_malformed_names_are_refused(toys: Registry[Toy], name: str) -> None:
 
 @pytest.mark.parametrize("wrong", [int, 3, lambda: None])
 def test_the_base_is_required(toys: Registry[Toy], wrong: Any) -> None:
-    with pytest.raises(InputError, match="not a subclass of .*Toy"):
+    with pytest.raises(InputError, match=r"not a subclass of .*Toy"):
         toys.register("x")(wrong)
 
 
@@ -218,7 +218,7 @@ def test_a_broken_plugin_is_named_and_alone(toys: Registry[Toy], tmp_path: Path,
 def test_two_plugins_with_one_name(toys: Registry[Toy], tmp_path: Path) -> None:
     plugin(tmp_path, "toy_a", {"kite": "toyplugin:Kite"}, GOOD)
     plugin(tmp_path, "toy_b", {"kite": "toyplugin:Kite"}, {})
-    with pytest.raises(PluginError, match="offered by toy_[ab] 1.2 and toy_[ab] 1.2; uninstall"):
+    with pytest.raises(PluginError, match=r"offered by toy_[ab] 1.2 and toy_[ab] 1.2; uninstall"):
         toys.get("kite")
 
 

@@ -409,8 +409,8 @@ class PipelineSpec(_Model):
     )
     newlines: Literal["with-row", "always", "never"] = Field(
         default="with-row",
-        description="tokens that end the rows of a tiled picture (LLaVA-NeXT, OneVision) and are no picture: kept while "
-        "their row has a token, always, or never",
+        description="tokens that end the rows of a tiled picture (LLaVA-NeXT, OneVision) and are no picture: kept "
+        "while their row has a token, always, or never",
     )
     budget: Budget | None = Field(default=None, description="a promise about the average, and what auto is solved from")
 
@@ -549,6 +549,7 @@ _DEFAULTS: dict[str, Any] = {
     "compressor": None,
     "stages": [],
     "positions": "auto",
+    "newlines": "with-row",
     "budget": None,
 }
 
