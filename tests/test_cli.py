@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,12 @@ from trio.spec import load_spec, shipped_specs
 pytestmark = pytest.mark.contract
 
 ROOT = Path(trio.__file__).parent.parent
+
+
+def processor_time() -> float:
+    """Seconds of all finished child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def trio_(*args: str | Path) -> Result:
@@ -71,10 +77,10 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
+    for _ in range(3):  # processor time, which other tests on the machine do not lengthen
+        start = processor_time()
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_time() - start)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip().endswith("[]")
     assert min(seconds) < 0.5
