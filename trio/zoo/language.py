@@ -29,7 +29,7 @@ from trio.zoo.scenes import COLOURS, PLATES, SHAPES, draw_scene
 from trio.zoo.tower import IGNORE, dense_labels, pixels, tower_output
 from trio.zoo.vocabulary import MAX_GRID
 
-MIX = {"existence": 2, "colour": 1, "shape": 1, "count": 4, "relation": 2, "corner": 1, "number": 2, "same": 5}
+MIX = {"existence": 2, "colour": 1, "shape": 1, "count": 4, "relation": 2, "corner": 1, "number": 2, "same": 4}
 """How often each type of question is asked in training."""
 ORDER = ("dense", *KINDS)
 
@@ -141,7 +141,7 @@ def fit_projector(
     model: LlavaForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
-    steps: int = 160,
+    steps: int,
 ) -> None:
     """Fit the projector to the sum of the embeddings of a patch's words."""
     table = model.model.language_model.embed_tokens.weight.detach()
@@ -234,6 +234,7 @@ def train_language(
     batch_size: int = 16,
     room: int = 288,
     rate: float = 2e-3,
+    projector_steps: int = 160,
 ) -> list[dict[str, float]]:
     """Train projector and language model in place; returns the curve (running accuracy on scenes never seen before)."""
     model.model.vision_tower.requires_grad_(False)
@@ -243,7 +244,7 @@ def train_language(
     saved: dict[str, Any] | None = torch.load(path, weights_only=True) if resume and path.exists() else None
     if saved is None:
         lexical_start(model, tokenizer)
-        fit_projector(recipe, model, tokenizer, seed)
+        fit_projector(recipe, model, tokenizer, seed, projector_steps)
     layers = list(language.layers)
     if compile_layers:
         for layer in layers:

@@ -133,6 +133,7 @@ def train_tower(
     clock: Clock,
     resume: bool,
     batch_size: int = 48,
+    fresh: int = 480,
 ) -> dict[str, float]:
     """Train ``model``'s vision tower in place; returns the accuracies on fresh scenes."""
     tower = model.model.vision_tower
@@ -176,11 +177,11 @@ def train_tower(
 
     tower.eval()
     totals: dict[str, float] = {}
-    fresh = DataLoader(_Patches(recipe, "validation", seed, 0, 480), batch_size)
+    unseen = DataLoader(_Patches(recipe, "validation", seed, 0, fresh), batch_size)
     with torch.no_grad():
-        for batch in fresh:
+        for batch in unseen:
             _, right = heads(*tower_output(model, batch.pop("pixels")), batch)
             for name, value in right.items():
-                totals[name] = totals.get(name, 0.0) + value / len(fresh)
+                totals[name] = totals.get(name, 0.0) + value / len(unseen)
     console.print("tower on fresh scenes:", totals)
     return totals
