@@ -56,7 +56,7 @@ class Bench:
         factory: makes inputs.
         adapter: of the model.
         tolerance: largest difference of logits, relative to the largest logit.
-        exact: whether kept tokens must be the same ones, all of them; else at least 99%.
+        exact: whether kept tokens must be the same ones, all of them; else 99%, or all but two.
         settings: the first is used where one is enough.
         attention: names of attention implementations to compare.
     """
@@ -113,9 +113,16 @@ class Bench:
             "return_dict_in_generate": True,
             "output_logits": True,
             **PLAIN,
+            "suppress_tokens": self._placeholders() or None,
             **more,
         }
         return self.model.generate(**inputs, **given)
+
+    def _placeholders(self) -> list[int]:
+        """Tokens that stand for pictures: one pass over an answer that holds some would look for more pictures."""
+        config = self.inner.config
+        names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id")
+        return sorted({token for name in names if isinstance(token := getattr(config, name, None), int)})
 
     # Comparing
 
@@ -127,7 +134,7 @@ class Bench:
         """
         require(found.shape == expected.shape, f"{what}: shapes {tuple(found.shape)} and {tuple(expected.shape)}")
         require(bool(torch.isfinite(found).all()), f"{what}: logits are not finite")
-        error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12))
+        error = relative(found, expected)
         require(
             error <= self.tolerance,
             f"{what}: logits differ by {error:.2e} of the largest, allowed {self.tolerance:.0e}",
@@ -138,7 +145,7 @@ class Bench:
         """The share of kept tokens that two selections have in common.
 
         Raises:
-            AssertionError: it is not all of them (in half precision: less than 99%).
+            AssertionError: it is not all of them (in half precision: less than 99%, and more than two others).
         """
         common = total = 0
         for ours, theirs in zip(_images(found), _images(expected), strict=True):
@@ -148,8 +155,10 @@ class Bench:
             common += len(ours & theirs)
             total += max(len(ours), len(theirs))
         share = common / total if total else 1.0
-        floor = 1.0 if self.exact else 0.99
-        require(share >= floor, f"{what}: {share:.2%} of the same tokens, at least {floor:.0%} expected")
+        # In half precision a single swap, nested in the next stage, is more than 1% of a few dozen tokens.
+        allowed = 0 if self.exact else max(2, total // 100)
+        message = f"{what}: {total - common} of {total} kept tokens are others, at most {allowed} expected"
+        require(total - common <= allowed, message)
         return share
 
     def last(self, logits: torch.Tensor, inputs: Inputs, side: Side, report: CompressionReport | None) -> torch.Tensor:
@@ -206,6 +215,12 @@ class Bench:
             return self.forward(inputs)
         with pipeline.replay([[by_sample[sample]] for by_sample in selection]):
             return self.forward(inputs)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    largest = expected.float().abs().max().clamp_min(1e-12)
+    return float((found.float() - expected.float()).abs().max() / largest)
 
 
 def _images(selection: Selection) -> Iterator[set[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from trio.testing import varlen
-from trio.testing.bench import RAGGED, Bench, attention_of, reduced
+from trio.testing.bench import RAGGED, Bench, attention_of, reduced, relative
 from trio.testing.results import Case, require
 
 
@@ -25,18 +25,28 @@ def _flash(bench: Bench) -> str:
 def _agrees(bench: Bench, name: str) -> str:
     inputs = bench.inputs(*RAGGED)
     pipeline = bench.pipeline()
+    stock = bench.forward(inputs)
     with pipeline:
-        own = bench.forward(inputs)
+        bench.forward(inputs)
         selection = reduced(pipeline.report).selection()
-    with attention_of(bench.inner, name), pipeline:
-        kept_full = bench.forward(inputs)
-        found = pipeline.report.selection()
-        out = bench.generate(inputs)
-        recorded = pipeline.report.selection()
+        with pipeline.replay(selection):
+            own = bench.forward(inputs)
+    # In half precision the tower alone moves the tokens; what is promised is about the layers that we touch.
+    where = bench.inner if bench.exact else bench.adapter.language_model
+    with attention_of(where, name):
+        noise = relative(bench.forward(inputs)[:, -1], stock[:, -1])
+        with pipeline:
+            bench.forward(inputs)
+            found = pipeline.report.selection()
+            with pipeline.replay(selection):
+                other = bench.forward(inputs)
+            out = bench.generate(inputs)
+            error = bench.follows_replay(pipeline, RAGGED, out, pipeline.report.selection())
     share = bench.same_tokens(found, selection, name)
-    with pipeline.replay(found):
-        expected = bench.forward(inputs)
-    error = bench.close(kept_full[:, -1], expected[:, -1], "prefill")
-    require(own.shape[0] == kept_full.shape[0], "batch sizes differ")
-    error = max(error, bench.follows_replay(pipeline, RAGGED, out, recorded))
-    return f"{share:.0%} of the same tokens, prefill and {len(out.logits)} steps, largest error {error:.1e}"
+    difference = relative(other[:, -1], own[:, -1])
+    allowed = max(bench.tolerance, 2 * noise)
+    require(difference <= allowed, f"logits differ by {difference:.1e}, the stock model's by {noise:.1e}")
+    return (
+        f"{share:.0%} of the same tokens, logits differ by {difference:.1e} (stock {noise:.1e}), "
+        f"{len(out.logits)} decoded steps within {error:.1e}"
+    )
