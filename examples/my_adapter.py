@@ -1,0 +1,83 @@
+"""An adapter of one's own, in one file outside the package: ``python examples/my_adapter.py``.
+
+The family is ViP-LLaVA, which the package does not know by name. ``docs/add-an-adapter.md`` explains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+import trio
+from trio.adapters.base import Layout
+from trio.adapters.placeholders import images_by_count
+from trio.origins import ImageTokens
+
+
+@trio.ADAPTERS.register("vip-llava")
+class VipLlavaAdapter(trio.Adapter):
+    """`VipLlavaForConditionalGeneration`: each picture is one grid of patches, in raster order."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether the model is a ViP-LLaVA."""
+        return isinstance(model, VipLlavaForConditionalGeneration)
+
+    @property
+    def multimodal(self) -> Any:
+        """The module that merges text and picture features."""
+        return self.model.model
+
+    @property
+    def language_model(self) -> Any:
+        """The text decoder, without its head."""
+        return self.multimodal.language_model
+
+    @property
+    def vision_tower(self) -> Any:
+        """The image encoder."""
+        return self.multimodal.vision_tower
+
+    @property
+    def projector(self) -> Any:
+        """The module between vision tower and language model."""
+        return self.multimodal.multi_modal_projector
+
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """Every picture takes the same number of placeholders: the tower's grid, without the class token."""
+        config: Any = self.model.config
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return images_by_count(input_ids, config.image_token_id, ImageTokens.from_grid(side, side))
+
+
+def tiny_model() -> VipLlavaForConditionalGeneration:
+    """A model of this family with a few thousand random parameters: enough to check an adapter."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = {"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 6, "eos_token_id": None, **small}
+    tower = {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 16, "patch_size": 4, **small}
+    config = VipLlavaConfig(text_config=text, vision_config=tower, image_token_index=99, vision_feature_layer=[-2, -1])
+    torch.manual_seed(0)
+    model = VipLlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4.0)  # else attention is so even that wrong rows or masks do not show
+    return model
+
+
+def main() -> None:
+    """Checks the seven promises on a model of this family."""
+    from trio.testing import TokenInputs, check_adapter
+
+    # 16 placeholders with id 99 for each picture of 16 x 16 pixels; with a real checkpoint, pass its processor.
+    inputs = TokenInputs(image_token=99, image_tokens=16, picture=(3, 16, 16))
+    results = check_adapter(tiny_model(), inputs, on_check=print)
+    print(f"{results.subject}: {len(results)} checks passed")
+
+
+if __name__ == "__main__":
+    main()
