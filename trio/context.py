@@ -60,5 +60,5 @@ class LayerContext:
 
     def at_visual(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``(B, S)`` at the visual tokens: float32 ``(B, N)``, -inf where a sample has fewer."""
-        picked = values.float().gather(1, self.visual_index)
+        picked = values.float().to(self.visual_index.device).gather(1, self.visual_index)
         return picked.masked_fill(~self.visual_valid, float("-inf"))

@@ -19,7 +19,8 @@ from trio.errors import InputError, UnsupportedModelError
 from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
 from trio.report import CompressionReport
 from trio.reporting import make_report, saliencies
-from trio.runtime.hooks import Runtime, Selection
+from trio.runtime.hooks import Runtime
+from trio.runtime.prefill import Selection
 from trio.runtime.record import PrefillRecord
 from trio.runtime.stage import BoundStage
 from trio.schedule import resolve

@@ -204,3 +204,15 @@ def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor
     new.dropped = torch.zeros(past_valid.shape[0], dtype=torch.int64, device=past_valid.device)
     cache.layers[index] = new
     return new
+
+
+def bytes_of(cache: Any) -> tuple[tuple[int, int], ...] | None:
+    """For each layer of a cache the bytes that it holds, and what it would hold with every token of the conversation."""
+    if cache is None:
+        return None
+    sizes = []
+    for layer in cache.layers:
+        held = 0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
+        keys = layer.keys.shape[-2] if held else 1
+        sizes.append((held, held // keys * int(layer.get_seq_length()) if held else 0))
+    return tuple(sizes)

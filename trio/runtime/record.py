@@ -60,3 +60,10 @@ class PrefillRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     cache_bytes: tuple[tuple[int, int], ...] | None = None
     replayed: bool = False
+
+    def fill_layers(self, num_layers: int, first: int) -> None:
+        """Adds the layers that no hook saw: the `first` ones run on all tokens."""
+        whole, length = tuple(self.valid.sum(1).tolist()), self.valid.shape[1]
+        self.lengths = [length] * first + self.lengths
+        self.tokens = [whole] * first + self.tokens
+        assert len(self.lengths) == num_layers, f"{len(self.lengths)} of {num_layers} layers ran"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -71,6 +71,19 @@ class Sequence:
     lengths: tuple[int, ...]
     side: Side
     newlines: Newlines | None = None
+
+    def to(self, device: torch.device) -> Sequence:
+        """The same on another device (a model may be spread over several)."""
+        if self.valid.device == device:
+            return self
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()}
+        lines = self.newlines
+        if lines is not None:
+            moved["newlines"] = replace(
+                lines, here=lines.here.to(device), row=lines.row.to(device), row_of=lines.row_of.to(device)
+            )
+        return Sequence(**moved)
 
     @property
     def ragged(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -48,6 +48,7 @@ class Prefill:
     Attributes:
         record: what will be reported.
         sequence: the tokens still there.
+        input_ids: int64 ``(B, S)`` on the CPU.
         seeds: one number for each sample.
         num_layers: decoder layers of the model.
         forced: for each stage the tokens to keep, bool ``(B, N)`` of the tokens at the start, in place of scoring.
@@ -55,19 +56,28 @@ class Prefill:
         keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
         clock: whether to measure phases.
         finite: flags on the device, one for each scored stage.
-        uncached: where the forward keeps no cache, its ids and the embeddings of its visual tokens.
+        uncached: where the forward keeps no cache, the embeddings of its visual tokens, ``(n, D)``.
+        repeats: whether the forward is a further step of generation without a cache.
     """
 
     record: PrefillRecord
     sequence: Sequence
+    input_ids: torch.Tensor
     seeds: tuple[int, ...]
     num_layers: int
     forced: Mapping[int, torch.Tensor] | None = None
     score_only: bool = False
     keep_saliency: bool = False
     clock: bool = False
-    finite: list[tuple[BoundStage, torch.Tensor]] | None = None
-    uncached: tuple[torch.Tensor, torch.Tensor] | None = None
+    finite: list[tuple[BoundStage, torch.Tensor]] = field(default_factory=list)
+    uncached: torch.Tensor | None = None
+    repeats: bool = False
+
+    @property
+    def shorter(self) -> bool:
+        """Whether some token has been dropped."""
+        started = tuple(tuple(image.tokens for image in sample) for sample in self.record.images)
+        return self.sequence.counts != started
 
     @contextmanager
     def timed(self, phase: str, device: torch.device) -> Iterator[None]:
@@ -155,8 +165,7 @@ def _score(
     )
     with prefill.timed("scoring", hidden.device):
         saliency = stage.scorer.score(context)
-    if prefill.finite is not None:
-        prefill.finite.append((stage, (torch.isfinite(saliency) | ~sequence.visual_valid).all()))
+    prefill.finite.append((stage, (torch.isfinite(saliency) | ~sequence.visual_valid).all()))
     return saliency
 
 

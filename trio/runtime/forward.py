@@ -1,0 +1,71 @@
+"""What the runtime knows of the forward that is running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from trio.probe import LayerInputs
+from trio.runtime.stage import Prefill
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What all layers between two stages share in a forward.
+
+    Attributes:
+        valid: bool ``(B, past + S)``, False at padding.
+        ragged: False where `valid` is known to be all True.
+        dropped: int64 ``(B,)``, tokens dropped so far in the conversation.
+        mask: the attention mask in the backend's form.
+        position_embeddings: the rotary embeddings of the tokens that are there.
+    """
+
+    valid: torch.Tensor
+    ragged: bool
+    dropped: torch.Tensor
+    mask: Any
+    position_embeddings: Any
+
+
+@dataclass
+class Forward:
+    """One running forward of the model.
+
+    Attributes:
+        entry: the module through which it came in; the forward ends with it.
+        thread: the thread that runs it.
+        call: arguments of the multimodal module, by name.
+        pictures: whether the call brings pictures.
+        modalities: what was encoded within this forward.
+        features: visual features to be added in front of a layer, ``(B, N, D)``.
+        begin: when the language model started, in seconds.
+        attention_mask: of the whole conversation, bool or int ``(B, past + S)``, or None.
+        position_ids: as the language model got them.
+        prefill: the stages' state, where the forward brings visual tokens.
+        active: whether decoder layers need anything of the runtime.
+        segments: by number of stages passed.
+        ran: what entered the last layer, where a scorer wants it.
+    """
+
+    entry: nn.Module
+    thread: int
+    call: Mapping[str, Any] = field(default_factory=dict)
+    pictures: bool = False
+    modalities: set[str] = field(default_factory=set)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    begin: float = 0.0
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    prefill: Prefill | None = None
+    active: bool = False
+    segments: dict[int, Segment] = field(default_factory=dict)
+    ran: LayerInputs | None = None
+
+    def tokens(self, hidden: torch.Tensor) -> int:
+        """Tokens of the conversation that this forward brings, the dropped ones included."""
+        return hidden.shape[1] if self.prefill is None else self.prefill.record.valid.shape[1]

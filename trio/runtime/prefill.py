@@ -1,0 +1,129 @@
+"""The start of a forward that brings visual tokens: where they stand, and what is given instead of scored."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trio.errors import InputError
+from trio.runtime.backbone import Backbone
+from trio.runtime.forward import Forward
+from trio.runtime.record import PrefillRecord
+from trio.runtime.sequence import Images, NewlinePolicy, start
+from trio.runtime.stage import Prefill
+
+#: Tokens to keep, as a user gives them: by stage, sample and image, places among the image's own tokens.
+Selection = Sequence[Sequence[Sequence[Sequence[int]]]]
+
+
+def start_prefill(
+    backbone: Backbone,
+    forward: Forward,
+    hidden: torch.Tensor,
+    encoded: Mapping[str, Mapping[str, Any]],
+    newlines: NewlinePolicy,
+) -> Prefill | None:
+    """Lays out the visual tokens of a forward.
+
+    Args:
+        backbone: the model, through its adapter.
+        forward: the running forward, its mask known.
+        hidden: ``(B, S, D)``, the embeddings that enter the language model.
+        encoded: arguments of the last calls of the encoder methods, by modality.
+        newlines: what happens to tokens that end the rows of a picture.
+
+    Returns:
+        None where no sample has a picture.
+
+    Raises:
+        InputError: the placeholders do not fit the pictures.
+    """
+    batch, length = hidden.shape[:2]
+    ids = forward.call["input_ids"].cpu()  # the prefill's synchronisation: from here on counts are known
+    given = forward.call.get("mm_encoder_outputs") or {}
+    here = forward.modalities | {name for name, output in given.items() if output is not None}
+    layout = backbone.layout(ids, {name: encoded[name] for name in here if name in encoded})
+    if not any(layout.images):
+        return None
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    if forward.attention_mask is not None:
+        valid = forward.attention_mask[:, -length:].cpu().bool()
+    sequence, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
+    return Prefill(
+        record=PrefillRecord(
+            images=images,
+            visual=layout.visual & valid,
+            valid=valid,
+            newlines=() if sequence.newlines is None else sequence.newlines.counts,
+        ),
+        sequence=sequence,
+        input_ids=ids,
+        seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
+        num_layers=len(backbone.layers),
+    )
+
+
+def _seed(ids: torch.Tensor) -> int:
+    """One number for a prompt, from its tokens without padding: the same in any batch."""
+    return zlib.crc32(ids.to(torch.int64).numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Uncached:
+    """A forward without a cache: generation without one repeats the prompt, one token longer, at every step.
+
+    Attributes:
+        input_ids: int64 ``(B, S)`` on the CPU.
+        visual: the embeddings of its visual tokens, ``(n, D)``.
+        kept: by stage, bool ``(B, N)``.
+    """
+
+    input_ids: torch.Tensor
+    visual: torch.Tensor
+    kept: Mapping[int, torch.Tensor]
+
+    def continued_by(self, prefill: Prefill, visual: torch.Tensor) -> bool:
+        """Whether a forward is the next step: one token more behind the same prompts with the same pictures.
+
+        Beams may have changed places, but their prompts have not.
+        """
+        ids, last = prefill.input_ids, self.input_ids
+        if ids.shape != (last.shape[0], last.shape[1] + 1) or visual.shape != self.visual.shape:
+            return False
+        known = {tuple(row) for row in last.tolist()}
+        return all(tuple(row) in known for row in ids[:, :-1].tolist()) and torch.allclose(
+            visual, self.visual, rtol=1e-3, atol=1e-5
+        )
+
+
+def given_tokens(selection: Selection, images: Images, stages: Sequence[int]) -> dict[int, torch.Tensor]:
+    """A user's selection as masks over the tokens at the start."""
+    if len(selection) != len(stages):
+        raise InputError(f"replay: found indices for {len(selection)} stages, the pipeline has {len(stages)}")
+    most = max(sum(image.tokens for image in sample) for sample in images)
+    masks = {}
+    for number, by_sample in zip(sorted(stages), selection, strict=True):
+        mask = torch.zeros(len(images), most, dtype=torch.bool)
+        if len(by_sample) != len(images):
+            raise InputError(f"replay: found indices for {len(by_sample)} samples, the forward brings {len(images)}")
+        for sample, by_image in enumerate(by_sample):
+            if len(by_image) != len(images[sample]):
+                raise InputError(
+                    f"replay: sample {sample}: found indices for {len(by_image)} images, it has {len(images[sample])}"
+                )
+            first = 0
+            for image, indices in zip(images[sample], by_image, strict=True):
+                places = torch.as_tensor(indices, dtype=torch.int64)
+                if places.numel() and not (0 <= int(places.min()) and int(places.max()) < image.tokens):
+                    raise InputError(
+                        f"replay: sample {sample}: indices must lie between 0 and {image.tokens - 1}, found "
+                        f"{int(places.min())} to {int(places.max())}"
+                    )
+                mask[sample, first + places] = True
+                first += image.tokens
+        masks[number] = mask
+    return masks
