@@ -8,6 +8,7 @@ larger ``--scenes`` adds to what is there.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -22,12 +23,12 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import trio
 from benchmarks.rows import Row, rows
 from benchmarks.table import write_table
 from trio import zoo
+from trio.adapters import adapter_for
 from trio.zoo.evaluate import Example, blank, examples, prompt
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,46 +39,39 @@ console = Console()
 
 @dataclass
 class Batch:
-    """Questions, ready for the model, with what its vision tower gives for their pictures."""
+    """Questions, ready for the model.
 
-    inputs: Any
-    hidden: torch.Tensor
-    answers: list[str]
-
-
-class RememberedTower:
-    """Answers in place of the vision tower, which would see the same pictures in every row.
-
-    Only the layer that the model reads is remembered; everything behind it is computed anew.
+    Attributes:
+        inputs: what `generate` takes.
+        answers: the expected ones.
+        seen: what the vision tower gave for the pictures, once it has.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Binds to a LLaVA model."""
-        self.tower = model.model.vision_tower
-        self.layer: int = model.config.vision_feature_layer
-
-    def look(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The hidden states that the model reads, float ``(pictures, patches, width)``."""
-        with torch.no_grad():
-            hidden: torch.Tensor = self.tower(pixels, output_hidden_states=True).hidden_states[self.layer]
-        return hidden
-
-    @contextmanager
-    def giving(self, hidden: torch.Tensor) -> Iterator[None]:
-        """The tower gives these hidden states for the block."""
-        stored = (hidden,) * abs(self.layer)
-        self.tower.forward = lambda *args, **kwargs: BaseModelOutputWithPooling(
-            last_hidden_state=hidden, hidden_states=stored
-        )
-        try:
-            yield
-        finally:
-            del self.tower.forward
+    inputs: Any
+    answers: list[str]
+    seen: Any = None
 
 
-def batches(tower: RememberedTower, processor: Any, asked: Sequence[Example], batch_size: int) -> list[Batch]:
-    """Left-padded batches; each scene goes through the tower once."""
-    made, seen = [], {}
+@contextmanager
+def remembered(tower: Any, batch: Batch) -> Iterator[None]:
+    """For the block, the vision tower gives again what it gave for this batch: every row would make it look anew."""
+    look = tower.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if batch.seen is None:
+            batch.seen = look(*args, **kwargs)
+        return copy.copy(batch.seen)
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def batches(processor: Any, asked: Sequence[Example], batch_size: int) -> list[Batch]:
+    """Left-padded batches."""
+    made = []
     for first in range(0, len(asked), batch_size):
         part = asked[first : first + batch_size]
         inputs = processor(
@@ -87,19 +81,17 @@ def batches(tower: RememberedTower, processor: Any, asked: Sequence[Example], ba
             padding_side="left",
             return_tensors="pt",
         )
-        new = {e.scene: place for place, e in enumerate(part) if e.scene not in seen}
-        if new:
-            seen.update(zip(new, tower.look(inputs["pixel_values"][list(new.values())]), strict=True))
-        made.append(Batch(inputs, torch.stack([seen[e.scene] for e in part]), [e.answer for e in part]))
+        made.append(Batch(inputs, [e.answer for e in part]))
     return made
 
 
-def answered(model: Any, processor: Any, tower: RememberedTower, row: Row, asked: Sequence[Batch]) -> str:
+def answered(model: Any, processor: Any, row: Row, asked: Sequence[Batch]) -> str:
     """Which questions a row answers right, one character each: "1" or "0"."""
     right = ""
+    tower = adapter_for(model).vision_tower
     with row.pipeline or nullcontext(), torch.no_grad():
         for batch in asked:
-            with tower.giving(batch.hidden):
+            with remembered(tower, batch):
                 out = model.generate(**batch.inputs, max_new_tokens=6, do_sample=False)
             texts = processor.batch_decode(out[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += "".join("01"[text.strip() == answer] for text, answer in zip(texts, batch.answers, strict=True))
@@ -121,7 +113,6 @@ def measure(
         limit: chunks to run now; all that are missing by default.
     """
     model, processor = zoo.load_folder(folder)
-    tower = RememberedTower(model)
     every = examples("test", seed, scenes)
     tokens = _tokens(model, processor, every[0])
     table, refused = rows(model, tokens)
@@ -135,6 +126,11 @@ def measure(
         "layers": len(model.model.language_model.layers),
         "average": {row.name: row.average for row in table},
         "refused": refused,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trio-vlm": trio.__version__,
+        },
     }
     results = _started(out, header)
     done = results["scenes"]
@@ -144,10 +140,10 @@ def measure(
         for first in todo:
             begin = time.perf_counter()
             asked = [e for e in every if first <= e.scene < first + CHUNK]
-            seeing, blind = (batches(tower, processor, some, batch_size) for some in (asked, blank(asked)))
+            seeing, blind = (batches(processor, some, batch_size) for some in (asked, blank(asked)))
             for row in table:
                 results["right"][row.name] = results["right"].get(row.name, "") + answered(
-                    model, processor, tower, row, blind if row.blank else seeing
+                    model, processor, row, blind if row.blank else seeing
                 )
                 progress.advance(bar)
             results["questions"]["scene"] += [e.scene for e in asked]
@@ -168,9 +164,7 @@ def _tokens(model: Any, processor: Any, example: Example) -> int:
 def _started(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     """The results so far, or empty ones."""
     if not out.exists():
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trio-vlm": trio.__version__}
-        empty = {"scenes": 0, "seconds": 0.0, "questions": {"scene": [], "kind": []}, "right": {}}
-        return {**header, "versions": versions, **empty}
+        return {**header, "scenes": 0, "seconds": 0.0, "questions": {"scene": [], "kind": []}, "right": {}}
     results: dict[str, Any] = json.loads(out.read_text())
     other = [field for field, value in header.items() if results.get(field) != value]
     if other:
