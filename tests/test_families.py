@@ -93,7 +93,11 @@ def test_llava_next_has_2880_tokens_at_672():
     assert int(image.is_picture.sum()) == 2880 and image.tokens == 2880 + 48
     assert image.grids == ((24, 24), (48, 48)) and image.grid is None
     newline = (image.kind == NEWLINE).nonzero().squeeze(1)
-    assert newline[0] == 576 + 48 and int(image.frame[newline].min()) == 1 and image.row[newline].tolist() == list(range(48))
+    assert (
+        newline[0] == 576 + 48
+        and int(image.frame[newline].min()) == 1
+        and image.row[newline].tolist() == list(range(48))
+    )
 
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
@@ -236,7 +240,7 @@ def test_deepstack_to_the_last_layer_is_refused():
     with (
         trio.Pipeline(model, stages=stages((0, 3))),
         torch.no_grad(),
-        pytest.raises(trio.UnsupportedModelError, match="DeepStack.*3 layers of 3"),
+        pytest.raises(trio.UnsupportedModelError, match=r"DeepStack.*3 layers of 3"),
     ):
         model(**make(PROMPTS[:1]))
 
@@ -286,7 +290,14 @@ def paligemma():
     )
 
 
-GEMMA = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+GEMMA = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +316,7 @@ def test_features_encoded_without_the_pipeline_are_refused():
     model, make = family("llava-next")
     batch = make(PROMPTS[:1])
     adapter = trio.adapters.adapter_for(model)
-    with pytest.raises(trio.InputError, match="image_sizes.*pass pixels"):
+    with pytest.raises(trio.InputError, match=r"image_sizes.*pass pixels"):
         adapter.layout(batch["input_ids"], {})
 
 

@@ -42,7 +42,7 @@ def layer_inputs(model, lengths: list[int], side: str = "left", dtype=torch.floa
     hidden = torch.randn(len(lengths), longest, 32, generator=generator).to(dtype)
     valid = torch.zeros(len(lengths), longest, dtype=torch.bool)
     for sample, length in enumerate(lengths):
-        valid[sample, longest - length :] = True if side == "left" else False
+        valid[sample, longest - length :] = side == "left"
         if side == "right":
             valid[sample, :length] = True
     positions = (valid.long().cumsum(1) - 1).clamp_min(0)

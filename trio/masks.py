@@ -47,16 +47,10 @@ def causal_mask(
     """
     from transformers import masking_utils
 
-    view = _Lengths(past)
-    if window is None:
-        return masking_utils.create_causal_mask(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=valid,
-            past_key_values=view,
-            position_ids=None,
-            layer_idx=layer,
-        )
+    view: Any = _Lengths(past)
+    more: dict[str, Any] = {}
+    if window is not None:
+        more["and_mask_function"] = masking_utils.sliding_window_overlay(window)
     return masking_utils.create_causal_mask(
         config=config,
         inputs_embeds=hidden,
@@ -64,5 +58,5 @@ def causal_mask(
         past_key_values=view,
         position_ids=None,
         layer_idx=layer,
-        and_mask_function=masking_utils.sliding_window_overlay(window),
+        **more,
     )

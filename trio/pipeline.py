@@ -15,7 +15,7 @@ from torch import nn
 
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
-from trio.errors import InputError, UnsupportedModelError
+from trio.errors import InputError, SpecError, UnsupportedModelError
 from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
 from trio.report import CompressionReport
 from trio.reporting import make_report, saliencies
@@ -94,7 +94,8 @@ class Pipeline:
         if spec.compressor is not None:
             COMPRESSORS.build(spec.compressor)
             raise UnsupportedModelError(
-                f"compressor: the adapter {self.adapter_name!r} offers no signals of the vision tower; leave out the compressor"
+                f"compressor: the adapter {self.adapter_name!r} offers no signals of the vision tower; leave the "
+                "compressor out"
             )
         self.positions = self._numbering()
         self._level: Literal["counts", "full"] = report
@@ -163,7 +164,9 @@ class Pipeline:
             InputError: no forward with a picture has run yet.
         """
         if not self._records:
-            raise InputError("report: nothing to report yet; run a forward with a picture while the pipeline is attached")
+            raise InputError(
+                "report: nothing to report yet; run a forward with a picture while the pipeline is attached"
+            )
         return self._records[-1].report()
 
     @property
@@ -225,8 +228,8 @@ class Pipeline:
         if wanted not in self.adapter.allowed_positions:
             allowed = " or ".join(sorted(self.adapter.allowed_positions))
             raise UnsupportedModelError(
-                f"positions: {wanted!r} does not work on {type(self.adapter.model).__name__}, whose positions have rows "
-                f"and columns; use {allowed}"
+                f"positions: {wanted!r} does not work on {type(self.adapter.model).__name__}, whose positions have "
+                f"rows and columns; use {allowed}"
             )
         return wanted
 
@@ -270,8 +273,8 @@ class Pipeline:
             fitting = [n for n in SCORERS.names() if _needs(n) <= offers]
             raise UnsupportedModelError(
                 f"stages[{index}].scorer: {name!r} needs {', '.join(missing)}, which layer {probed} of this "
-                f"{type(self.adapter.model).__name__} does not offer (adapter {self.adapter_name!r}); scorers that fit: "
-                f"{', '.join(fitting)}"
+                f"{type(self.adapter.model).__name__} does not offer (adapter {self.adapter_name!r}); scorers that "
+                f"fit: {', '.join(fitting)}"
             )
 
     def _remember(self, record: PrefillRecord) -> None:
@@ -283,7 +286,7 @@ class Pipeline:
             times["decode"] = times.get("decode", 0.0) + seconds
 
     def probe_notes(self) -> list[str]:
-        """What a reader of reports should know about the probes: layers that run whole because their anatomy is not known."""
+        """What a reader of reports should know about the probes: layers that run whole, of unknown anatomy."""
         whole = []
         for stage in self._bound:
             needs = stage.scorer.required()
@@ -317,5 +320,9 @@ class _Kept:
 
 
 def _needs(name: str) -> frozenset[str]:
-    needs: frozenset[str] = SCORERS.get(name).needs
-    return needs
+    """What a scorer needs with its default parameters."""
+    try:
+        scorer: Scorer = SCORERS.build(name)
+    except SpecError:  # a parameter without a default
+        return SCORERS.get(name).needs
+    return scorer.required()

@@ -97,7 +97,7 @@ class Probe(ABC):
 
     @abstractmethod
     def attention_rows(self, rows: Rows) -> torch.Tensor:
-        """Attention probabilities of the chosen rows, float32 ``(B, heads, R, S)``: the columns of this forward only."""
+        """Attention probabilities of the chosen rows, float32 ``(B, heads, R, S)``, for the columns of this forward."""
 
     @abstractmethod
     def _forward_rows(self, inputs: LayerInputs, rows: Rows) -> torch.Tensor:
@@ -127,9 +127,10 @@ class Probe(ABC):
             rows = Rows(rows.index.clone(), rows.valid.clone())
             hidden = inputs.hidden.requires_grad_(True)
             logits = self._logits(self._forward_rows(inputs, rows))
-            weight, scale = _loss_gradient(logits.detach(), rows.valid)
+            weight, scale = _loss_gradient(logits.detach(), rows.valid.to(logits.device))
             (gradient,) = torch.autograd.grad(logits, hidden, grad_outputs=weight.to(logits.dtype))
-            return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32) / scale[:, None]
+            norms: torch.Tensor = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+            return norms / scale[:, None].to(norms.device)
 
 
 def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

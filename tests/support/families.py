@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from support.models import IMAGE_TOKEN, VOCABULARY, text_config, vision_config
 from torch import nn
 
+from support.models import IMAGE_TOKEN, VOCABULARY, text_config, vision_config
 from trio.adapters.tiles import best_resolution, tiled_image
 from trio.testing.inputs import Inputs, Prompt, Side
 
@@ -214,7 +214,14 @@ def rope(section: list[int]) -> dict[str, Any]:
 def qwen2_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
     config = transformers.Qwen2VLConfig(
         text_config={**QWEN_TEXT, "rope_parameters": rope([2, 1, 1])},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": PATCH, "mlp_ratio": 2},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "mlp_ratio": 2,
+        },
         **QWEN_TOKENS,
     )
     model = transformers.Qwen2VLForConditionalGeneration(config)
@@ -287,7 +294,9 @@ def smolvlm(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         rows = [torch.cat([chunk[:, 0]]) for chunk in batch["pixel_values"].split(counts)]
         return {**batch, "pixel_values": stacked(rows)}
 
-    return finish(model, dtype, attention), Factory(lambda n: [START, *[IMAGE_TOKEN] * SIDE**2, END], collate, by_sample)
+    return finish(model, dtype, attention), Factory(
+        lambda n: [START, *[IMAGE_TOKEN] * SIDE**2, END], collate, by_sample
+    )
 
 
 def mistral3(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
@@ -365,7 +374,9 @@ FAMILIES: dict[str, Callable[[torch.dtype, str], tuple[Any, Factory]]] = {
 }
 
 
-def family(name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0) -> tuple[Any, Factory]:
+def family(
+    name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
+) -> tuple[Any, Factory]:
     """A tiny random model of a family, and what makes inputs for it."""
     torch.manual_seed(seed)
     model, factory = FAMILIES[name](dtype, attention)

@@ -125,7 +125,9 @@ def inputs(
     return batch
 
 
-def single(prompts: list[Prompt], place: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+def single(
+    prompts: list[Prompt], place: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """One prompt of a batch alone, with the same pictures."""
     alone = inputs([[] for _ in range(place)] + [prompts[place]], dtype=dtype, seed=seed)
     return {name: value[-1:] if name != "pixel_values" else value for name, value in alone.items()}

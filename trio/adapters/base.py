@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from trio.adapters.decoder import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
+from trio.masks import causal_mask
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Past, Probe, Rows
-from trio.masks import causal_mask
 
 Positions = Literal["compact", "original"]
 
@@ -49,6 +49,7 @@ class Adapter(ABC):
         """Binds the adapter to a model and checks its probes against the layers themselves (see `probe_kind`)."""
         self.model = model
         self._anatomies: dict[int, Anatomy | None] = {}
+        self._backwards: dict[int, bool] = {}
 
     @classmethod
     @abstractmethod
@@ -87,8 +88,8 @@ class Adapter(ABC):
             InputError: the placeholders do not fit the pictures (a prompt cut within a picture, for example).
         """
 
-    #: The methods of `multimodal` that encode pictures, by the modality's name in ``mm_encoder_outputs``. While a
-    #: pipeline is attached their arguments are noted: `generate` may encode before the forward, which then sees no grids.
+    #: The methods of `multimodal` that encode pictures, by the modality's name in ``mm_encoder_outputs``. Their
+    #: arguments are noted while a pipeline is attached: `generate` may encode before the forward, which sees no grids.
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: Arguments of `multimodal` that hold pixels.
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
@@ -166,7 +167,8 @@ class Adapter(ABC):
 
     def offers(self, layer: int) -> frozenset[str]:
         """What scorers may need and this model gives at a decoder layer (see `Scorer.needs`)."""
-        return frozenset({"objective"} | ({"attention-rows"} if self.probe_kind(layer) == "rows" else set()))
+        offered = {"objective": self._has_backward(layer), "attention-rows": self.probe_kind(layer) == "rows"}
+        return frozenset(need for need, there in offered.items() if there)
 
     def _checked_anatomy(self, layer: int) -> Anatomy | None:
         if layer not in self._anatomies:
@@ -177,28 +179,48 @@ class Adapter(ABC):
 
     def _agrees(self, layer: int, anatomy: Anatomy) -> bool:
         """Whether the rows of a random input equal the layer's own output."""
-        weight = next((p for p in self.layers[layer].parameters() if p.device.type != "meta"), None)
-        device = torch.device("cpu") if weight is None else weight.device
-        dtype = self.model.dtype if weight is None or not weight.is_floating_point() else weight.dtype
-        length, width = 9, int(self.text_config.hidden_size)
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(1, length, width, generator=generator).to(device, dtype)
+        inputs = self._random_inputs(layer)
+        hidden = inputs.hidden
         with torch.no_grad():
-            inputs = LayerInputs(
-                hidden=hidden,
-                valid=torch.ones(1, length, dtype=torch.bool, device=device),
-                position_embeddings=self.rotary(hidden, self._check_positions(length, device)),
-            )
-            index = torch.arange(length, device=device)[None]
+            index = torch.arange(hidden.shape[1], device=hidden.device)[None]
             rows = Rows(index, torch.ones_like(index, dtype=torch.bool))
             try:
                 ours = RowProbe(anatomy, inputs, self.logits, self.window(layer)).output_rows(rows).float()
             except (RuntimeError, TypeError, AttributeError):
                 return False  # submodules of these names that mean something else
             theirs = self._run_layer(layer, inputs).float()
-        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 3e-2
+        tolerance = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
         error = (ours - theirs).norm() / (theirs - hidden.float()).norm().clamp_min(1e-12)
         return bool(error < tolerance)
+
+    def _has_backward(self, layer: int) -> bool:
+        """Whether gradients come through the layer: some quantised kernels have no backward, and would give zeros."""
+        if layer not in self._backwards:
+            inputs = self._random_inputs(layer)
+            last = torch.full((1, 1), inputs.hidden.shape[1] - 1, device=inputs.hidden.device)
+            rows = Rows(last, torch.ones_like(last, dtype=torch.bool))
+            try:
+                gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
+                self._backwards[layer] = bool((gradient > 0).any())
+            except (RuntimeError, NotImplementedError):
+                self._backwards[layer] = False
+        return self._backwards[layer]
+
+    def _random_inputs(self, layer: int) -> LayerInputs:
+        """Hidden states of nine random tokens, where and as the layer takes them."""
+        weight = next((p for p in self.layers[layer].parameters() if p.device.type != "meta"), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        own: Any = self.model.dtype
+        dtype: torch.dtype = own if weight is None or not weight.is_floating_point() else weight.dtype
+        length, width = 9, int(self.text_config.hidden_size)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, length, width, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            return LayerInputs(
+                hidden=hidden,
+                valid=torch.ones(1, length, dtype=torch.bool, device=device),
+                position_embeddings=self.rotary(hidden, self._check_positions(length, device)),
+            )
 
     def _check_positions(self, length: int, device: torch.device) -> torch.Tensor:
         """Position ids of a short text, in the form that `rotary` takes."""
@@ -219,7 +241,8 @@ class Adapter(ABC):
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return output[0] if isinstance(output, tuple) else output
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 def _one_layer_cache(layer: int, past: Past) -> Any:

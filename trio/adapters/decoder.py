@@ -54,8 +54,9 @@ class Anatomy:
     rotate: Rotate
 
 
-def llama_like(layer: nn.Module, rotate: Rotate | None = None) -> Anatomy | None:
-    """The anatomy of a layer with Llama's submodule names (Mistral, Qwen2, Qwen3 and others); None where they differ."""
+def llama_like(module: nn.Module, rotate: Rotate | None = None) -> Anatomy | None:
+    """The anatomy of a layer with Llama's submodule names (Mistral, Qwen2, Qwen3 and others); None without them."""
+    layer: Any = module
     attention = getattr(layer, "self_attn", None)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
     outer = ("input_layernorm", "post_attention_layernorm", "mlp")
@@ -85,7 +86,7 @@ def rotate_half(states: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tens
 
     Args:
         states: ``(B, heads, R, head dim)``.
-        embeddings: cosines and sines, ``(B, R, rotated dim)``; where fewer features rotate than the head has, the first.
+        embeddings: cosines and sines, ``(B, R, rotated dim)``; where a head has more features, its first ones rotate.
     """
     cos, sin = (e.unsqueeze(1) for e in embeddings)
     rotated = cos.shape[-1]
@@ -154,9 +155,11 @@ class RowProbe(Probe):
         batch, count = rows.index.shape
         attended = attended.reshape(batch, -1, count, a.head_dim).transpose(1, 2).reshape(batch, count, -1)
         attended = a.output(attended)
-        out = take_rows(inputs.hidden, rows.index) + (a.attention_norm(attended) if a.attention_norm else attended)
+        attended = a.attention_norm(attended) if a.attention_norm else attended
+        out: torch.Tensor = take_rows(inputs.hidden, rows.index) + attended
         fed = _first(a.mlp(a.mlp_norm(out)))
-        return out + (a.output_norm(fed) if a.output_norm else fed)
+        out = out + (a.output_norm(fed) if a.output_norm else fed)
+        return out
 
     def _attention(self, inputs: LayerInputs, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Attention probabilities of the rows over past and present columns, float32 ``(B, heads, R, P + S)``."""
@@ -182,8 +185,9 @@ class RowProbe(Probe):
 
     def _heads(self, states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """``(B, S, heads * head dim)`` to ``(B, heads, S, head dim)``, through the heads' norm where there is one."""
-        split = states.unflatten(-1, (-1, self._anatomy.head_dim))
-        return (norm(split) if norm else split).transpose(1, 2)
+        split = states.view(*states.shape[:-1], -1, self._anatomy.head_dim)
+        heads: torch.Tensor = norm(split) if norm else split
+        return heads.transpose(1, 2)
 
 
 def _grouped(states: torch.Tensor, groups: int) -> torch.Tensor:
@@ -220,4 +224,5 @@ class LayerProbe(Probe):
 
 def _first(output: Any) -> torch.Tensor:
     """The tensor itself, or the first of a tuple (mixtures of experts return their routing as well)."""
-    return output[0] if isinstance(output, tuple) else output
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

@@ -106,9 +106,11 @@ def why_not(model: nn.Module) -> list[str]:
     decoder = next((getattr(multimodal, name) for name in DECODERS if hasattr(multimodal, name)), None)
     if decoder is None:
         return [f"its inner model has no text decoder under {' or '.join(DECODERS)}"]
-    reasons = [f"its text decoder has no `{name}`" for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
+    reasons = [
+        f"its text decoder has no `{name}`" for name in ("layers", "norm", "rotary_emb") if not hasattr(decoder, name)
+    ]
     if "token_type_ids" in inspect.signature(multimodal.forward).parameters:
-        reasons.append("it builds its attention masks from token types above the language model (both ways in a picture)")
+        reasons.append("it builds masks that look both ways within pictures from token types, above its decoder")
     if "deepstack_visual_embeds" in inspect.signature(decoder.forward).parameters:
         reasons.append("its language model adds visual features between its layers")
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])

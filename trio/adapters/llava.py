@@ -51,7 +51,8 @@ class LlavaAdapter(Adapter):
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
-        return images_by_count(input_ids, self.model.config.image_token_id, self._image_tokens())
+        config: Any = self.model.config
+        return images_by_count(input_ids, config.image_token_id, self._image_tokens())
 
     def _image_tokens(self) -> ImageTokens:
         config: Any = self.model.config

@@ -49,8 +49,8 @@ class LlavaOnevisionAdapter(LlavaAdapter):
 
     @property
     def _side(self) -> int:
-        vision: Any = self.model.config.vision_config
-        return int(vision.image_size // vision.patch_size)
+        config: Any = self.model.config
+        return int(config.vision_config.image_size // config.vision_config.patch_size)
 
     def _pictures(self, encoded: Mapping[str, Mapping[str, Any]]) -> list[ImageTokens]:
         config: Any = self.model.config

@@ -61,7 +61,7 @@ def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[Imag
         repeats, rest = divmod(wanted, given) if given else (0, wanted)
         if rest or not repeats or input_ids.shape[0] % max(repeats, 1):
             raise InputError(
-                f"placeholders: the batch has {wanted} with id {token_id}, but the encoded pictures give {given} tokens; "
+                f"placeholders: the batch has {wanted} with id {token_id}, the encoded pictures give {given} tokens; "
                 "the prompt may be cut within a picture, or its features were computed while the pipeline was not "
                 "attached: pass pixels, and whole pictures in one forward"
             )

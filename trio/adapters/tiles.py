@@ -1,4 +1,4 @@
-"""Any-resolution pictures: the whole picture, then its tiles put together, unpadded, with a newline at each row's end."""
+"""Any-resolution pictures: the whole picture, then its tiles put together, unpadded, rows ending with newlines."""
 
 from __future__ import annotations
 

@@ -30,35 +30,48 @@ class Backbone(Protocol):
     model: nn.Module
 
     @property
-    def multimodal(self) -> nn.Module: ...  # noqa: D102
+    def multimodal(self) -> nn.Module:
+        """The module that merges text and pictures."""
 
     @property
-    def language_model(self) -> nn.Module: ...  # noqa: D102
+    def language_model(self) -> nn.Module:
+        """The text decoder."""
 
     @property
-    def layers(self) -> Sequence[nn.Module]: ...  # noqa: D102
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers."""
 
     @property
-    def text_config(self) -> Any: ...  # noqa: D102
+    def text_config(self) -> Any:
+        """The decoder's configuration."""
 
-    def brings_pictures(self, call: Mapping[str, Any]) -> bool: ...  # noqa: D102
+    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call brings pictures."""
 
     @property
-    def pixels(self) -> tuple[str, ...]: ...  # noqa: D102
+    def pixels(self) -> tuple[str, ...]:
+        """Arguments that hold pixels."""
 
     @property
-    def encoders(self) -> Mapping[str, str]: ...  # noqa: D102
+    def encoders(self) -> Mapping[str, str]:
+        """Encoder methods by modality."""
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PictureLayout: ...  # noqa: D102
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PictureLayout:
+        """Where visual tokens stand."""
 
     def later_features(
         self, arguments: Mapping[str, Any], after_layer: int
-    ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None: ...  # noqa: D102
+    ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None:
+        """Visual features that are added between layers."""
 
-    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any: ...  # noqa: D102
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Rotary embeddings for positions."""
 
-    def take_positions(self, embeddings: Any, index: torch.Tensor) -> Any: ...  # noqa: D102
+    def take_positions(self, embeddings: Any, index: torch.Tensor) -> Any:
+        """Rotary embeddings of chosen columns."""
 
-    def window(self, layer: int) -> int | None: ...  # noqa: D102
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer."""
 
-    def probe(self, layer: int, inputs: LayerInputs) -> Probe: ...  # noqa: D102
+    def probe(self, layer: int, inputs: LayerInputs) -> Probe:
+        """The view into a layer."""

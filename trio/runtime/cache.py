@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from trio.errors import CacheError
 
 
-class ReducedLayer(DynamicLayer):
+class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types
     """The cache of a decoder layer behind a stage.
 
-    It replaces a `DynamicLayer` within the cache, so that all that transformers does with caches works on it: reordering
-    for beams, cropping, copying, offloading. `get_seq_length` gives the tokens of the conversation, as generation and
-    position ids want it; `get_mask_sizes` the keys that are really there, as masks want it.
+    It replaces a `DynamicLayer` within the cache, so that all that transformers does with caches works on it:
+    reordering for beams, cropping, copying, offloading. `get_seq_length` gives the tokens of the conversation, as
+    generation and position ids want it; `get_mask_sizes` the keys that are really there, as masks want it.
 
     Attributes:
         owner: which pipeline reduced it; another one must not go on with it.
@@ -28,7 +28,7 @@ class ReducedLayer(DynamicLayer):
 
     def __init__(self, owner: str) -> None:
         """An empty layer."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers gives no types
         self.owner = owner
         self.valid: torch.Tensor | None = None
         self.dropped: torch.Tensor | None = None
@@ -37,9 +37,7 @@ class ReducedLayer(DynamicLayer):
         self.ragged = False
         self._announced: tuple[torch.Tensor, torch.Tensor, int, bool, bool] | None = None
 
-    def announce(
-        self, valid: torch.Tensor, dropped: torch.Tensor, *, tokens: int, ragged: bool, reduced: bool
-    ) -> None:
+    def announce(self, valid: torch.Tensor, dropped: torch.Tensor, *, tokens: int, ragged: bool, reduced: bool) -> None:
         """What the next `update` will bring; only the attached pipeline can say so.
 
         Args:
@@ -137,9 +135,11 @@ class ReducedLayer(DynamicLayer):
             self.valid, self.dropped = self.valid[index], self.dropped[index]
 
 
-def layer_of(cache: Cache, index: int) -> CacheLayerMixin | None:
-    """A layer of a cache, None where the cache has not made it yet."""
-    return cache.layers[index] if index < len(cache.layers) else None
+def layer_of(cache: Cache, index: int) -> DynamicLayer | None:
+    """A layer of a cache that `check_can_shrink` let pass, None where the cache has not made it yet."""
+    found: Any = cache.layers[index] if index < len(cache.layers) else None
+    layer: DynamicLayer | None = found
+    return layer
 
 
 def check_can_shrink(cache: Any, first: int, num_layers: int, owner: str) -> None:
@@ -191,8 +191,8 @@ def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor
         ragged: False where `past_valid` is known to be all True.
     """
     while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
+        cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]  # transformers gives no types
+    layer: Any = cache.layers[index]
     if isinstance(layer, ReducedLayer):
         return layer
     new = ReducedLayer(owner)
@@ -207,7 +207,7 @@ def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor
 
 
 def bytes_of(cache: Any) -> tuple[tuple[int, int], ...] | None:
-    """For each layer of a cache the bytes that it holds, and what it would hold with every token of the conversation."""
+    """For each layer of a cache the bytes that it holds, and what it would hold with the whole conversation."""
     if cache is None:
         return None
     sizes = []

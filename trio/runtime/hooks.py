@@ -276,8 +276,8 @@ class Runtime:
             if not bool(finite):
                 raise NonFiniteError(
                     f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies "
-                    "that are not finite; look at the hidden states: float16 may overflow (load the model in bfloat16), "
-                    "or weights or pixels hold nan"
+                    "that are not finite; look at the hidden states: float16 may overflow (load the model in "
+                    "bfloat16), or weights or pixels hold nan"
                 )
         record = prefill.record
         self._uncached = None
@@ -341,9 +341,7 @@ class Runtime:
             return None if hidden is arrived else (hidden, kwargs)
         return hidden, changed
 
-    def _probes(
-        self, forward: Forward, index: int, inputs: LayerInputs
-    ) -> dict[ProbeName, Callable[[], Probe]]:
+    def _probes(self, forward: Forward, index: int, inputs: LayerInputs) -> dict[ProbeName, Callable[[], Probe]]:
         backbone, ran = self._backbone, forward.ran
         probes: dict[ProbeName, Callable[[], Probe]] = {"next": lambda: backbone.probe(index, inputs)}
         if index > 0:

@@ -118,7 +118,7 @@ def given_tokens(selection: Selection, images: Images, stages: Sequence[int]) ->
             first = 0
             for image, indices in zip(images[sample], by_image, strict=True):
                 places = torch.as_tensor(indices, dtype=torch.int64)
-                if places.numel() and not (0 <= int(places.min()) and int(places.max()) < image.tokens):
+                if places.numel() and not (int(places.min()) >= 0 and int(places.max()) < image.tokens):
                     raise InputError(
                         f"replay: sample {sample}: indices must lie between 0 and {image.tokens - 1}, found "
                         f"{int(places.min())} to {int(places.max())}"

@@ -332,9 +332,7 @@ def _newlines_that_stay(newlines: Newlines, sequence: Sequence, keep: torch.Tens
 
 
 def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, left: tuple[int, ...]) -> Newlines:
-    return replace(
-        newlines, here=newlines.here.gather(1, take) & valid, row=newlines.row.gather(1, take), counts=left
-    )
+    return replace(newlines, here=newlines.here.gather(1, take) & valid, row=newlines.row.gather(1, take), counts=left)
 
 
 def _true_first(mask: torch.Tensor, count: int) -> torch.Tensor:

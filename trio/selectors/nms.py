@@ -48,10 +48,11 @@ class NMS(Selector):
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:
-    """Features ``(G, N, D)`` at length 1, float32; zeros stay zeros. Huge and tiny features neither overflow nor vanish."""
+    """Features ``(G, N, D)`` at length 1, float32; zeros stay zeros, huge and tiny ones neither overflow nor vanish."""
     features = features.float()
     features = features / features.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return features / torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
+    norms: torch.Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / norms.clamp_min(1e-12)
 
 
 def suppress_in_blocks(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: torch.Tensor) -> torch.Tensor:
