@@ -187,7 +187,7 @@ def main(
     scenes: Annotated[int, typer.Option(help="Held-out scenes, those of an earlier run counted in.")] = 300,
     out: Annotated[Path | None, typer.Option(help="Results; default benchmarks/results/retention-NAME.json.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; 1 where other work runs beside.")] = 2,
     table: Annotated[bool, typer.Option("--table", help="Only write docs/retention.md from the results.")] = False,
 ) -> None:
     """Accuracy by retention, method and place."""

@@ -64,7 +64,8 @@ class Answers:
     def right(self, row: str) -> Values:
         """1 or 0 for each question; of ``PLACE/SHARE/random`` the mean over its draws."""
         if row.endswith("/random"):
-            return np.mean(self.draws(row), axis=0)
+            mean: Values = np.mean(self.draws(row), axis=0)
+            return mean
         return self._right[row]
 
     def draws(self, row: str) -> list[Values]:

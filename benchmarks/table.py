@@ -89,6 +89,11 @@ def _placement(answers: Answers, placement: Placement) -> Iterator[str]:
     yield ""
     spreads = [answers.spread(key(placement, share, "random")) for share in SHARES]
     yield "Random draws: " + ", ".join(f"{low:.1f} to {high:.1f}" for low, high in spreads) + ".\n"
+    lost = answers.difference("full", key(placement, SHARES[-1], "random")).signed()
+    yield (
+        f"How much there is to win: full minus random at {SHARES[-1]} {lost}, full minus nothing kept "
+        f"{answers.difference('full', none).signed()}.\n"
+    )
     yield _header(["difference to random, points (95% interval)", *SHARES])
     for name in NAMES[:-1]:
         yield _row([name, *_cells(answers, placement, name, other="random")])
