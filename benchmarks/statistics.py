@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rows import SEEDS
-from trio.zoo.evaluate import by_scene
+from trio.zoo.evaluate import by_scene, wilson
 
 Values = NDArray[np.float64]
 
@@ -30,11 +30,6 @@ class Estimate:
     def signed(self) -> str:
         """The same with signs, for differences."""
         return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
-
-    @property
-    def half(self) -> float:
-        """Half the width of the interval."""
-        return (self.high - self.low) / 2
 
     @property
     def verdict(self) -> str:
@@ -73,8 +68,16 @@ class Answers:
         return [self._right[f"{row} {seed}"] for seed in SEEDS]
 
     def accuracy(self, row: str, kind: str | None = None) -> Estimate:
-        """Accuracy in percent, overall or on one type of question."""
-        return self._estimate(self.right(row), kind)
+        """Accuracy in percent, overall or on one type of question.
+
+        A type has one question a scene, so that a row's interval is Wilson's there: a bootstrap of answers that are all
+        right has no width.
+        """
+        if kind is None or row.endswith("/random"):
+            return self._estimate(self.right(row), kind)
+        chosen = self.right(row)[self.kind == kind]
+        low, high = wilson(int(chosen.sum()), len(chosen))
+        return Estimate(100 * float(chosen.mean()), 100 * low, 100 * high)
 
     def difference(self, row: str, other: str, kind: str | None = None) -> Estimate:
         """Accuracy of a row minus that of another on the same questions, in points."""

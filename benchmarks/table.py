@@ -159,7 +159,7 @@ def _findings(answers: Answers) -> Iterator[str]:
 def _by_type(answers: Answers) -> Iterator[str]:
     yield "### By type of question\n"
     counts = ", ".join(f"{kind} {int((answers.kind == kind).sum())}" for kind in answers.kinds)
-    yield f"Accuracy in percent ± half of the 95% interval. Questions: {counts}.\n"
+    yield f"Accuracy in percent, with 95% intervals (Wilson's; for random, bootstrapped). Questions: {counts}.\n"
     for placement in PLACEMENTS:
         for share in SHARES:
             yield f"**{placement.title}, {share}**\n"
@@ -168,5 +168,5 @@ def _by_type(answers: Answers) -> Iterator[str]:
             rows = [("full", "full"), *((name, key(placement, share, name)) for name in names)]
             for label, row in [*rows, ("nothing kept", _nothing_row(answers, placement)), ("blank picture", "blank")]:
                 found = (answers.accuracy(row, kind) for kind in answers.kinds)
-                yield _row([label, *(f"{e.mean:.0f} ±{e.half:.0f}" for e in found)])
+                yield _row([label, *(f"{e.mean:.0f} ({e.low:.0f} to {e.high:.0f})" for e in found)])
             yield ""

@@ -112,10 +112,14 @@ def test_differences_are_paired_and_clustered() -> None:
     found = results({"same": same, "scenes": every_other_scene, **random}, scenes, kinds)
     zero = found.difference("same", "same")
     assert (zero.mean, zero.low, zero.high, zero.verdict) == (0, 0, 0, "not told apart")
-    assert found.accuracy("same").half == 0  # the same in every scene
+    alike = found.accuracy("same")
+    assert alike.low == alike.high == 50  # the same in every scene
+    assert found.accuracy("same", "a").low == pytest.approx(100 * 40 / (40 + 1.96**2), abs=0.01)  # Wilson, all right
     clustered = found.accuracy("scenes")
     assert clustered.mean == 50
-    assert clustered.half == pytest.approx(100 * 1.96 * 0.5 / np.sqrt(40), rel=0.15)  # 40 scenes, not 160 questions
+    assert (clustered.high - clustered.low) / 2 == pytest.approx(
+        100 * 1.96 * 0.5 / np.sqrt(40), rel=0.15
+    )  # 40 scenes, not 160 questions
     assert found.accuracy("x/random").mean == pytest.approx(20)
     assert found.spread("x/random") == (0, 100)
     assert found.difference("same", "x/random", "a").mean == pytest.approx(80)
