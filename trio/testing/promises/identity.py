@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import torch
 
+from trio.spec import Keep, StageSpec
 from trio.testing.bench import ONE, RAGGED, TEXT, Bench, Setting
 from trio.testing.inputs import Side
 from trio.testing.results import Case, require
 
-EVERYTHING = Setting("keep 100%", ({"after_layer": 0, "keep": "100%"}, {"after_layer": "50%", "keep": "100%"}))
+
+def everything(bench: Bench) -> Setting:
+    """The bench's first setting, but keeping all."""
+    stages = [
+        stage.model_copy(update={"keep": Keep.parse("100%")})
+        if isinstance(stage, StageSpec)
+        else {**stage, "keep": "100%"}
+        for stage in bench.settings[0].stages
+    ]
+    return Setting("keep 100%", stages)
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -19,22 +30,23 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield "keep 100%, one picture", partial(_forward, bench, "left", False)
     yield "keep 100%, ragged batch padded on the left", partial(_forward, bench, "left", True)
     yield "keep 100%, ragged batch padded on the right", partial(_forward, bench, "right", True)
-    yield "keep 100%, generation", partial(_generation, bench)
+    yield "keep 100%, generation", partial(_generation, bench, "counts")
+    yield "keep 100%, generation with a full report", partial(_generation, bench, "full")
     yield "a pipeline that drops, prompts without a picture", partial(_text, bench)
 
 
 def _forward(bench: Bench, side: Side, ragged: bool) -> str:
     inputs = bench.inputs(*(RAGGED if ragged else (ONE,)), side=side)
     stock = bench.forward(inputs)
-    with bench.pipeline(EVERYTHING):
+    with bench.pipeline(everything(bench)):
         ours = bench.forward(inputs)
     return bitwise(ours, stock)
 
 
-def _generation(bench: Bench) -> str:
+def _generation(bench: Bench, report: Literal["counts", "full"]) -> str:
     inputs = bench.inputs(*RAGGED)
     stock = bench.generate(inputs)
-    with bench.pipeline(EVERYTHING):
+    with bench.pipeline(everything(bench), report=report):
         ours = bench.generate(inputs)
     require(torch.equal(ours.sequences, stock.sequences), "generated tokens differ from the stock model's")
     return bitwise(torch.stack(ours.logits), torch.stack(stock.logits))

@@ -42,7 +42,7 @@ def _spec(bench: Bench, stages: list[dict[str, Any]], says: str) -> str:
 
 
 def _too_many(policy: str) -> Setting:
-    return Setting(policy, ({"after_layer": 1, "keep": 1_000_000, "if_fewer": policy},))
+    return Setting(policy, ({"after_layer": 1, "keep": 1_000_000, "if_fewer": policy, "scorer": "random"},))
 
 
 def _fewer_error(bench: Bench) -> str:
