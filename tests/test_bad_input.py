@@ -274,15 +274,30 @@ def test_a_cache_goes_on_only_with_its_own_pipeline(model):
     with torch.no_grad():
         with pipeline_for(model, name="first"):
             cache = model(**batch).past_key_values
-        with pytest.raises(trio.CacheError, match="'first', which is not attached any more"):
+        with pytest.raises(
+            trio.CacheError, match=r"'first .*1, 3.*', which is not attached any more"
+        ):
             model(**follow, past_key_values=cache)
         with pipeline_for(model, name="first"):
             cache = model(**batch).past_key_values
         with (
             pipeline_for(model, name="second"),
-            pytest.raises(trio.CacheError, match="'first', but 'second'"),
+            pytest.raises(trio.CacheError, match=r"'first .*', but 'second .*' is attached"),
         ):
             model(**follow, past_key_values=cache)
+
+
+def test_pipelines_of_one_name_are_told_apart(model):
+    batch = inputs(PROMPTS[:1])
+    with torch.no_grad(), trio.Pipeline(model, stages=stages((3, 4))):
+        cache = model(**batch).past_key_values
+    follow = {"input_ids": torch.tensor([[4]]), "attention_mask": torch.ones(1, 23, dtype=torch.long)}
+    with (
+        torch.no_grad(),
+        trio.Pipeline(model, stages=stages((1, 4))),
+        pytest.raises(trio.CacheError, match=r"stages after layers 3.*stages after layers 1"),
+    ):
+        model(**follow, past_key_values=cache)
 
 
 def test_cropping_into_the_reduced_part(model):

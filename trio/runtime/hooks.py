@@ -63,8 +63,11 @@ class Runtime:
         self._needs_ran = {
             stage.after_layer - 1 for stage in stages if "ran" in stage.scorer.required() and stage.after_layer > 0
         }
-        self._owner = owner
-        self._shrinker = Shrinker(backbone, self._stages, owner=owner, compact=compact)
+        self._name = owner
+        # Pipelines of one name may differ: what is written on caches also says where the stages stand.
+        layers = ", ".join(map(str, self._stages))
+        self._owner = f"{owner} (stages after layers {layers}, positions {'compact' if compact else 'original'})"
+        self._shrinker = Shrinker(backbone, self._stages, owner=self._owner, compact=compact)
         self._full = full_report
         self._newlines = newlines
         self._on_prefill = on_prefill
@@ -107,7 +110,7 @@ class Runtime:
             )
         multimodal = self._backbone.multimodal
         self._stand_ins = [
-            GuardedGenerate(model, owner=self, name=self._owner),
+            GuardedGenerate(model, owner=self, name=self._name),
             *(
                 NotedEncoder(multimodal, name, pixels=self._backbone.pixels, note=self._noting(modality))
                 for modality, name in self._backbone.encoders.items()
@@ -365,15 +368,13 @@ def _device(hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.dev
 def _by_sample(flat: torch.Tensor, prefill: Prefill) -> torch.Tensor:
     """Features ``(n, D)`` of the batch's visual tokens in order, as ``(B, N, D)``."""
     there = prefill.sequence.visual_valid.to(flat.device)
-    out = flat.new_zeros(*there.shape, flat.shape[-1])
-    out[there] = flat
-    return out
+    number = there.flatten().cumsum(0).view(there.shape) - 1  # places, without a look at the device
+    return flat[number.clamp_min(0)].masked_fill(~there[..., None], 0)
 
 
 def _added(hidden: torch.Tensor, features: torch.Tensor, sequence: Tokens) -> torch.Tensor:
     """Hidden states with the features of the visual tokens that are still there added."""
-    place = sequence.origin[..., None].expand(-1, -1, features.shape[-1])
-    here = features.to(hidden.device, hidden.dtype).gather(1, place.to(hidden.device))
-    hidden = hidden.clone()
-    hidden[sequence.visual] = hidden[sequence.visual] + here[sequence.visual_valid]
-    return hidden
+    width = features.shape[-1]
+    here = features.to(hidden).gather(1, sequence.origin[..., None].expand(-1, -1, width))
+    here = here.masked_fill(~sequence.visual_valid[..., None], 0)
+    return hidden.scatter_add(1, sequence.visual_index[..., None].expand(-1, -1, width), here)
