@@ -67,6 +67,9 @@ class _Watched(Scorer):
     def score(self, ctx: LayerContext) -> torch.Tensor:
         before = {name: value.clone() for name, value in _tensors(ctx).items()}
         out = self.scorer.score(ctx)
+        require(isinstance(out, torch.Tensor), f"found a {type(out).__name__}, expected a tensor")
+        shape = ctx.visual_index.shape
+        require(out.shape == shape, f"shape {tuple(out.shape)}, expected {tuple(shape)}")
         for name, value in _tensors(ctx).items():
             same = torch.equal(torch.nan_to_num(value), torch.nan_to_num(before[name]))
             require(same, f"ctx.{name} was changed; a scorer only reads")
@@ -132,7 +135,6 @@ class _Suite:
         _, notes = self._score(*RAGGED, after=after)
         require(len(notes) == 1, f"called {len(notes)} times")
         ctx, out = notes[0]
-        require(isinstance(out, torch.Tensor), f"found a {type(out).__name__}, expected a tensor")
         require(out.dtype == torch.float32, f"dtype {out.dtype}, expected float32")
         require(
             out.shape == ctx.visual_index.shape, f"shape {tuple(out.shape)}, expected {tuple(ctx.visual_index.shape)}"
