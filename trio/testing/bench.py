@@ -254,8 +254,20 @@ def joined(first: Inputs, second: Inputs) -> Inputs:
             out[name] = (first if name in first else second)[name]
         else:
             by_token = first[name].shape == first["input_ids"].shape
-            out[name] = torch.cat([first[name], second[name]], dim=1 if by_token else 0)
+            pair = [first[name], second[name]] if by_token else _even([first[name], second[name]])
+            out[name] = torch.cat(pair, dim=1 if by_token else 0)
     return out
+
+
+def _even(pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of pictures with equally many tiles, filled up with zeros as processors do."""
+    if pictures[0].ndim < 3:
+        return pictures
+    most = max(tensor.shape[1] for tensor in pictures)
+    return [
+        torch.cat([tensor, tensor.new_zeros(len(tensor), most - tensor.shape[1], *tensor.shape[2:])], dim=1)
+        for tensor in pictures
+    ]
 
 
 def pictures_of(inputs: Inputs) -> set[str]:

@@ -73,6 +73,9 @@ def attention(
     batch, heads, queries, _size = query.shape
     keys = key.shape[2]
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if attention_mask is not None and attention_mask.ndim == 4 and not causal:
+        # Some towers (Pixtral's) hand every implementation their own mask over packed pictures: theirs to answer for.
+        return _plain(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise AssertionError(
@@ -109,6 +112,18 @@ def attention(
     weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
     out = weights.to(value.dtype) @ value.repeat_interleave(groups, 1)
     return out.masked_fill(~asking[:, None, :, None], 0.0).transpose(1, 2).contiguous(), None
+
+
+def _plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention with a prepared 4-D mask, boolean or additive: ``(B, Q, heads, head dim)``."""
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.repeat_interleave(groups, 1).transpose(2, 3)).float() * scale
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    out: torch.Tensor = scores.softmax(-1).to(value.dtype) @ value.repeat_interleave(groups, 1)
+    return out.transpose(1, 2).contiguous()
 
 
 def _packed(position_ids: torch.Tensor | None, batch: int) -> bool:

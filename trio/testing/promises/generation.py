@@ -130,6 +130,9 @@ def _streaming(bench: Bench) -> str:
 
 
 def _uncached(bench: Bench, more: dict[str, Any]) -> str:
+    stock = [bench.generate(bench.inputs(ONE, TWO), use_cache=cached, **more).sequences for cached in (True, False)]
+    if bench.exact and not torch.equal(*stock):
+        return "not promised: the stock model itself gives other tokens without a cache"
     pipeline, cached, selection = _run(bench, (ONE, TWO), **more)
     other, out, _ = _run(bench, (ONE, TWO), use_cache=False, **more)
     first = other.reports[0].selection()
@@ -140,7 +143,7 @@ def _uncached(bench: Bench, more: dict[str, Any]) -> str:
     if more:
         return "the same tokens, one selection"
     error = bench.follows_replay(pipeline, (ONE, TWO), out, first)
-    return f"the same tokens, one selection in {len(other.reports)} passes, largest error {error:.1e}"
+    return f"the same tokens, one selection, largest error {error:.1e}"
 
 
 def _inference_mode(bench: Bench) -> str:
@@ -164,25 +167,25 @@ def _own_cache(bench: Bench) -> str:
 
 
 def _by_hand(bench: Bench) -> str:
-    pipeline = bench.pipeline()
+    """The prompt, then the tokens that `generate` chose one by one, on the cache that the first forward made."""
     inputs = bench.inputs(ONE, TWO)
-    with pipeline, torch.no_grad():
+    with bench.pipeline(), torch.no_grad():
         expected = bench.generate(inputs)
         out = bench.model(**inputs, use_cache=True)
-        ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], out.past_key_values
+        mask, cache = inputs["attention_mask"], out.past_key_values
         steps = [out.logits[:, -1]]
-        for _ in range(NEW - 1):
-            token = steps[-1].argmax(-1, keepdim=True)
-            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+        for step in range(NEW - 1):
+            token = expected.sequences[:, step - NEW, None]
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
             out = bench.model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
             steps.append(out.logits[:, -1])
-    stacked = torch.stack(steps, 1)
-    return f"{NEW} steps, largest error {bench.close(stacked, torch.stack(expected.logits, 1), 'by hand'):.1e}"
+    error = bench.close(torch.stack(steps, 1), torch.stack(expected.logits, 1), "by hand")
+    return f"{NEW} steps, largest error {error:.1e}"
 
 
 def _second_turn(bench: Bench, setting: Setting, prompt: Prompt) -> str:
     if not _stock_second_turn(bench, prompt):
-        return "not promised: the stock model itself differs from one pass here"
+        return "not promised: the stock model itself cannot do this, or differs from one pass"
     pipeline = bench.pipeline(setting)
     with pipeline:
         out, conversation, selections = _conversation(bench, prompt, lambda: reduced(pipeline.report).selection())
@@ -212,10 +215,9 @@ def _conversation(
 
 def _stock_second_turn(bench: Bench, prompt: Prompt) -> bool:
     """Whether the stock model's second turn on a cache equals one pass."""
-    out, conversation, _ = _conversation(bench, prompt, list)
-    expected = bench.forward(conversation)[:, -NEW:]
     try:
-        bench.close(torch.stack(out.logits, 1), expected, "stock")
-    except AssertionError:
+        out, conversation, _ = _conversation(bench, prompt, list)
+        bench.close(torch.stack(out.logits, 1), bench.forward(conversation)[:, -NEW:], "stock")
+    except Exception:  # whatever the stock model does with a turn that it cannot take
         return False
     return True
