@@ -56,7 +56,7 @@ class Bench:
         factory: makes inputs.
         adapter: of the model.
         tolerance: largest difference of logits, relative to the largest logit.
-        exact: whether kept tokens must be the same ones, all of them; else 99%, or all but two.
+        exact: whether kept tokens must be the same ones, all of them; else 95% of them, or all but two.
         settings: the first is used where one is enough.
         attention: names of attention implementations to compare.
     """
@@ -145,7 +145,7 @@ class Bench:
         """The share of kept tokens that two selections have in common.
 
         Raises:
-            AssertionError: it is not all of them (in half precision: less than 99%, and more than two others).
+            AssertionError: it is not all of them (in half precision: of 95%, or all but two).
         """
         common = total = 0
         for ours, theirs in zip(_images(found), _images(expected), strict=True):
@@ -155,8 +155,8 @@ class Bench:
             common += len(ours & theirs)
             total += max(len(ours), len(theirs))
         share = common / total if total else 1.0
-        # In half precision a single swap, nested in the next stage, is more than 1% of a few dozen tokens.
-        allowed = 0 if self.exact else max(2, total // 100)
+        # Half precision breaks ties within its rounding: a few swaps, which the next stages inherit.
+        allowed = 0 if self.exact else max(2, total // 20)
         message = f"{what}: {total - common} of {total} kept tokens are others, at most {allowed} expected"
         require(total - common <= allowed, message)
         return share
