@@ -25,6 +25,7 @@ from rich.table import Table
 from trio import zoo
 from trio.zoo.questions import KINDS, Asker
 from trio.zoo.scenes import Box, Split, draw_scene
+from trio.zoo.views import varied_scene
 
 Z95 = 1.959964
 
@@ -59,6 +60,7 @@ def examples(
     kinds: Sequence[str] = tuple(KINDS),
     size: tuple[int, int] = (168, 168),
     cell: int = 56,
+    varied: bool = False,
 ) -> list[Example]:
     """Questions on held-out scenes, at most one of each type a scene, answers balanced within each type.
 
@@ -71,10 +73,11 @@ def examples(
         kinds: Types of questions.
         size: Width and height of the pictures.
         cell: Size of a grid cell of the scenes.
+        varied: Pictures of many sizes and aspect ratios instead of ``size`` and ``cell``.
     """
     asker, found = Asker(), []
     for index in range(scenes):
-        scene = draw_scene(split, seed, index, size, cell)
+        scene = varied_scene(split, seed, index) if varied else draw_scene(split, seed, index, size, cell)
         for kind in kinds:
             question = asker.ask(scene, kind, random.Random(f"trio-examples/{split}/{seed}/{index}/{kind}"))
             if question is not None:
@@ -196,7 +199,8 @@ def main(
         raise typer.BadParameter(f"--split is test, validation or novel, not {split!r}")
     folder = Path(name) if Path(name).is_dir() else zoo.path(name)
     model, processor = zoo.load_folder(folder)
-    asked = examples(split, seed, scenes)  # type: ignore[arg-type]
+    varied = type(model).__name__ != "LlavaForConditionalGeneration"  # every other family takes pictures of any size
+    asked = examples(split, seed, scenes, varied=varied)  # type: ignore[arg-type]
     full = summary(asked, accuracy(model, processor, asked, batch_size))
     unseen = summary(asked, accuracy(model, processor, blank(asked), batch_size))
 
@@ -213,7 +217,8 @@ def main(
     console.print(table)
     console.print("full: with the picture; blank: with a grey one; sees: lower end of full minus blank, in points")
     if json_file is not None:
-        content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "full": full, "blank": unseen}
+        content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "varied": varied}
+        content |= {"full": full, "blank": unseen}
         json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 

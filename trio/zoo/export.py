@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from trio.zoo.families import FAMILIES, family_of
 from trio.zoo.loop import console
-from trio.zoo.recipes import RECIPES, Recipe, build_model, build_processor
-from trio.zoo.vocabulary import build_tokenizer
+from trio.zoo.recipes import Recipe
 
 
 def _as_float32(config: object) -> None:
@@ -33,16 +33,21 @@ def export(recipe: Recipe, folder: Path, target: Path) -> None:
         folder: Where ``tower.pt`` and ``language.pt`` are.
         target: The folder to write.
     """
-    tokenizer = build_tokenizer()
-    model: Any = build_model(recipe, tokenizer)
+    family = family_of(recipe)
+    tokenizer = family.tokenizer()
+    model: Any = family.model(recipe, tokenizer)
     tower = torch.load(folder / "tower.pt", weights_only=True)
     language = torch.load(folder / "language.pt", weights_only=True)
-    model.model.vision_tower.load_state_dict(tower["tower"])
+    vision, projector = family.parts(model)
+    vision.load_state_dict(tower["tower"])
     model.model.language_model.load_state_dict(language["language"])
-    model.model.multi_modal_projector.load_state_dict(language["projector"])
+    projector.load_state_dict(language["projector"])
+    with torch.no_grad():
+        for name, parameter in model.model.named_parameters(recurse=False):
+            parameter.copy_(language["extra"][name])
     model.lm_head.load_state_dict(language["head"])
     model.half().save_pretrained(target)
-    build_processor(recipe, tokenizer).save_pretrained(target)
+    family.processor(recipe, tokenizer).save_pretrained(target)
     path = target / "config.json"
     config = json.loads(path.read_text())
     _as_float32(config)
@@ -55,7 +60,7 @@ def main(
     name: Annotated[str, typer.Option(help="Name in the zoo.")] = "tiny-llava",
 ) -> None:
     """Write the model of a training run, also of one that is still going on."""
-    export(RECIPES[name], folder, target)
+    export(FAMILIES[name].recipe, folder, target)
     console.print(f"wrote {target}")
 
 

@@ -12,6 +12,8 @@ so that a word first attends to patches that resemble it.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from trio.zoo.loop import Clock, Optimiser, console, save
 from trio.zoo.packing import CHUNK, NAME, local_mask
 from trio.zoo.questions import KINDS, Asker, Question, dense_questions
 from trio.zoo.recipes import Recipe
-from trio.zoo.scenes import COLOURS, PLATES, SHAPES, draw_scene
+from trio.zoo.scenes import COLOURS, PLATES, SHAPES, Scene, draw_scene
 from trio.zoo.tower import IGNORE, dense_labels, pixels, tower_output
 from trio.zoo.vocabulary import MAX_GRID
 
@@ -75,12 +77,23 @@ class Branches(Dataset[dict[str, Tensor]]):
             self.cache[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self.cache[text]
 
+    def _scene(self, index: int) -> Scene:
+        return draw_scene("train", self.seed, index, self.recipe.size, self.recipe.cell)
+
+    def _lesson(self, scene: Scene) -> Scene:
+        """The view whose rows and columns of patches the dense exercises name."""
+        return scene
+
+    def _picture(self, scene: Scene) -> dict[str, Tensor]:
+        """What ``Trainee`` needs to see the picture."""
+        return {"pixels": pixels(scene)}
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A picture and its row: ids, branch numbers (0: padding), places in the branch, wanted next tokens, types."""
         index += self.start
         recipe, rng = self.recipe, random.Random(f"trio-branches/{self.seed}/{index}")
-        scene = draw_scene("train", self.seed, index, recipe.size, recipe.cell)
-        exercises = dense_questions(scene, rng, recipe.patch)
+        scene = self._scene(index)
+        exercises = dense_questions(self._lesson(scene), rng, recipe.patch)
         first, others = exercises[:1], exercises[1:]
         rng.shuffle(others)
         if rng.random() < 0.3:
@@ -114,7 +127,7 @@ class Branches(Dataset[dict[str, Tensor]]):
         fill = self.room - len(row["ids"])
         pad = {"ids": self.tokenizer.pad_token_id, "branch": 0, "place": 0, "wanted": IGNORE, "kind": 0}
         found = {name: torch.tensor(values + [pad[name]] * fill) for name, values in row.items()}
-        return found | {"pixels": pixels(scene)}
+        return found | self._picture(scene)
 
 
 def lexical_start(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -178,25 +191,39 @@ def fit_projector(
 class Trainee:
     """A model with the packed forward pass of training."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    head_text = "user :"
+    """What comes before the picture."""
+    tail_text = ""
+    """What comes between the picture and the question."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
         """Set up for a model and its tokenizer."""
         self.model = model
         model.model.language_model.set_attn_implementation(NAME)
-        self.head = torch.tensor(tokenizer("user :").input_ids)
+        self.head = torch.tensor(tokenizer(self.head_text).input_ids)
+        self.tail = torch.tensor(tokenizer(self.tail_text, add_special_tokens=False).input_ids, dtype=torch.long)
+
+    def images(self, batch: dict[str, Tensor]) -> Tensor:
+        """Visual tokens for the language model: (batch, tokens, width)."""
+        with torch.no_grad():
+            features, _ = tower_output(self.model, batch["pixels"])
+        projected: Tensor = self.model.model.multi_modal_projector(features)
+        return projected
+
+    def places(self, batch: dict[str, Tensor], prefix: int) -> Tensor:
+        """Positions of all tokens, in the shape that the language model takes."""
+        return torch.cat([torch.arange(prefix).expand(len(batch["ids"]), -1), prefix + batch["place"]], 1)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[int, int]]]:
         """The loss, and by type of question how many branches there were and how many were answered right."""
-        inner = self.model.model
-        with torch.no_grad():
-            features, _ = tower_output(self.model, batch["pixels"])
-        images = inner.multi_modal_projector(features)
+        inner, images = self.model.model, self.images(batch)
         embed = inner.language_model.embed_tokens
         ids, branch = batch["ids"], batch["branch"]
-        size, prefix = len(ids), len(self.head) + images.shape[1]
-        start = embed(self.head).expand(size, -1, -1)
-        embeds = torch.cat([start, images.to(start.dtype), embed(ids)], 1)
+        size, prefix = len(ids), len(self.head) + images.shape[1] + len(self.tail)
+        start, end = (embed(part).expand(size, -1, -1) for part in (self.head, self.tail))
+        embeds = torch.cat([start, images.to(start.dtype), end, embed(ids)], 1)
         mask = local_mask(torch.where(branch > 0, branch, -1))
-        places = torch.cat([torch.arange(prefix).expand(size, -1), prefix + batch["place"]], 1)
+        places = self.places(batch, prefix)
 
         hidden = inner.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False
@@ -222,6 +249,30 @@ def dense_share(progress: float) -> float:
     return 0.55 if progress < 0.15 else max(0.1, 0.55 - 3 * (progress - 0.15))
 
 
+Parts = Callable[[Any], tuple[nn.Module, nn.Module]]
+"""Finds a model's tower and its projector."""
+
+
+def llava_parts(model: Any) -> tuple[nn.Module, nn.Module]:
+    """Tower and projector of the LLaVA family."""
+    return model.model.vision_tower, model.model.multi_modal_projector
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a model does differently that starts from a trained one.
+
+    Attributes:
+        branches: Its scenes and questions.
+        trainee: Its packed forward pass.
+        dense: Share of dense exercises by progress.
+    """
+
+    branches: type[Branches]
+    trainee: type[Trainee]
+    dense: Callable[[float], float]
+
+
 def train_language(
     recipe: Recipe,
     model: Any,
@@ -235,39 +286,53 @@ def train_language(
     room: int = 288,
     rate: float = 2e-3,
     projector_steps: int = 160,
+    grown: Grown | None = None,
+    parts: Parts = llava_parts,
 ) -> list[dict[str, float]]:
-    """Train projector and language model in place; returns the curve (running accuracy on scenes never seen before)."""
-    model.model.vision_tower.requires_grad_(False)
-    language, projector = model.model.language_model, model.model.multi_modal_projector
+    """Train projector and language model in place; returns the curve (running accuracy on scenes never seen before).
+
+    ``grown`` says what is different for a model that starts from a trained one.
+    """
+    branches_of, trainee_of = (grown.branches, grown.trainee) if grown else (Branches, Trainee)
+    tower, projector = parts(model)
+    tower.requires_grad_(False)
+    language = model.model.language_model
     path = folder / "language.pt"
     curve: list[dict[str, float]] = []
     saved: dict[str, Any] | None = torch.load(path, weights_only=True) if resume and path.exists() else None
-    if saved is None:
+    if saved is None and grown is None:
         lexical_start(model, tokenizer)
         fit_projector(recipe, model, tokenizer, seed, projector_steps)
     layers = list(language.layers)
     if compile_layers:
         for layer in layers:
             layer.compile()
+    extra = dict(model.model.named_parameters(recurse=False))
     rest = [language.embed_tokens.weight, *language.norm.parameters(), model.lm_head.weight, *projector.parameters()]
+    rest += extra.values()
     optimiser = Optimiser(layers, rest, muon=rate, adam=rate)
     trained = {"language": language, "projector": projector, "head": model.lm_head}
     if saved is not None:
         for name, module in trained.items():
             module.load_state_dict(saved[name])
+        with torch.no_grad():
+            for name, parameter in extra.items():
+                parameter.copy_(saved["extra"][name])
         optimiser.restore(saved["optimiser"])
         clock.step, clock.spent, curve = saved["step"], saved["minutes"], saved["curve"]
 
     def checkpoint() -> None:
         content: dict[str, Any] = {name: module.state_dict() for name, module in trained.items()}
+        content["extra"] = {name: parameter.detach() for name, parameter in extra.items()}
         content |= {"optimiser": optimiser.state(), "step": clock.step, "minutes": clock.elapsed, "curve": curve}
         save(path, content)
 
-    share: Any = torch.full((1,), dense_share(clock.progress))
+    fade = grown.dense if grown else dense_share
+    share: Any = torch.full((1,), fade(clock.progress))
     share.share_memory_()
-    scenes = Branches(recipe, tokenizer, seed + 1, clock.step * batch_size, room, share)
+    scenes = branches_of(recipe, tokenizer, seed + 1, clock.step * batch_size, room, share)
     loader = DataLoader(scenes, batch_size, num_workers=1, prefetch_factor=4) if clock.progress < 1 else ()
-    trainee, asked, right, losses = Trainee(model, tokenizer), dict.fromkeys(ORDER, 0), dict.fromkeys(ORDER, 0), 0.0
+    trainee, asked, right, losses = trainee_of(model, tokenizer), dict.fromkeys(ORDER, 0), dict.fromkeys(ORDER, 0), 0.0
     model.train()
     every = 50
     for batch in loader:
@@ -276,7 +341,7 @@ def train_language(
         loss.backward()
         optimiser.step(clock.rate(decay_from=0.55))
         clock.step += 1
-        share[0] = dense_share(clock.progress)
+        share[0] = fade(clock.progress)
         losses += loss.item() / every
         for name, (count, good) in score.items():
             asked[name] += count

@@ -41,9 +41,9 @@ def branch_attention(
     size, heads, total, width = query.shape
     tokens = attention_mask.shape[2]
     start = total - tokens
-    first = (query[:, :, :start] * scaling) @ key[:, :, :start].transpose(-1, -2)
-    hidden = torch.ones(start, start, dtype=torch.bool).triu(1)
-    head_out = first.float().masked_fill(hidden, float("-inf")).softmax(-1).to(value.dtype) @ value[:, :, :start]
+    head_out = F.scaled_dot_product_attention(
+        query[:, :, :start], key[:, :, :start], value[:, :, :start], is_causal=True, scale=scaling
+    )
 
     def windows(x: Tensor) -> Tensor:
         chunks = x[:, :, start:].reshape(size, heads, tokens // CHUNK, CHUNK, width)

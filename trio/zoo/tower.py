@@ -7,6 +7,7 @@ learns what is in the picture, so that its attention means something.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ class _Patches(Dataset[dict[str, Tensor]]):
         return {"pixels": pixels(scene)} | dense_labels(scene, self.recipe.patch)
 
 
+PatchData = Callable[[Recipe, Split, int, int, int], Dataset[dict[str, Tensor]]]
+"""Scenes with dense labels: of recipe, split, seed, number of the first scene, and how many."""
+
+
 class Heads(nn.Module):
     """Linear readers of the tower's features."""
 
@@ -134,15 +139,21 @@ def train_tower(
     resume: bool,
     batch_size: int = 48,
     fresh: int = 480,
+    patches: PatchData = _Patches,
+    rate: float = 3e-3,
+    heads_first: int = 0,
 ) -> dict[str, float]:
-    """Train ``model``'s vision tower in place; returns the accuracies on fresh scenes."""
+    """Train ``model``'s vision tower in place; returns the accuracies on fresh scenes.
+
+    A tower that was trained before needs a lower ``rate``, and ``heads_first``: so many steps for the new heads alone.
+    """
     tower = model.model.vision_tower
     grid = (recipe.size[1] // recipe.patch, recipe.size[0] // recipe.patch)
     heads = Heads(recipe.tower_width, grid)
     layers = list(tower.encoder.layers)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = [p for p in tower.parameters() if id(p) not in inside] + list(heads.parameters())
-    optimiser = Optimiser(layers, rest, muon=3e-3, adam=3e-3)
+    optimiser = Optimiser(layers, rest, muon=rate, adam=rate)
     path = folder / "tower.pt"
     if resume and path.exists():
         saved: dict[str, Any] = torch.load(path, weights_only=True)
@@ -156,10 +167,11 @@ def train_tower(
         save(path, content | {"step": clock.step, "minutes": clock.elapsed})
 
     # one long data set a run; a resumed run goes on with the scenes that come next
-    scenes = _Patches(recipe, "train", seed, clock.step * batch_size, 100_000_000)
+    scenes = patches(recipe, "train", seed, clock.step * batch_size, 100_000_000)
     loader = DataLoader(scenes, batch_size, num_workers=1, prefetch_factor=8) if clock.progress < 1 else ()
     tower.train()
     for batch in loader:
+        tower.requires_grad_(clock.step >= heads_first)
         with torch.autocast("cpu", torch.bfloat16):
             features, cls = tower_output(model, batch.pop("pixels"))
         loss, right = heads(features, cls, batch)
@@ -177,7 +189,7 @@ def train_tower(
 
     tower.eval()
     totals: dict[str, float] = {}
-    unseen = DataLoader(_Patches(recipe, "validation", seed, 0, fresh), batch_size)
+    unseen = DataLoader(patches(recipe, "validation", seed, 0, fresh), batch_size)
     with torch.no_grad():
         for batch in unseen:
             _, right = heads(*tower_output(model, batch.pop("pixels")), batch)

@@ -1,8 +1,9 @@
 """Train a model of the zoo: ``python -m trio.zoo.train tiny-llava --out runs/tiny-llava``.
 
 Two phases, each resumable: the vision tower alone on dense labels, then, with the tower frozen, the projector and the
-language model on questions. Trained end to end, a young language model's gradients spoil the tower. The finished
-model is written to ``OUT/model``, as a folder that ``from_pretrained`` loads.
+language model on questions; a model that grows out of another starts from its weights. Trained end to end, a young
+language model's gradients spoil the tower. The finished model is written to ``OUT/model``, as a folder that
+``from_pretrained`` loads.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import torch
 import typer
 
 from trio.zoo.export import export
+from trio.zoo.families import FAMILIES
 from trio.zoo.language import train_language
 from trio.zoo.loop import Clock, console
-from trio.zoo.recipes import RECIPES, build_model
 from trio.zoo.tower import train_tower
-from trio.zoo.vocabulary import build_tokenizer
 
 
 def main(
@@ -40,29 +40,43 @@ def main(
     ] = False,
 ) -> None:
     """Train a model of the zoo."""
-    if name not in RECIPES:
-        raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
+    if name not in FAMILIES:
+        raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(FAMILIES)}")
     if phase not in ("tower", "language", "both"):
         raise typer.BadParameter(f"--phase is tower, language or both, not {phase!r}")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    recipe, out = RECIPES[name], out or Path("runs") / name
-    tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer)
+    family, out = FAMILIES[name], out or Path("runs") / name
+    recipe, tokenizer = family.recipe, family.tokenizer()
+    model = family.model(recipe, tokenizer)
+    if family.warm_start:
+        family.warm_start(model)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "training.json"
     facts = json.loads(log.read_text()) if log.exists() else {}
     if phase != "language":
         own = phase == "tower"
         clock = Clock(None if own and steps else (own and minutes) or recipe.tower_minutes, steps if own else None)
-        accuracy = train_tower(recipe, model, out, seed, clock, resume)
+        accuracy = train_tower(recipe, model, out, seed, clock, resume, **family.tower)
         facts["tower"] = {"minutes": round(clock.elapsed, 1), "steps": clock.step, "accuracy": accuracy}
         log.write_text(json.dumps(facts, indent=2))
     if phase != "tower":
         saved = torch.load(out / "tower.pt", weights_only=True)
-        model.model.vision_tower.load_state_dict(saved["tower"])
+        family.parts(model)[0].load_state_dict(saved["tower"])
         clock = Clock(None if steps else minutes or recipe.language_minutes, steps)
-        curve = train_language(recipe, model, tokenizer, out, seed, clock, resume, compile_layers)
+        curve = train_language(
+            recipe,
+            model,
+            tokenizer,
+            out,
+            seed,
+            clock,
+            resume,
+            compile_layers,
+            grown=family.grown,
+            parts=family.parts,
+            **family.language,
+        )
         facts["language"] = {"minutes": round(clock.elapsed, 1), "steps": clock.step, "curve": curve}
         log.write_text(json.dumps(facts, indent=2))
         export(recipe, out, out / "model")

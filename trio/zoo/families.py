@@ -1,0 +1,60 @@
+"""Which code builds and trains which model of the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from trio.zoo.language import Grown, Parts, llava_parts
+from trio.zoo.next import NEXT, TILES, Views, build_next, build_next_processor, warm_start
+from trio.zoo.recipes import RECIPES, Recipe, build_model, build_processor
+from trio.zoo.vocabulary import build_tokenizer
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a model of the zoo comes about.
+
+    Attributes:
+        recipe: Its sizes and training times.
+        model: Makes it, randomly initialised.
+        processor: Makes its processor.
+        tokenizer: Makes its tokenizer.
+        warm_start: Takes what it can from a model that is already trained; None for one trained from nothing.
+        parts: Finds its tower and its projector.
+        tower: Further arguments of ``train_tower``.
+        language: Further arguments of ``train_language``.
+        grown: What its language phase does differently; None for one trained from nothing.
+    """
+
+    recipe: Recipe
+    model: Callable[[Recipe, PreTrainedTokenizerFast], Any] = build_model
+    processor: Callable[[Recipe, PreTrainedTokenizerFast], Any] = build_processor
+    tokenizer: Callable[[], PreTrainedTokenizerFast] = build_tokenizer
+    warm_start: Callable[[Any], None] | None = None
+    parts: Parts = llava_parts
+    tower: dict[str, Any] = field(default_factory=dict)
+    language: dict[str, Any] = field(default_factory=dict)
+    grown: Grown | None = None
+
+
+FAMILIES: dict[str, Family] = {name: Family(recipe) for name, recipe in RECIPES.items()} | {
+    NEXT.name: Family(
+        NEXT,
+        build_next,
+        build_next_processor,
+        warm_start=warm_start,
+        tower={"patches": Views, "rate": 1.5e-3, "heads_first": 60},
+        language={"batch_size": 8, "rate": 1e-3},
+        grown=TILES,
+    )
+}
+"""By name in the zoo."""
+
+
+def family_of(recipe: Recipe) -> Family:
+    """The family of a recipe; LLaVA-1.5's where the recipe is not one of the zoo's."""
+    return FAMILIES.get(recipe.name, Family(recipe))
