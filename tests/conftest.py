@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,3 +32,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_header() -> str:
     """Which versions a run is about."""
     return f"torch {torch.__version__}, transformers {metadata.version('transformers')}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where to write what the contract tests found out about each family (`benchmarks.support` makes the table)."""
+    parser.addoption(
+        "--support-out", type=Path, help="write family x feature, as the tests found it, to this JSON file"
+    )
+
+
+@pytest.fixture(scope="session")
+def support(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, dict[str, str]], None]]:
+    """Notes what a family was found to do: `support(family, "random" or "trained", {feature: "yes" or a reason})`."""
+    if request.config.getoption("--support-out") and hasattr(request.config, "workerinput"):
+        raise pytest.UsageError("--support-out: processes would overwrite each other's file; add -p no:xdist or -n 0")
+    found: dict[str, dict[str, dict[str, str]]] = {}
+
+    def note(family: str, weights: str, features: dict[str, str]) -> None:
+        found.setdefault(family, {}).setdefault(weights, {}).update(features)
+
+    yield note
+    out: Path | None = request.config.getoption("--support-out")
+    if out is not None and found:
+        data = {"transformers": metadata.version("transformers"), "torch": torch.__version__, "families": found}
+        out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")

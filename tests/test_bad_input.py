@@ -274,9 +274,7 @@ def test_a_cache_goes_on_only_with_its_own_pipeline(model):
     with torch.no_grad():
         with pipeline_for(model, name="first"):
             cache = model(**batch).past_key_values
-        with pytest.raises(
-            trio.CacheError, match=r"'first .*1, 3.*', which is not attached any more"
-        ):
+        with pytest.raises(trio.CacheError, match=r"'first .*1, 3.*', which is not attached any more"):
             model(**follow, past_key_values=cache)
         with pipeline_for(model, name="first"):
             cache = model(**batch).past_key_values

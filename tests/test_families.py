@@ -167,8 +167,11 @@ def qwen_video(frames: int):
     }
 
 
-@pytest.mark.parametrize(("make", "steps", "cells"), [(onevision_video, 16, 4), (qwen_video, 8, 8)])
-def test_a_video_of_16_frames(make, steps, cells):
+@pytest.mark.parametrize(
+    ("name", "make", "steps", "cells"),
+    [("llava-onevision", onevision_video, 16, 4), ("qwen2.5-vl", qwen_video, 8, 8)],
+)
+def test_a_video_of_16_frames(name, make, steps, cells, support):
     model, batch = make(16)
     with torch.no_grad():
         stock = model.generate(**batch, max_new_tokens=3, do_sample=False)
@@ -182,6 +185,7 @@ def test_a_video_of_16_frames(make, steps, cells):
     assert len(set(origins.frame)) > 1 and max(origins.frame) < steps
     places = list(zip(origins.frame, origins.row, origins.column, strict=True))
     assert places == sorted(places) and len(set(places)) == len(places) == steps * cells // 2
+    support(name, "random", {"video": "yes"})
 
 
 # Qwen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import FAMILIES, IMAGE_TOKEN, family
+from support.features import features_of
 
 import trio
 from trio.testing import Prompt, check_adapter
@@ -13,10 +14,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:no adapter knows")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_keeps_the_promises(name):
+def test_every_family_keeps_the_promises(name, support):
     model, inputs = family(name)
     results = check_adapter(model, inputs)
     assert len(results) > 50
+    support(name, "random", features_of(results))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -26,7 +28,7 @@ def test_in_half_precision(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
-def test_a_second_turn_with_a_new_picture_by_hand(name):
+def test_a_second_turn_with_a_new_picture_by_hand(name, support):
     """Qwen's `generate` cannot take a picture in a later turn; a forward with positions of the user's own can."""
     model, make = family(name)
     first, second = make([Prompt("what is", 1, "in here ?")]), make([Prompt("and", 2, "this one then ?")])
@@ -53,3 +55,4 @@ def test_a_second_turn_with_a_new_picture_by_hand(name):
         expected = model(**whole, position_ids=positions).logits
     assert int((second["input_ids"] == IMAGE_TOKEN).sum()) > len(both[1][0][1])  # something was dropped
     torch.testing.assert_close(logits[0, -1], expected[0, -1], rtol=1e-4, atol=1e-4)
+    support(name, "random", {"new picture in a later turn": "by hand"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.bench import TOKENS
+from support.features import features_of
 from support.models import llava
 
 from trio.testing import check_adapter, varlen
@@ -44,10 +45,11 @@ def test_all_promises(text, tower, dtype, attention):
 
 
 @pytest.mark.parametrize("text", ["llama", "qwen3"])
-def test_flex_attention(text):
+def test_flex_attention(text, support):
     """Its block masks, computed without compiling: inductor's CPU kernels take minutes, and those of torch 2.15 for a
     growing cache do not compile at all, on the stock model either."""
     with torch.compiler.set_stance("force_eager"):
-        check_adapter(llava(text, "clip"), TOKENS, attention=["flex_attention"], promises=["attention"])
+        found = check_adapter(llava(text, "clip"), TOKENS, attention=["flex_attention"], promises=["attention"])
+        support("llava", "random", features_of(found))
         model = llava(text, "clip", attention="flex_attention")
         check_adapter(model, TOKENS, promises=["identity", "decode", "batch"])

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from support.bench import bench
+from support.features import features_of
 
 import trio
 from trio.testing import ProcessorInputs, Prompt, check_adapter
@@ -22,9 +23,12 @@ def trained(dtype=torch.float32):
     return model.to(dtype).eval(), processor
 
 
-@pytest.mark.parametrize("promise", ["identity", "reversibility", "decode", "batch", "attention", "nothing-lost"])
-def test_promises(promise):
-    check_adapter(*trained(), promises=[promise])
+@pytest.mark.parametrize(
+    "promise", ["identity", "reversibility", "decode", "batch", "attention", "generation", "nothing-lost"]
+)
+def test_promises(promise, support):
+    results = check_adapter(*trained(), promises=[promise])
+    support("llava", "trained", features_of(results))
 
 
 @pytest.mark.parametrize("promise", ["identity", "reversibility", "decode", "batch", "attention"])

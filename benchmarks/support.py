@@ -1,0 +1,100 @@
+"""The table of what each family of models was found to do, from what the tests ran.
+
+``python -m pytest -m contract --support-out benchmarks/results/support-VERSION.json`` writes what the tests found;
+``python -m benchmarks.support`` makes docs/support.md and the table in the README from the committed files. Nothing is
+filled in by hand: what no test ran is left blank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- support table: python -m benchmarks.support -->", "<!-- end of the support table -->"
+FEATURES = [
+    "stages",
+    "compressor",
+    "batch",
+    "several images",
+    "video",
+    "beams",
+    "no cache",
+    "second turn",
+    "new picture in a later turn",
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash convention",
+]
+NAMES = {
+    "llava": "LLaVA-1.5",
+    "llava-next": "LLaVA-NeXT",
+    "llava-onevision": "LLaVA-OneVision",
+    "qwen2-vl": "Qwen2-VL",
+    "qwen2.5-vl": "Qwen2.5-VL",
+    "qwen3-vl": "Qwen3-VL",
+    "internvl": "InternVL",
+    "smolvlm": "SmolVLM, Idefics3 (generic)",
+    "mistral3": "Mistral3 (generic)",
+    "glm4v": "GLM-4V (generic)",
+}
+WEIGHTS = {"random": "r", "trained": "t", "real": "R"}
+MARKS = {"yes": "", "stock": "*", "by hand": "†"}
+LEGEND = """\
+**r**: a tiny model with random weights. **t**: the zoo's small trained model. **R**: a real checkpoint (none was run
+yet). Blank: no test ran it. \\*: the stock model itself cannot do (all of) this with that version of transformers, so
+that there is nothing to promise. †: by forwards with position ids of one's own; the stock `generate` cannot. "flash
+convention" is the calling convention of flash-attention with a stand-in that refuses 4-D masks; flash-attention itself
+was not run."""
+
+
+def load() -> list[dict[str, Any]]:
+    """What the tests found, oldest transformers first."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("support-*.json")]
+    return sorted(found, key=lambda data: [int(part) for part in re.findall(r"\d+", data["transformers"])])
+
+
+def table(data: dict[str, Any]) -> str:
+    """One version's table in Markdown: a row a family, a column a feature."""
+    lines = ["| family | " + " | ".join(FEATURES) + " |", "| --- |" + " :-: |" * len(FEATURES)]
+    families = data["families"]
+    for key in [*NAMES, *sorted(families.keys() - NAMES.keys())]:
+        if key not in families:
+            continue
+        cells = []
+        for feature in FEATURES:
+            marks = [
+                letter + MARKS[families[key][weights][feature]]
+                for weights, letter in WEIGHTS.items()
+                if feature in families[key].get(weights, {})
+            ]
+            cells.append(" ".join(marks))
+        lines.append(f"| {NAMES.get(key, key)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Writes docs/support.md and the README's table."""
+    found = load()
+    parts = ["# What was tested on which models", LEGEND]
+    for data in reversed(found):
+        parts += [f"## transformers {data['transformers']} (torch {data['torch']})", table(data)]
+    parts.append(
+        "Made by `python -m benchmarks.support` from `benchmarks/results/support-*.json`, which the tests wrote."
+    )
+    (ROOT / "docs" / "support.md").write_text("\n\n".join(parts) + "\n")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    newest = found[-1]
+    block = "\n\n".join([BEGIN, f"With transformers {newest['transformers']}:", table(newest), LEGEND, END])
+    if BEGIN not in text:
+        raise SystemExit(f"README.md: the line {BEGIN!r} is missing; put it and {END!r} where the table should stand")
+    readme.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :])
+
+
+if __name__ == "__main__":
+    main()
