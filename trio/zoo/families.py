@@ -10,6 +10,17 @@ from transformers import PreTrainedTokenizerFast
 
 from trio.zoo.language import Grown, Parts, llava_parts
 from trio.zoo.next import NEXT, TILES, Views, build_next, build_next_processor, warm_start
+from trio.zoo.qwen import (
+    EYES,
+    QWEN_VL,
+    SIZES,
+    MergedPatches,
+    build_qwen,
+    build_qwen_processor,
+    build_qwen_tokenizer,
+    qwen_parts,
+)
+from trio.zoo.qwen import warm_start as qwen_start
 from trio.zoo.recipes import RECIPES, Recipe, build_model, build_processor
 from trio.zoo.vocabulary import build_tokenizer
 
@@ -50,7 +61,18 @@ FAMILIES: dict[str, Family] = {name: Family(recipe) for name, recipe in RECIPES.
         tower={"patches": Views, "rate": 1.5e-3, "heads_first": 60},
         language={"batch_size": 8, "rate": 1e-3},
         grown=TILES,
-    )
+    ),
+    QWEN_VL.name: Family(
+        QWEN_VL,
+        build_qwen,
+        build_qwen_processor,
+        build_qwen_tokenizer,
+        warm_start=qwen_start,
+        parts=qwen_parts,
+        tower={"patches": MergedPatches, "eyes": EYES, "batch_size": 16},
+        language={"batch_size": 8, "rate": 1e-3},
+        grown=SIZES,
+    ),
 }
 """By name in the zoo."""
 

@@ -63,7 +63,7 @@ class Branches(Dataset[dict[str, Tensor]]):
         self.recipe, self.tokenizer, self.seed, self.start, self.room, self.dense, self.length = (
             recipe, tokenizer, seed, start, room, dense, length,
         )  # fmt: skip
-        self.asker = Asker()
+        self.asker, self.patch = Asker(), recipe.patch
         self.cache: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -91,9 +91,9 @@ class Branches(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """A picture and its row: ids, branch numbers (0: padding), places in the branch, wanted next tokens, types."""
         index += self.start
-        recipe, rng = self.recipe, random.Random(f"trio-branches/{self.seed}/{index}")
+        rng = random.Random(f"trio-branches/{self.seed}/{index}")
         scene = self._scene(index)
-        exercises = dense_questions(self._lesson(scene), rng, recipe.patch)
+        exercises = dense_questions(self._lesson(scene), rng, self.patch)
         first, others = exercises[:1], exercises[1:]
         rng.shuffle(others)
         if rng.random() < 0.3:
@@ -296,6 +296,7 @@ def train_language(
     branches_of, trainee_of = (grown.branches, grown.trainee) if grown else (Branches, Trainee)
     tower, projector = parts(model)
     tower.requires_grad_(False)
+    projector.requires_grad_(True)  # it may be a part of the tower
     language = model.model.language_model
     path = folder / "language.pt"
     curve: list[dict[str, float]] = []

@@ -8,6 +8,7 @@ learns what is in the picture, so that its attention means something.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,12 @@ PatchData = Callable[[Recipe, Split, int, int, int], Dataset[dict[str, Tensor]]]
 class Heads(nn.Module):
     """Linear readers of the tower's features."""
 
-    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+    def __init__(self, width: int, grid: tuple[int, int] | None) -> None:
         """One head for each kind of label.
 
         Args:
             width: Width of the features.
-            grid: Rows and columns of patches.
+            grid: Rows and columns of patches; None where features have no place of their own.
         """
         super().__init__()
         sizes = {
@@ -99,9 +100,9 @@ class Heads(nn.Module):
             "colour": len(COLOUR_IDS) + 1,
             "glyph": GLYPHS,
             "centre": 2,
-            "row": grid[0],
-            "col": grid[1],
         }
+        if grid is not None:
+            sizes |= {"row": grid[0], "col": grid[1]}
         self.norm = nn.LayerNorm(width)
         self.patch = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
         self.present = nn.Linear(width, len(SHAPE_IDS) + len(COLOUR_IDS))
@@ -130,9 +131,35 @@ def tower_output(model: LlavaForConditionalGeneration, batch: Tensor) -> tuple[T
     return out.hidden_states[-2][:, 1:], out.last_hidden_state[:, 0]
 
 
+@dataclass(frozen=True)
+class Eyes:
+    """What one tower does differently from another.
+
+    Attributes:
+        tower: The tower of a model and its layers, whose matrices Muon trains.
+        heads: Linear readers of its features; called with features, class token and labels.
+        see: Features (batch, patches, width) and class token (batch, width) of a batch.
+    """
+
+    tower: Callable[[Any], tuple[nn.Module, list[nn.Module]]]
+    heads: Callable[[Recipe], nn.Module]
+    see: Callable[[Any, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def clip_tower(model: Any) -> tuple[nn.Module, list[nn.Module]]:
+    """The tower of the LLaVA family."""
+    tower = model.model.vision_tower
+    return tower, list(tower.encoder.layers)
+
+
+def clip_heads(recipe: Recipe) -> Heads:
+    """Readers of its features."""
+    return Heads(recipe.tower_width, (recipe.size[1] // recipe.patch, recipe.size[0] // recipe.patch))
+
+
 def train_tower(
     recipe: Recipe,
-    model: LlavaForConditionalGeneration,
+    model: Any,
     folder: Path,
     seed: int,
     clock: Clock,
@@ -140,6 +167,7 @@ def train_tower(
     batch_size: int = 48,
     fresh: int = 480,
     patches: PatchData = _Patches,
+    eyes: Eyes | None = None,
     rate: float = 3e-3,
     heads_first: int = 0,
 ) -> dict[str, float]:
@@ -147,10 +175,9 @@ def train_tower(
 
     A tower that was trained before needs a lower ``rate``, and ``heads_first``: so many steps for the new heads alone.
     """
-    tower = model.model.vision_tower
-    grid = (recipe.size[1] // recipe.patch, recipe.size[0] // recipe.patch)
-    heads = Heads(recipe.tower_width, grid)
-    layers = list(tower.encoder.layers)
+    eyes = eyes or Eyes(clip_tower, clip_heads, lambda model, batch: tower_output(model, batch["pixels"]))
+    tower, layers = eyes.tower(model)
+    heads = eyes.heads(recipe)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     rest = [p for p in tower.parameters() if id(p) not in inside] + list(heads.parameters())
     optimiser = Optimiser(layers, rest, muon=rate, adam=rate)
@@ -173,7 +200,7 @@ def train_tower(
     for batch in loader:
         tower.requires_grad_(clock.step >= heads_first)
         with torch.autocast("cpu", torch.bfloat16):
-            features, cls = tower_output(model, batch.pop("pixels"))
+            features, cls = eyes.see(model, batch)
         loss, right = heads(features, cls, batch)
         loss.backward()
         optimiser.step(clock.rate())
@@ -192,7 +219,7 @@ def train_tower(
     unseen = DataLoader(patches(recipe, "validation", seed, 0, fresh), batch_size)
     with torch.no_grad():
         for batch in unseen:
-            _, right = heads(*tower_output(model, batch.pop("pixels")), batch)
+            _, right = heads(*eyes.see(model, batch), batch)
             for name, value in right.items():
                 totals[name] = totals.get(name, 0.0) + value / len(unseen)
     console.print("tower on fresh scenes:", totals)

@@ -11,6 +11,13 @@ from trio.zoo.questions import COUNTS
 from trio.zoo.scenes import COLOURS, PLATES, SHAPES
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+QWEN_NAMES = {
+    "vision_start_token": "<|vision_start|>",
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_end_token": "<|vision_end|>",
+}
+QWEN = tuple(QWEN_NAMES.values())
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- message['role'] + ' : ' -}}
@@ -42,9 +49,13 @@ def words() -> list[str]:
     return list(dict.fromkeys(listed))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer: any case, punctuation split off, unknown words as ``<unk>``."""
-    vocabulary = {word: i for i, word in enumerate(words())}
+def build_tokenizer(qwen: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer: any case, punctuation split off, unknown words as ``<unk>``.
+
+    Args:
+        qwen: With Qwen's tokens around and for pictures, after all others; the rest keeps its numbers.
+    """
+    vocabulary = {word: i for i, word in enumerate([*words(), *(QWEN if qwen else ())])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="##"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolor"), "colour")]
@@ -64,8 +75,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
-        extra_special_tokens={"image_token": "<image>"},
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=QWEN_NAMES if qwen else {"image_token": "<image>"},
+        chat_template=CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        if qwen
+        else CHAT_TEMPLATE,
         model_max_length=4096,
     )
     return wrapped
