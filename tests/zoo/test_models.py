@@ -15,14 +15,38 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from trio import zoo
 from trio.errors import UnknownNameError
-from trio.zoo.evaluate import accuracy, answers, blank, by_scene, examples, prompt, summary, wilson
+from trio.zoo.evaluate import (
+    accuracy,
+    answers,
+    answers_by_scene,
+    any_size,
+    blank,
+    by_scene,
+    examples,
+    prompt,
+    summary,
+    wilson,
+)
 
 SLOTS = 144
+
+
+CLASSES = {
+    "tiny-llava": ("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "tiny-llava-next": ("LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
+    "tiny-qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
+}
 
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
     return zoo.load("tiny-llava")
+
+
+@pytest.fixture(scope="module", params=zoo.names())
+def each(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """Every model of the zoo."""
+    return zoo.load(request.param)
 
 
 def test_names_and_paths() -> None:
@@ -45,20 +69,21 @@ def test_a_model_takes_at_most_12_megabytes() -> None:
         assert sum(file.stat().st_size for file in zoo.path(name).iterdir()) <= 12_000_000
 
 
-def test_stock_loaders_give_stock_classes_without_a_network() -> None:
-    code = """
+@pytest.mark.parametrize("name", zoo.names())
+def test_stock_loaders_give_stock_classes_without_a_network(name: str) -> None:
+    code = f"""
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = refuse
 from trio import zoo
-model, processor = zoo.load("tiny-llava")
+model, processor = zoo.load({name!r})
 print(type(model).__name__, type(processor).__name__, model.dtype, model.training)
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     out = subprocess.run(
         [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
     ).stdout
-    assert out.split() == ["LlavaForConditionalGeneration", "LlavaProcessor", "torch.float32", "False"]
+    assert out.split() == [*CLASSES[name], "torch.float32", "False"]
 
 
 def test_the_folder_is_all_that_is_needed(loaded: tuple[Any, Any]) -> None:
@@ -128,10 +153,10 @@ def test_both_padding_sides(loaded: tuple[Any, Any], side: str) -> None:
         assert torch.allclose(model(**batch).logits[0, last], model(**single).logits[0, -1], atol=1e-3)
 
 
-def test_it_sees(loaded: tuple[Any, Any]) -> None:
+def test_it_sees(each: tuple[Any, Any]) -> None:
     """A model that ignores the picture scores under 40% on these."""
-    model, processor = loaded
-    asked = examples("test", 11, 9)
+    model, processor = each
+    asked = examples("test", 11, 9, varied=any_size(model))
     assert len(asked) >= 55
     right = accuracy(model, processor, asked)
     unseen = accuracy(model, processor, blank(asked))
@@ -139,9 +164,18 @@ def test_it_sees(loaded: tuple[Any, Any]) -> None:
     assert sum(right) - sum(unseen) >= 0.25 * len(asked)
 
 
-def test_it_stops_after_the_answer(loaded: tuple[Any, Any]) -> None:
-    given = answers(*loaded, examples("test", 12, 2), max_new_tokens=12)
+def test_it_stops_after_the_answer(each: tuple[Any, Any]) -> None:
+    given = answers(*each, examples("test", 12, 2, varied=any_size(each[0])), max_new_tokens=12)
     assert all(0 < len(text.split()) <= 2 for text in given)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if "llava" in name])
+def test_one_cache_for_all_questions_of_a_scene_gives_the_same_answers(name: str) -> None:
+    model, processor = zoo.load(name)
+    asked = examples("test", 13, 3, varied=any_size(model))
+    assert answers_by_scene(model, processor, asked) == answers(model, processor, asked)
+    unseen = blank(asked)
+    assert answers_by_scene(model, processor, unseen) == answers(model, processor, unseen)
 
 
 def test_the_demo(loaded: tuple[Any, Any]) -> None:

@@ -43,8 +43,9 @@ def _read(name: str, file: str) -> Any:
 def accuracy_table(name: str, file: str = "accuracy.json") -> str:
     """Accuracy by type of question, as Markdown, from the result of ``trio.zoo.evaluate``."""
     result = _read(name, file)
+    kind = "scenes of many sizes and aspect ratios" if result.get("varied") else "scenes"
     lines = [
-        f"{result['scenes']} scenes of the split `{result['split']}`, seed {result['seed']}; percent, 95% intervals.",
+        f"{result['scenes']} {kind} of the split `{result['split']}`, seed {result['seed']}; percent, 95% intervals.",
         "",
         "| type | questions | with the picture | blank picture | lower end minus blank |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -74,11 +75,14 @@ def training_text(name: str) -> str:
     facts = _read(name, "training.json")
     tower, language = facts["tower"], facts["language"]
     read = ", ".join(f"{k} {100 * v:.1f}%" for k, v in tower["accuracy"].items())
+    start = "" if facts.get("start") is None else f", from those of `{facts['start']}`"
     return "\n".join(
         [
-            f"- Vision tower: {tower['steps']:,} steps of 48 pictures, {tower['minutes']:.0f} minutes. Read from its",
+            f"- Vision tower{start}: {tower['steps']:,} steps of {tower.get('batch', 48)} pictures, "
+            f"{tower['minutes']:.0f} minutes. Read from its",
             f"  features on fresh scenes: {read}.",
-            f"- Projector and language model: {language['steps']:,} steps of 16 pictures with about 25 questions each,",
+            f"- Projector and language model{start}: {language['steps']:,} steps of "
+            f"{language.get('batch', 16)} pictures with about 25 questions each,",
             f"  {language['minutes']:.0f} minutes.",
         ]
     )

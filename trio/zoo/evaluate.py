@@ -86,6 +86,11 @@ def examples(
     return found
 
 
+def any_size(model: Any) -> bool:
+    """Whether a model was trained on pictures of many sizes; all of the zoo but the LLaVA-1.5 one."""
+    return bool(model.config.model_type != "llava")
+
+
 def blank(asked: Sequence[Example]) -> list[Example]:
     """The same questions about a grey picture."""
     return [
@@ -140,6 +145,40 @@ def answers(
     return [text.strip() for text in found]
 
 
+def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_new_tokens: int = 6) -> list[str]:
+    """As ``answers``, several times faster: every picture is read once, and its cache serves all questions about it.
+
+    For models whose positions count tokens (all of the LLaVA family), without a pipeline.
+    """
+    found: list[str] = []
+    image, start, pad = processor.image_token_id, 0, processor.tokenizer.pad_token_id
+    while start < len(asked):
+        end = next((i for i in range(start, len(asked)) if asked[i].scene != asked[start].scene), len(asked))
+        part, first = asked[start:end], asked[start]
+        inputs = processor(images=first.image, text=prompt(processor, first.question), return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        length = int((ids == image).nonzero()[-1]) + 1
+        texts = [prompt(processor, e.question).split(processor.image_token)[-1] for e in part]
+        rest = processor.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left")
+        tails = torch.tensor(rest["input_ids"])
+        full = torch.cat([ids[:length].expand(len(part), -1), tails], 1)
+        mask = torch.cat([torch.ones(len(part), length, dtype=torch.long), (tails != pad).long()], 1)
+        pictures = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            cache = model(input_ids=ids[None, :length], use_cache=True, logits_to_keep=1, **pictures).past_key_values
+            cache.batch_repeat_interleave(len(part))
+            out = model.generate(
+                input_ids=full,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        found += processor.batch_decode(out[:, full.shape[1] :], skip_special_tokens=True)
+        start = end
+    return [text.strip() for text in found]
+
+
 def accuracy(
     model: Any,
     processor: Any,
@@ -149,6 +188,13 @@ def accuracy(
 ) -> list[bool]:
     """Whether each question was answered right; arguments as for ``answers``."""
     given = answers(model, processor, asked, batch_size, context)
+    return [text == example.answer for text, example in zip(given, asked, strict=True)]
+
+
+def _right(model: Any, processor: Any, asked: Sequence[Example], batch_size: int) -> list[bool]:
+    if not model.config.model_type.startswith("llava"):  # M-RoPE counts a picture's rows, not its tokens
+        return accuracy(model, processor, asked, batch_size)
+    given = answers_by_scene(model, processor, asked)
     return [text == example.answer for text, example in zip(given, asked, strict=True)]
 
 
@@ -199,10 +245,9 @@ def main(
         raise typer.BadParameter(f"--split is test, validation or novel, not {split!r}")
     folder = Path(name) if Path(name).is_dir() else zoo.path(name)
     model, processor = zoo.load_folder(folder)
-    varied = type(model).__name__ != "LlavaForConditionalGeneration"  # every other family takes pictures of any size
+    varied = any_size(model)
     asked = examples(split, seed, scenes, varied=varied)  # type: ignore[arg-type]
-    full = summary(asked, accuracy(model, processor, asked, batch_size))
-    unseen = summary(asked, accuracy(model, processor, blank(asked), batch_size))
+    full, unseen = (summary(asked, _right(model, processor, part, batch_size)) for part in (asked, blank(asked)))
 
     table = Table(title=f"{folder.name}: {scenes} scenes of the split {split}, seed {seed}")
     for column in ("type", "n", "full", "95%", "blank", "95%", "sees"):

@@ -35,6 +35,7 @@ class Family:
         processor: Makes its processor.
         tokenizer: Makes its tokenizer.
         warm_start: Takes what it can from a model that is already trained; None for one trained from nothing.
+        source: Name of that model.
         parts: Finds its tower and its projector.
         tower: Further arguments of ``train_tower``.
         language: Further arguments of ``train_language``.
@@ -46,6 +47,7 @@ class Family:
     processor: Callable[[Recipe, PreTrainedTokenizerFast], Any] = build_processor
     tokenizer: Callable[[], PreTrainedTokenizerFast] = build_tokenizer
     warm_start: Callable[[Any], None] | None = None
+    source: str | None = None
     parts: Parts = llava_parts
     tower: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +60,7 @@ FAMILIES: dict[str, Family] = {name: Family(recipe) for name, recipe in RECIPES.
         build_next,
         build_next_processor,
         warm_start=warm_start,
+        source="tiny-llava",
         tower={"patches": Views, "rate": 1.5e-3, "heads_first": 60},
         language={"batch_size": 8, "rate": 1e-3},
         grown=TILES,

@@ -54,11 +54,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     log = out / "training.json"
     facts = json.loads(log.read_text()) if log.exists() else {}
+    if family.source:
+        facts["start"] = family.source
     if phase != "language":
         own = phase == "tower"
         clock = Clock(None if own and steps else (own and minutes) or recipe.tower_minutes, steps if own else None)
         accuracy = train_tower(recipe, model, out, seed, clock, resume, **family.tower)
         facts["tower"] = {"minutes": round(clock.elapsed, 1), "steps": clock.step, "accuracy": accuracy}
+        facts["tower"]["batch"] = family.tower.get("batch_size", 48)
         log.write_text(json.dumps(facts, indent=2))
     if phase != "tower":
         saved = torch.load(out / "tower.pt", weights_only=True)
@@ -78,6 +81,7 @@ def main(
             **family.language,
         )
         facts["language"] = {"minutes": round(clock.elapsed, 1), "steps": clock.step, "curve": curve}
+        facts["language"]["batch"] = family.language.get("batch_size", 16)
         log.write_text(json.dumps(facts, indent=2))
         export(recipe, out, out / "model")
     console.print(f"finished: {out}")
