@@ -70,12 +70,16 @@ class Answers:
     def accuracy(self, row: str, kind: str | None = None) -> Estimate:
         """Accuracy in percent, overall or on one type of question.
 
-        A type has one question a scene, so that a row's interval is Wilson's there: a bootstrap of answers that are all
-        right has no width.
+        A type has one question a scene, so that a row's interval is Wilson's there. It is too where all answers are right,
+        each scene counted once: a bootstrap of them has no width.
         """
-        if kind is None or row.endswith("/random"):
-            return self._estimate(self.right(row), kind)
-        chosen = self.right(row)[self.kind == kind]
+        right = self.right(row)
+        if kind is None and right.all():
+            chosen = np.ones(len(set(self.scene.tolist())))
+        elif kind is None or row.endswith("/random"):
+            return self._estimate(right, kind)
+        else:
+            chosen = right[self.kind == kind]
         low, high = wilson(int(chosen.sum()), len(chosen))
         return Estimate(100 * float(chosen.mean()), 100 * low, 100 * high)
 

@@ -21,8 +21,9 @@ works and how the methods compare **on these small models and drawn scenes**; it
 the hub was run (see [limits](limits.md)).
 
 - **accuracy**: percent of questions answered word for word, with a 95% interval from a bootstrap that draws whole
-  scenes. Differences are between answers to the same questions, bootstrapped the same way. The intervals are not
-  corrected for the number of comparisons: of twenty true zeros, one is expected to look like a difference.
+  scenes (where all answers are right: Wilson's interval, each scene counted once). Differences are between answers to
+  the same questions, bootstrapped the same way. The intervals are not corrected for the number of comparisons: of
+  twenty true zeros, one is expected to look like a difference.
 - **random**: the mean of five draws; the lowest and the highest draw stand below each table.
 - **nothing kept**: all visual tokens dropped at the place of the first stage. What is answered then was read from the
   text tokens, and the choice of tokens cannot matter for it.
@@ -154,6 +155,26 @@ def _findings(answers: Answers) -> Iterator[str]:
                     cells.append("cannot")
             yield _row([f"{placement.name}, {share}", *cells])
     yield ""
+    yield from _same_average(answers)
+
+
+def _same_average(answers: Answers) -> Iterator[str]:
+    """Last-token attention, which must let a layer run on all tokens, against the default at the same average."""
+    average, after = answers.results["average"], PLACEMENTS[-1]
+    for share in SHARES:
+        theirs = key(after, share, ATTENTION)
+        found = []
+        for placement in PLACEMENTS[:-1]:
+            for other in SHARES:
+                ours = key(placement, other, DEFAULT)
+                if abs(average[ours] - average[theirs]) <= 0.5:
+                    gain = answers.difference(ours, theirs).signed()
+                    found.append(f"{placement.name}, {other}: {answers.accuracy(ours).mean:.1f}, difference {gain}")
+        if found:
+            yield (
+                f"At the same average over the layers, {average[theirs]:.1f} tokens: `{ATTENTION}` ({after.name}, "
+                f"{share}) {answers.accuracy(theirs).mean:.1f}; `{DEFAULT}` {'; '.join(found)}.\n"
+            )
 
 
 def _by_type(answers: Answers) -> Iterator[str]:

@@ -108,13 +108,15 @@ def test_differences_are_paired_and_clustered() -> None:
     kinds = ["a", "b", "c", "d"] * 40
     same = "1100" * 40
     every_other_scene = ("1111" + "0000") * 20
+    right = "1" * 160
     random = {f"x/random {seed}": "1" * 160 if seed == 0 else "0" * 160 for seed in range(5)}
-    found = results({"same": same, "scenes": every_other_scene, **random}, scenes, kinds)
+    found = results({"right": right, "same": same, "scenes": every_other_scene, **random}, scenes, kinds)
     zero = found.difference("same", "same")
     assert (zero.mean, zero.low, zero.high, zero.verdict) == (0, 0, 0, "not told apart")
     alike = found.accuracy("same")
     assert alike.low == alike.high == 50  # the same in every scene
     assert found.accuracy("same", "a").low == pytest.approx(100 * 40 / (40 + 1.96**2), abs=0.01)  # Wilson, all right
+    assert found.accuracy("right").low == pytest.approx(100 * 40 / (40 + 1.96**2), abs=0.01)
     clustered = found.accuracy("scenes")
     assert clustered.mean == 50
     assert (clustered.high - clustered.low) / 2 == pytest.approx(
