@@ -56,25 +56,31 @@ class Adapter(ABC):
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter is made for the model."""
 
+    #: Where the parts are, as paths below the model.
+    multimodal_path: ClassVar[str] = "model"
+    language_model_path: ClassVar[str] = "model.language_model"
+    vision_tower_path: ClassVar[str] = "model.vision_tower"
+    projector_path: ClassVar[str] = "model.multi_modal_projector"
+
     @property
-    @abstractmethod
     def multimodal(self) -> nn.Module:
         """The module that merges text and picture features: it takes `input_ids` and calls the language model."""
+        return self.model.get_submodule(self.multimodal_path)
 
     @property
-    @abstractmethod
     def language_model(self) -> nn.Module:
         """The text decoder: it takes `inputs_embeds` and owns the decoder layers."""
+        return self.model.get_submodule(self.language_model_path)
 
     @property
-    @abstractmethod
     def vision_tower(self) -> nn.Module:
         """The image encoder."""
+        return self.model.get_submodule(self.vision_tower_path)
 
     @property
-    @abstractmethod
     def projector(self) -> nn.Module:
         """The module between vision tower and language model."""
+        return self.model.get_submodule(self.projector_path)
 
     @abstractmethod
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:

@@ -62,11 +62,6 @@ class GenericAdapter(Adapter):
         return hasattr(model, "get_image_features") and getattr(config, "image_token_id", None) is not None
 
     @property
-    def multimodal(self) -> nn.Module:
-        """The module that merges text and pictures."""
-        return self.model.model  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
     def language_model(self) -> nn.Module:
         """The text decoder, without its head."""
         return _one_of(self.multimodal, DECODERS, "text decoder")

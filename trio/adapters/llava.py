@@ -29,26 +29,6 @@ class LlavaAdapter(Adapter):
 
         return isinstance(model, LlavaForConditionalGeneration)
 
-    @property
-    def multimodal(self) -> nn.Module:
-        """`LlavaModel`."""
-        return self.model.model  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def language_model(self) -> nn.Module:
-        """The text decoder, without its head."""
-        return self.multimodal.language_model  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """The image encoder."""
-        return self.multimodal.vision_tower  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def projector(self) -> nn.Module:
-        """`LlavaMultiModalProjector`."""
-        return self.multimodal.multi_modal_projector  # type: ignore[return-value]  # nn.Module attribute
-
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
         config: Any = self.model.config

@@ -27,6 +27,8 @@ class QwenVLAdapter(Adapter):
     allowed_positions: ClassVar[frozenset[Positions]] = frozenset({"original"})
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    vision_tower_path: ClassVar[str] = "model.visual"
+    projector_path: ClassVar[str] = "model.visual.merger"
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -34,26 +36,6 @@ class QwenVLAdapter(Adapter):
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
         return isinstance(model, (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration))
-
-    @property
-    def multimodal(self) -> nn.Module:
-        """The module that merges text, images and videos."""
-        return self.model.model  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def language_model(self) -> nn.Module:
-        """The text decoder, without its head."""
-        return self.multimodal.language_model  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """Qwen's own ViT, its merger included."""
-        return self.multimodal.visual  # type: ignore[return-value]  # nn.Module attribute
-
-    @property
-    def projector(self) -> nn.Module:
-        """The merger of 2 x 2 patches."""
-        return self.vision_tower.merger  # type: ignore[return-value]  # nn.Module attribute
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Grids come with the pixels: time, height and width in patches, which only the encoders see."""
