@@ -27,26 +27,6 @@ class VipLlavaAdapter(trio.Adapter):
         """Whether the model is a ViP-LLaVA."""
         return isinstance(model, VipLlavaForConditionalGeneration)
 
-    @property
-    def multimodal(self) -> Any:
-        """The module that merges text and picture features."""
-        return self.model.model
-
-    @property
-    def language_model(self) -> Any:
-        """The text decoder, without its head."""
-        return self.multimodal.language_model
-
-    @property
-    def vision_tower(self) -> Any:
-        """The image encoder."""
-        return self.multimodal.vision_tower
-
-    @property
-    def projector(self) -> Any:
-        """The module between vision tower and language model."""
-        return self.multimodal.multi_modal_projector
-
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Every picture takes the same number of placeholders: the tower's grid, without the class token."""
         config: Any = self.model.config
