@@ -70,11 +70,11 @@ class Answers:
     def accuracy(self, row: str, kind: str | None = None) -> Estimate:
         """Accuracy in percent, overall or on one type of question.
 
-        A type has one question a scene, so that a row's interval is Wilson's there. It is too where all answers are right,
-        each scene counted once: a bootstrap of them has no width.
+        A type has one question a scene, so that a row's interval is Wilson's there. So it is where all answers are
+        right, each scene counted once: a bootstrap of them has no width.
         """
         right = self.right(row)
-        if kind is None and right.all():
+        if kind is None and (right == 1).all():
             chosen = np.ones(len(set(self.scene.tolist())))
         elif kind is None or row.endswith("/random"):
             return self._estimate(right, kind)
