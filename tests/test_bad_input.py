@@ -326,3 +326,33 @@ def test_no_report_yet(model):
 
 def test_the_placeholder_of_the_tests_is_the_models(model):
     assert model.config.image_token_id == IMAGE_TOKEN
+
+
+class OneNumber(trio.Scorer):
+    """A scorer that forgets the batch."""
+
+    def score(self, ctx):
+        return torch.zeros(3)
+
+
+class NoFlags(trio.Selector):
+    """A selector that forgets which of its indices count."""
+
+    def select(self, saliency, features, k, valid):
+        return torch.zeros(1, 4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
+
+
+@pytest.mark.usefixtures("answers_as_before")
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"scorer": OneNumber()}, r"after layer 2: the scorer OneNumber gave saliencies of shape \(3,\).*check_scorer"),
+        (
+            {"selector": NoFlags()},
+            r"after layer 2: the selector NoFlags gave indices of shape \(1, 4\).*check_selector",
+        ),
+    ],
+)
+def test_parts_that_give_the_wrong_shape(parts, message, model):
+    with trio.Pipeline(model, stages=stages((2, 4), **parts)), pytest.raises(trio.InputError, match=message):
+        model(**inputs(PROMPTS))

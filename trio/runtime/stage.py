@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from trio.context import LayerContext, ProbeName
+from trio.errors import InputError
 from trio.probe import Probe
 from trio.runtime.record import PrefillRecord, StageRecord
 from trio.runtime.sequence import Groups, Sequence, drop, groups, kept_counts, ungroup
@@ -165,6 +166,12 @@ def _score(
     )
     with prefill.timed("scoring", hidden.device):
         saliency = stage.scorer.score(context)
+    if saliency.shape != sequence.visual_valid.shape:
+        raise InputError(
+            f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies of shape "
+            f"{tuple(saliency.shape)}; one number for each visual token is {tuple(sequence.visual_valid.shape)} here: "
+            "run trio.testing.check_scorer on it"
+        )
     prefill.finite.append((stage, (torch.isfinite(saliency) | ~sequence.visual_valid).all()))
     return saliency
 
@@ -181,6 +188,12 @@ def _select(
     scores = saliency[sample, group.index].masked_fill(~group.valid, float("-inf"))
     features = hidden[sample, sequence.visual_index[sample, group.index]]
     indices, chosen = stage.selector.select(scores, features, torch.tensor(asked, dtype=torch.int64), group.valid)
+    if indices.shape != chosen.shape or indices.ndim != 2 or indices.shape[0] != len(asked):
+        raise InputError(
+            f"stage after layer {stage.after_layer}: the selector {type(stage.selector).__name__} gave indices of shape "
+            f"{tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be ({len(asked)} groups, K): "
+            "run trio.testing.check_selector on it"
+        )
     keep = ungroup(group, indices, chosen, sequence)
     kept = chosen.sum(1).tolist() if stage.selector.decides_count else list(asked)
     return keep, kept_counts(group, kept, sequence, keep)
