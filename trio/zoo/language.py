@@ -266,11 +266,13 @@ class Grown:
         branches: Its scenes and questions.
         trainee: Its packed forward pass.
         dense: Share of dense exercises by progress.
+        start: Called before the first step with recipe, model and seed.
     """
 
     branches: type[Branches]
     trainee: type[Trainee]
     dense: Callable[[float], float]
+    start: Callable[[Recipe, Any, int], object] | None = None
 
 
 def train_language(
@@ -304,6 +306,8 @@ def train_language(
     if saved is None and grown is None:
         lexical_start(model, tokenizer)
         fit_projector(recipe, model, tokenizer, seed, projector_steps)
+    if saved is None and grown is not None and grown.start is not None:
+        grown.start(recipe, model, seed)
     layers = list(language.layers)
     if compile_layers:
         for layer in layers:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trio import zoo
 from trio.zoo.language import Branches, Grown, Trainee
+from trio.zoo.loop import console
 from trio.zoo.recipes import Recipe
 from trio.zoo.scenes import Scene, Split, draw_scene
 from trio.zoo.tower import IGNORE, Eyes, Heads, dense_labels, pixels, tower_output
@@ -171,31 +172,6 @@ def patch_words(source: str = "tiny-llava", scenes: int = 192) -> dict[str, Tens
     return tables
 
 
-class WordHeads(Heads):
-    """Linear readers, and how far the merged patches are from the words that the language model knows."""
-
-    def __init__(self, width: int, words: dict[str, Tensor]) -> None:
-        """Set up.
-
-        Args:
-            width: Width of the merged patches.
-            words: From ``patch_words``.
-        """
-        super().__init__(width, None)
-        for name, table in words.items():
-            self.register_buffer(f"words_{name}", table)
-
-    def forward(self, features: Tensor, cls: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The loss, and for each kind of label the accuracy where there is something."""
-        loss, right = super().forward(features, cls, labels)
-        wanted = {n: labels[n].flatten(1) for n in ("shape", "colour", "glyph")}
-        target = sum(getattr(self, f"words_{n}")[v.clamp(min=0)] for n, v in wanted.items())
-        weight = torch.where(wanted["shape"] > 0, 1.0, 0.3) * (wanted["shape"] != IGNORE)
-        scale = target.square().mean(-1)  # background words are long and foreground words short: count them relatively
-        far = ((features.float() - target).square().mean(-1) / scale * weight).sum() / weight.sum()
-        return loss + 2 * far, right | {"words": 1 - far.item()}
-
-
 class _Sized:
     """Scenes in groups on one canvas, as the image processor gives them."""
 
@@ -250,7 +226,7 @@ def _see(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 EYES = Eyes(
     lambda model: (model.model.visual, list(model.model.visual.blocks)),
-    lambda recipe: WordHeads(recipe.width, patch_words()),
+    lambda recipe: Heads(recipe.width, None),
     _see,
 )
 
@@ -307,5 +283,35 @@ def qwen_dense(progress: float) -> float:
     return 0.5 if progress < 0.4 else 0.1
 
 
-SIZES = Grown(SizedBranches, SizedTrainee, qwen_dense)
+@torch.no_grad()
+def fit_merger(recipe: Recipe, model: Any, seed: int, groups: int = 8) -> float:
+    """Set the merger's last layer so that patches say shape, colour and digit in words that the language model knows.
+
+    By least squares, from the layer before; the words are those of ``patch_words``, the labels those that the tower was
+    trained on. Returns the share of the words' power that is explained, 0 to 1.
+    """
+    layers, words = model.model.visual.merger.mlp, patch_words()
+    last, layers[2] = layers[2], nn.Identity()  # so that the model gives what goes into it
+    patches = MergedPatches(recipe, "train", seed + 1000, 0, groups * MergedPatches.group)
+    known, wanted, weights = [], [], []
+    for start in range(0, len(patches), patches.group):
+        batch = default_collate([patches[start + i] for i in range(patches.group)])
+        labels = {name: batch[name].flatten() for name in words}
+        known.append(merged(model, batch).flatten(0, 1))
+        wanted.append(torch.stack([words[name][v.clamp(min=0)] for name, v in labels.items()]).sum(0))
+        weights.append(torch.where(labels["shape"] > 0, 1.0, 0.1) * (labels["shape"] != IGNORE))
+    layers[2] = last
+    x, y, weight = torch.cat(known), torch.cat(wanted), torch.cat(weights).sqrt()[:, None]
+    design = torch.cat([x, torch.ones(len(x), 1)], 1)
+    square = (design * weight).T @ (design * weight)
+    ridge = 1e-3 * square.diagonal().mean() * torch.eye(len(square))
+    found = torch.linalg.solve(square + ridge, (design * weight).T @ (y * weight))
+    last.weight.copy_(found[:-1].T)
+    last.bias.copy_(found[-1])
+    left = ((design @ found - y) * weight).square().sum() / (y * weight).square().sum()
+    console.print(f"merger: {1 - left.item():.3f} of the words' power explained")
+    return 1 - float(left)
+
+
+SIZES = Grown(SizedBranches, SizedTrainee, qwen_dense, fit_merger)
 """How the language model of ``tiny-qwen2.5-vl`` is trained."""
