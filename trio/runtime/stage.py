@@ -191,8 +191,8 @@ def _select(
     if indices.shape != chosen.shape or indices.ndim != 2 or indices.shape[0] != len(asked):
         raise InputError(
             f"stage after layer {stage.after_layer}: the selector {type(stage.selector).__name__} gave indices of "
-            f"shape {tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be ({len(asked)} groups, K): "
-            "run trio.testing.check_selector on it"
+            f"shape {tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be "
+            f"({len(asked)} groups, K): run trio.testing.check_selector on it"
         )
     keep = ungroup(group, indices, chosen, sequence)
     kept = chosen.sum(1).tolist() if stage.selector.decides_count else list(asked)
