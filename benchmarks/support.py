@@ -38,7 +38,7 @@ NAMES = {
     "qwen2.5-vl": "Qwen2.5-VL",
     "qwen3-vl": "Qwen3-VL",
     "internvl": "InternVL",
-    "smolvlm": "SmolVLM, Idefics3 (generic)",
+    "smolvlm": "SmolVLM (generic)",
     "mistral3": "Mistral3 (generic)",
     "glm4v": "GLM-4V (generic)",
 }

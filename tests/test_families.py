@@ -188,6 +188,30 @@ def test_a_video_of_16_frames(name, make, steps, cells, support):
     support(name, "random", {"video": "yes"})
 
 
+@pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl", "internvl"])
+def test_thumbnails_keep_all_alone_and_in_a_batch(name):
+    """A picture with fewer tokens than the count keeps them all, while a larger one beside it is reduced."""
+    model, make = family(name)
+    prompts = [Prompt("what is", 0, "this ?"), Prompt("and", 2, "that ?")]
+    tokens = [len(image.row) for image in _images(model, make, prompts)]
+    count = sorted(tokens)[0] + 1
+    pipeline = trio.Pipeline(model, stages=stages((1, count)))
+    with pipeline, torch.no_grad():
+        together = model(**make(prompts)).logits[:, -1]
+        samples = pipeline.report.samples
+        for place, prompt in enumerate(prompts):
+            alone = model(**make([prompt])).logits[0, -1]
+            torch.testing.assert_close(together[place], alone, rtol=1e-4, atol=1e-4)
+    assert [sample.stages[0].kept for sample in samples] == [min(count, t) for t in tokens]
+    assert any("kept all" in note for sample in samples for g in sample.stages[0].groups for note in g.notes)
+
+
+def _images(model, make, prompts):
+    batch = make(prompts)
+    layout = trio.adapters.adapter_for(model).layout(batch["input_ids"], {"image": batch})
+    return [image.select(image.is_picture.nonzero().squeeze(1)) for sample in layout.images for image in sample]
+
+
 # Qwen
 
 
