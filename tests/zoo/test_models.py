@@ -16,7 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from trio import zoo
 from trio.errors import UnknownNameError
 from trio.zoo.evaluate import (
-    accuracy,
     answers,
     answers_by_scene,
     any_size,
@@ -158,10 +157,11 @@ def test_it_sees(each: tuple[Any, Any]) -> None:
     model, processor = each
     asked = examples("test", 11, 9, varied=any_size(model))
     assert len(asked) >= 55
-    right = accuracy(model, processor, asked)
-    unseen = accuracy(model, processor, blank(asked))
-    assert sum(right) / len(right) >= 0.7
-    assert sum(right) - sum(unseen) >= 0.25 * len(asked)
+    ask = answers_by_scene if model.config.model_type.startswith("llava") else answers  # the same, sooner
+    seen, unseen = (ask(model, processor, part) for part in (asked, blank(asked)))
+    right = sum(text == example.answer for text, example in zip(seen, asked, strict=True))
+    guessed = sum(text == example.answer for text, example in zip(unseen, asked, strict=True))
+    assert right >= 0.7 * len(asked) and right - guessed >= 0.25 * len(asked)
 
 
 def test_it_stops_after_the_answer(each: tuple[Any, Any]) -> None:
@@ -172,10 +172,9 @@ def test_it_stops_after_the_answer(each: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("name", [name for name in zoo.names() if "llava" in name])
 def test_one_cache_for_all_questions_of_a_scene_gives_the_same_answers(name: str) -> None:
     model, processor = zoo.load(name)
-    asked = examples("test", 13, 3, varied=any_size(model))
+    asked = examples("test", 13, 2, varied=any_size(model))
+    asked += blank(asked[-3:])
     assert answers_by_scene(model, processor, asked) == answers(model, processor, asked)
-    unseen = blank(asked)
-    assert answers_by_scene(model, processor, unseen) == answers(model, processor, unseen)
 
 
 def test_the_demo(loaded: tuple[Any, Any]) -> None:
