@@ -75,7 +75,7 @@ def training_text(name: str) -> str:
     facts = _read(name, "training.json")
     tower, language = facts["tower"], facts["language"]
     read = ", ".join(f"{k} {100 * v:.1f}%" for k, v in tower["accuracy"].items())
-    start = "" if facts.get("start") is None else f", from those of `{facts['start']}`"
+    start = "" if facts.get("start") is None else f", started from `{facts['start']}`"
     return "\n".join(
         [
             f"- Vision tower{start}: {tower['steps']:,} steps of {tower.get('batch', 48)} pictures, "
