@@ -25,6 +25,8 @@ the hub was run (see [limits](limits.md)).
   the same questions, bootstrapped the same way. The intervals are not corrected for the number of comparisons: of
   twenty true zeros, one is expected to look like a difference.
 - **random**: the mean of five draws; the lowest and the highest draw stand below each table.
+- **uniform grid**: tokens spread evenly in farthest-point order from the middle; a later stage keeps a part of what an
+  earlier one kept, as with random.
 - **nothing kept**: all visual tokens dropped at the place of the first stage. What is answered then was read from the
   text tokens, and the choice of tokens cannot matter for it.
 - Every row answers the same questions about scenes that no training has seen, through `model.generate`, greedily, in
@@ -156,6 +158,12 @@ def _findings(answers: Answers) -> Iterator[str]:
             yield _row([f"{placement.name}, {share}", *cells])
     yield ""
     yield from _same_average(answers)
+    for placement in PLACEMENTS:
+        row = key(placement, SHARES[-1], DEFAULT)
+        losses = {kind: answers.difference(row, "full", kind) for kind in answers.kinds}
+        worst = sorted(losses, key=lambda kind: losses[kind].mean)[:2]
+        said = " and ".join(f"{kind} {losses[kind].signed()}" for kind in worst)
+        yield f"Where the default loses most against the full model ({placement.name}, {SHARES[-1]}): {said}.\n"
 
 
 def _same_average(answers: Answers) -> Iterator[str]:
