@@ -39,7 +39,7 @@ def tiny_model() -> VipLlavaForConditionalGeneration:
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     text = {"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 6, "eos_token_id": None, **small}
     tower = {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 16, "patch_size": 4, **small}
-    config = VipLlavaConfig(text_config=text, vision_config=tower, image_token_index=99, vision_feature_layer=[-2, -1])
+    config = VipLlavaConfig(text_config=text, vision_config=tower, image_token_index=99, vision_feature_layers=[-2, -1])
     torch.manual_seed(0)
     model = VipLlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
