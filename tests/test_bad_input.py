@@ -356,3 +356,14 @@ class NoFlags(trio.Selector):
 def test_parts_that_give_the_wrong_shape(parts, message, model):
     with trio.Pipeline(model, stages=stages((2, 4), **parts)), pytest.raises(trio.InputError, match=message):
         model(**inputs(PROMPTS))
+
+
+def test_a_broken_adapter_plugin_leaves_the_others_alone(tmp_path, monkeypatch):
+    info = tmp_path / "broken_vlm-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-vlm\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[trio.adapters]\nbroken-vlm = a_module_that_is_not_there:Adapter\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.warns(UserWarning, match="adapter 'broken-vlm' is left out.*a_module_that_is_not_there"):
+        pipeline = pipeline_for(llava())
+    assert pipeline.adapter_name == "llava"

@@ -319,8 +319,26 @@ def test_what_does_not_fit_the_report_is_refused(arguments: dict[str, Any], mess
 
 def test_tokens_without_a_grid_are_refused_by_name() -> None:
     made = report([ImageReport(tokens=16)], [[group(0, GRID.take([5]), 16)]])
-    with pytest.raises(InputError, match="image 0 of sample 0 has no single grid"):
+    with pytest.raises(InputError, match="image 0 of sample 0 has no grid"):
         overlay_from_report(plain(), made)
     odd = report([ImageReport(tokens=17, grid=(4, 4))], [[group(0, GRID.take([5]), 17, [0.5] * 17)]])
     with pytest.raises(InputError, match="not one plain grid"):
         overlay_from_report(plain(), odd, heat=True)
+
+
+def test_a_tiled_picture_is_drawn_once_whole_and_once_in_tiles() -> None:
+    whole, tiles = Origins.of_grid(4, 4), Origins.of_grid(2, 6, frame=1)
+    origins = Origins(**{name: getattr(whole, name) + getattr(tiles, name) for name in Origins.model_fields})
+    image = ImageReport(tokens=28, grids=[(4, 4), (2, 6)])
+    made = report([image], [[group(0, origins.take([0, 5, 16, 27]), 28)]])
+    drawn = overlay_from_report(plain(), made)
+    assert drawn.height > 1.5 * overlay_from_report(plain(), report([SQUARE], [[group(0, GRID.take([5]), 16)]])).height
+    upper, lower = (drawn.crop((0, y, drawn.width, y + drawn.height // 2)) for y in (0, drawn.height // 2))
+    assert bright(panel(upper, 1), (4, 4)) == {(0, 0), (1, 1)}
+    assert bright(panel(lower, 1), (2, 6)) == {(0, 0), (1, 5)}
+
+
+def test_tokens_whose_place_is_not_known_are_not_drawn() -> None:
+    made = report([ImageReport(tokens=16, grid=(1, 16), placed=False)], [[group(0, GRID.take([5]), 16)]])
+    with pytest.raises(InputError, match="does not know where on the picture"):
+        overlay_from_report(plain(), made)

@@ -27,6 +27,7 @@ class ImageTokens:
         size: how many patches of the vision tower the token stands for (at least 1; 0 for structure such as newlines).
         grids: rows and columns of each frame's grid; the last one holds for all later frames. Each grid covers the
             whole picture, so that row and column give a token's place in it.
+        placed: False where they do not: where the tokens lie on the picture is not known.
     """
 
     kind: torch.Tensor
@@ -35,6 +36,7 @@ class ImageTokens:
     column: torch.Tensor
     size: torch.Tensor
     grids: tuple[tuple[int, int], ...]
+    placed: bool = True
 
     @classmethod
     def from_grid(
@@ -68,6 +70,7 @@ class ImageTokens:
             torch.cat([part.column for part in parts]),
             torch.cat([part.size for part in parts]),
             tuple(grid for part in parts for grid in part.grids),
+            all(part.placed for part in parts),
         )
 
     def with_newlines(self) -> ImageTokens:
@@ -109,4 +112,5 @@ class ImageTokens:
             self.column[indices],
             self.size[indices],
             self.grids,
+            self.placed,
         )

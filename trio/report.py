@@ -145,6 +145,7 @@ class ImageReport(_Record):
         grid: (rows, columns) of these tokens where they form one grid, else None (a tiled image, a video).
         grids: (rows, columns) of each frame (of a tiled picture: the whole picture, then the tiles put together); the
             last one holds for all later frames.
+        placed: False where the adapter does not know where on the picture the tokens lie.
         size_px: (width, height) of the picture in pixels, where known.
         entered: tokens that entered the language model after a compressor; None: no compressor, `tokens` entered.
     """
@@ -152,6 +153,7 @@ class ImageReport(_Record):
     tokens: Count
     grid: tuple[int, int] | None = None
     grids: list[tuple[int, int]] = []
+    placed: bool = True
     size_px: tuple[int, int] | None = None
     entered: Count | None = None
 

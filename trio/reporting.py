@@ -41,7 +41,10 @@ def make_report(
         samples.append(
             SampleReport(
                 sample=number,
-                images=[ImageReport(tokens=image.tokens, grid=image.grid, grids=list(image.grids)) for image in images],
+                images=[
+                    ImageReport(tokens=image.tokens, grid=image.grid, grids=list(image.grids), placed=image.placed)
+                    for image in images
+                ],
                 newlines=record.newlines[number] if record.newlines else 0,
                 stages=[
                     _stage_report(stage, on_host[stage.index], number, record, level)

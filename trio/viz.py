@@ -184,9 +184,16 @@ def overlay_from_report(
         raise InputError(f"regions: found {len(regions)} for {len(given)} pictures; give one for each, or None.")
     sheets = []
     for number, (picture, image) in enumerate(zip(given, record.images, strict=True)):
+        if not image.placed:
+            raise InputError(
+                f"image {number} of sample {sample}: the adapter {report.adapter!r} does not know where on the picture "
+                "its tokens lie, so they cannot be drawn."
+            )
+        tiled = len(image.grids) > 1  # the whole picture and its tiles: views of one and the same picture
         frames = [picture] if isinstance(picture, Image.Image) else list(picture)
+        frames = frames * len(image.grids) if tiled else frames
         for frame, shown in enumerate(frames):
-            label = _label(number, len(given), frame, len(frames), image)
+            label = _label(number, len(given), frame, len(frames), image, tiled)
             stages = [_shown(record, stage, number, frame, len(frames), heat) for stage in record.stages]
             region = regions[number] if regions is not None else None
             sheets.append(overlay(shown, stages, label=label, region=region, panel_px=panel_px, per_row=per_row))
@@ -196,19 +203,23 @@ def overlay_from_report(
 # From a report to panels ---------------------------------------------------------------------------------------------
 
 
-def _label(number: int, images: int, frame: int, frames: int, image: ImageReport) -> str:
+def _label(number: int, images: int, frame: int, frames: int, image: ImageReport, tiled: bool) -> str:
     what = [f"image {number + 1} of {images}"] if images > 1 else []
-    what += [f"frame {frame + 1} of {frames}"] if frames > 1 else []
+    if tiled:
+        what += ["tiles" if frame else "whole picture"]
+    elif frames > 1:
+        what += [f"frame {frame + 1} of {frames}"]
     return f"{', '.join(what) or 'original'}: {image.tokens} tokens"
 
 
 def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, frames: int, heat: bool) -> Kept:
     """What a stage kept of one frame of one image."""
     image = record.images[number]
-    if image.grid is None:
+    grid = image.grids[min(frame, len(image.grids) - 1)] if image.grids else image.grid
+    if grid is None:
         raise InputError(
-            f"image {number} of sample {record.sample} has no single grid in the report, so its tokens cannot be "
-            "drawn on one picture; draw its tiles or frames with `overlay`."
+            f"image {number} of sample {record.sample} has no grid in the report, so its tokens cannot be drawn; give "
+            "their places to `overlay`."
         )
     rows: list[int] = []
     columns: list[int] = []
@@ -236,7 +247,7 @@ def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, fr
     return Kept(
         rows,
         columns,
-        image.grid,
+        grid,
         caption,
         [max(1, size // smallest) for size in sizes],
         _saliency(record, stage, number, frame) if heat else {},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from trio.adapters.base import Adapter
-from trio.errors import UnsupportedModelError
+from trio.errors import PluginError, UnsupportedModelError
 from trio.registry import ADAPTERS
 
 
@@ -22,7 +24,12 @@ def adapter_for(model: nn.Module) -> Adapter:
         UnsupportedModelError: no adapter takes the model.
     """
     model = base_model(model)
-    known = [ADAPTERS.get(name) for name in ADAPTERS.names()]
+    known = []
+    for name in ADAPTERS.names():
+        try:
+            known.append(ADAPTERS.get(name))
+        except PluginError as error:
+            warnings.warn(f"adapter {name!r} is left out: {error}", stacklevel=3)
     for cls in sorted(known, key=lambda adapter: adapter.fallback):
         if cls.matches(model):
             return cls(model)

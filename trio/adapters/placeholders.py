@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
                     f"sample {sample}: a run of {len(run)} image placeholders is no whole number of tiles of "
                     f"{tile.tokens}; the prompt may be cut within a picture: pass whole pictures in one forward"
                 )
-            images.append(ImageTokens.join([tile] * count))
+            # How several tiles lie on the picture is known to the processor only.
+            images.append(tile if count == 1 else replace(ImageTokens.join([tile] * count), placed=False))
         samples.append(tuple(images))
     return Layout(visual, tuple(samples))
 
@@ -128,7 +130,7 @@ def runs_as_images(input_ids: torch.Tensor, tokens: Sequence[int]) -> Layout:
         columns = row.nonzero().squeeze(1)
         breaks = (columns.diff() > 2).nonzero().squeeze(1) + 1
         runs = columns.tensor_split(breaks.tolist()) if len(columns) else ()
-        samples.append(tuple(ImageTokens.from_grid(1, len(run)) for run in runs))
+        samples.append(tuple(replace(ImageTokens.from_grid(1, len(run)), placed=False) for run in runs))
     return Layout(visual, tuple(samples))
 
 

@@ -60,7 +60,13 @@ def run(
 
     result = _answer_twice(network, processor, pictures, question, loaded, max_new_tokens)
     if target is not None:
-        _draw(target, pictures, processor, result["report"])
+        try:
+            _draw(target, pictures, processor, result["report"])
+        except InputError as error:
+            if overlay is not None:
+                raise
+            typer.echo(f"nothing drawn: {error}", err=True)
+            target = None
     facts = _facts(model, loaded.name, question, files, target, result)
     if as_json:
         print_json(facts)

@@ -176,7 +176,7 @@ def check_can_shrink(cache: Any, first: int, num_layers: int, owner: str) -> Non
 def _cannot_hold(cache: Cache, layer: type) -> CacheError:
     return CacheError(
         f"cache: {type(cache).__name__} has layers of type {layer.__name__}, which cannot hold a different number of "
-        "tokens in each layer; use transformers.DynamicCache (the default of generate)"
+        "tokens in each layer; pass past_key_values=transformers.DynamicCache(), without a config"
     )
 
 
