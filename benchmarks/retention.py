@@ -26,10 +26,10 @@ from rich.progress import Progress
 
 import trio
 from benchmarks.rows import Row, rows
-from benchmarks.table import write_table
+from benchmarks.table import with_summary, write_table
 from trio import zoo
 from trio.adapters import adapter_for
-from trio.zoo.evaluate import Example, blank, examples, prompt
+from trio.zoo.evaluate import Example, any_size, blank, examples, prompt
 
 RESULTS = Path(__file__).parent / "results"
 CHUNK = 25  # scenes
@@ -113,8 +113,8 @@ def measure(
         limit: chunks to run now; all that are missing by default.
     """
     model, processor = zoo.load_folder(folder)
-    every = examples("test", seed, scenes)
-    tokens = _tokens(model, processor, every[0])
+    every = examples("test", seed, scenes, varied=any_size(model))
+    tokens = _tokens(model, processor, every)
     table, refused = rows(model, tokens)
     header = {
         "model": name,
@@ -123,6 +123,7 @@ def measure(
         "seed": seed,
         "dtype": str(model.dtype).removeprefix("torch."),
         "visual_tokens": tokens,
+        **({"varied": True} if any_size(model) else {}),
         "layers": len(model.model.language_model.layers),
         "average": {row.name: row.average for row in table},
         "refused": refused,
@@ -156,9 +157,17 @@ def measure(
     )
 
 
-def _tokens(model: Any, processor: Any, example: Example) -> int:
-    inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
-    return int((inputs["input_ids"] == model.config.image_token_id).sum())
+def _tokens(model: Any, processor: Any, every: Sequence[Example]) -> int:
+    """Visual tokens of a picture, the mean over the first scenes where sizes vary."""
+    pictures = {example.scene: example for example in every}
+    some = [pictures[scene] for scene in sorted(pictures)[:CHUNK]]
+    counts = []
+    for example in some:
+        inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
+        given = {"image": inputs} if "image_sizes" in inputs else {}
+        (images,) = adapter_for(model).layout(inputs["input_ids"], given).images
+        counts.append(sum(int(image.is_picture.sum()) for image in images))
+    return round(sum(counts) / len(counts))
 
 
 def _started(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -192,9 +201,12 @@ def main(
 ) -> None:
     """Accuracy by retention, method and place."""
     if table:
-        target = Path(__file__).parent.parent / "docs" / "retention.md"
-        write_table([json.loads(file.read_text()) for file in sorted(RESULTS.glob("retention-*.json"))], target)
-        console.print(f"wrote {target}")
+        root = Path(__file__).parent.parent
+        files = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("retention-*.json"))]
+        write_table(files, root / "docs" / "retention.md")
+        readme = root / "README.md"
+        readme.write_text(with_summary(readme.read_text(), files[0]))
+        console.print("wrote docs/retention.md and the table in README.md")
         return
     torch.set_num_threads(threads)
     folder = Path(name) if Path(name).is_dir() else zoo.path(name)

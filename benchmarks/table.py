@@ -47,6 +47,36 @@ def write_table(files: Sequence[dict[str, Any]], target: Path) -> None:
     target.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+BEGIN, END = "<!-- retention: python -m benchmarks.retention --table -->", "<!-- end of retention -->"
+
+
+def with_summary(readme: str, results: dict[str, Any]) -> str:
+    """The README with its short table renewed: one stage at the input, where every layer runs on the kept tokens alone.
+
+    Args:
+        readme: its text, with the lines `BEGIN` and `END`.
+        results: of the model that it shows.
+    """
+    answers, placement = Answers(results), PLACEMENTS[0]
+    block = [
+        BEGIN,
+        "",
+        f"Questions that the zoo's trained `{results['model']}` answers right about {results['scenes']} drawn scenes",
+        f"that it has never seen ({len(answers.kind)} questions, percent, 95% intervals clustered by scene), one stage at",
+        "the input. It shows how the methods compare on a small model, and ranks nothing else",
+        "([all tables and controls](docs/retention.md)).",
+        "",
+        _header(["kept", *SHARES]),
+    ]
+    methods = [(name, list(_cells(answers, placement, name))) for name in NAMES]
+    block += [_row([name, *cells]) for name, cells in methods if "cannot" not in cells]
+    block += [
+        _row([name, *([str(answers.accuracy(row))] * len(SHARES))])
+        for name, row in (("nothing", "none/0"), ("no picture", "blank"), ("everything", "full"))
+    ]
+    return readme[: readme.index(BEGIN)] + "\n".join([*block, "", END]) + readme[readme.index(END) + len(END) :]
+
+
 def _model(results: dict[str, Any]) -> Iterator[str]:
     answers = Answers(results)
     full, blank = answers.accuracy("full"), answers.accuracy("blank")
@@ -54,7 +84,8 @@ def _model(results: dict[str, Any]) -> Iterator[str]:
     yield f"## {results['model']}\n"
     yield (
         f"{results['scenes']} held-out scenes (split {results['split']}, seed {results['seed']}), {len(answers.kind)} "
-        f"questions; {results['visual_tokens']} visual tokens, {results['layers']} layers, {results['dtype']}; "
+        f"questions; {results['visual_tokens']} visual tokens{_mean(results)}, {results['layers']} layers, "
+        f"{results['dtype']}; "
         f"{versions}; weights `{results['weights'][:12]}`.\n"
     )
     yield f"Full: **{full}**. With a blank picture: **{blank}**.\n"
@@ -64,6 +95,11 @@ def _model(results: dict[str, Any]) -> Iterator[str]:
     yield from _nothing(answers)
     yield from _findings(answers)
     yield from _by_type(answers)
+
+
+def _mean(results: dict[str, Any]) -> str:
+    """Whether the tokens are a mean; files without the field are of pictures of one size."""
+    return " on average over pictures of many sizes" if results.get("varied") else ""
 
 
 def _row(cells: Sequence[str]) -> str:

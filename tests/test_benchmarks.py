@@ -15,7 +15,7 @@ from benchmarks import retention
 from benchmarks.retention import RESULTS, answered, batches, measure
 from benchmarks.rows import PLACEMENTS, Row, key, rows
 from benchmarks.statistics import Answers
-from benchmarks.table import write_table
+from benchmarks.table import with_summary, write_table
 from benchmarks.uniform import UniformGrid
 from trio import zoo
 from trio.zoo.evaluate import answers, examples
@@ -137,3 +137,5 @@ def test_the_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
         assert file["weights"] == hashlib.sha256(weights).hexdigest()
     write_table(files, tmp_path / "retention.md")
     assert (tmp_path / "retention.md").read_text() == (DOCS / "retention.md").read_text()
+    readme = (DOCS.parent / "README.md").read_text()
+    assert with_summary(readme, files[0]) == readme
