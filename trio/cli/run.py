@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from trio.report import CompressionReport
 
 OVERLAY = Path("trio-overlay.png")
+#: Rounds of measuring at most (the first is not counted), and seconds after which no further one starts.
+ROUNDS, PATIENCE = 12, 3.0
 SMALL = 10**11  # FLOPs of a prefill below which a processor's time goes to dispatching operations, not to them
 
 
@@ -102,46 +107,46 @@ def _answer_twice(
     def answer(length: int) -> Any:
         return model.generate(**inputs, max_new_tokens=length, do_sample=False)[0, prompt:]
 
-    answer(1)  # the first call pays for loading and caches; it is not measured
-    full_prefill, _ = _timed(model, lambda: answer(1))
-    full_time, full = _timed(model, lambda: answer(max_new_tokens))
-    with pipeline:
-        answer(1)
-        prefill, _ = _timed(model, lambda: answer(1))
-        time, compressed = _timed(model, lambda: answer(max_new_tokens))
+    works = (lambda: answer(1), lambda: answer(max_new_tokens))
+    seconds: dict[tuple[bool, int], list[float]] = {}
+    results: dict[bool, Any] = {}
+    begin = time.perf_counter()
+    rounds = 0
+    # Full and compressed take turns, so that what else the machine does falls on both; the first round pays for loading
+    # and caches and is not measured.
+    while rounds < 2 or (rounds < ROUNDS and time.perf_counter() - begin < PATIENCE):
+        for compressed in (False, True):
+            with pipeline if compressed else nullcontext():
+                for which, work in enumerate(works):
+                    taken, results[compressed] = _timed(model, work)
+                    seconds.setdefault((compressed, which), []).append(taken)
+        rounds += 1
+    medians = {key: median(taken[1:]) for key, taken in seconds.items()}
     report = pipeline.report
+    answers = [results[compressed] for compressed in (False, True)]
     return {
-        "answers": [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in (full, compressed)],
-        "generated": [len(full), len(compressed)],
-        "prefill": (full_prefill, prefill),
-        "total": (full_time, time),
+        "answers": [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in answers],
+        "generated": [len(tokens) for tokens in answers],
+        "prefill": (medians[False, 0], medians[True, 0]),
+        "total": (medians[False, 1], medians[True, 1]),
         "report": report,
         "cost": _cost(report, spec, model),
     }
 
 
 def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds on the wall clock, and the result: the best of three, or of fewer where they take more than two seconds.
-
-    Queued work of an accelerator is waited for.
-    """
-    import time
-
+    """Seconds on the wall clock, and the result; queued work of an accelerator is waited for."""
     import torch
 
     def wait() -> None:
         if model.device.type != "cpu":
             torch.accelerator.synchronize(model.device)
 
-    seconds: list[float] = []
-    result: Any = None
-    while len(seconds) < 3 and sum(seconds) < 2:
-        wait()
-        start = time.perf_counter()
-        result = work()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - start, result
 
 
 def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
