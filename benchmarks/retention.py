@@ -157,6 +157,12 @@ def measure(
     )
 
 
+def measured() -> list[dict[str, Any]]:
+    """The committed results, by the names of the models."""
+    files = [json.loads(file.read_text()) for file in RESULTS.glob("retention-*.json")]
+    return sorted(files, key=lambda results: str(results["model"]))
+
+
 def _tokens(model: Any, processor: Any, every: Sequence[Example]) -> int:
     """Visual tokens of a picture, the mean over the first scenes where sizes vary."""
     pictures = {example.scene: example for example in every}
@@ -202,7 +208,7 @@ def main(
     """Accuracy by retention, method and place."""
     if table:
         root = Path(__file__).parent.parent
-        files = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("retention-*.json"))]
+        files = measured()
         write_table(files, root / "docs" / "retention.md")
         readme = root / "README.md"
         readme.write_text(with_summary(readme.read_text(), files[0]))

@@ -12,7 +12,7 @@ import pytest
 
 import trio
 from benchmarks import retention
-from benchmarks.retention import RESULTS, answered, batches, measure
+from benchmarks.retention import answered, batches, measure, measured
 from benchmarks.rows import PLACEMENTS, Row, key, rows
 from benchmarks.statistics import Answers
 from benchmarks.table import with_summary, write_table
@@ -130,7 +130,7 @@ def test_differences_are_paired_and_clustered() -> None:
 
 
 def test_the_page_is_made_from_the_committed_results(tmp_path: Path) -> None:
-    files = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("retention-*.json"))]
+    files = measured()
     assert MODEL in [file["model"] for file in files]
     for file in files:  # measured on the weights that are shipped
         weights = (zoo.path(file["model"]) / "model.safetensors").read_bytes()
