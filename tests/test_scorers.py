@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 from support.models import inputs, llava, single
@@ -99,3 +102,29 @@ def test_attention_rows_are_refused_where_the_anatomy_is_unknown(monkeypatch):
     with pipeline:
         model(**inputs(PROMPTS))
     assert any("probed whole" in note for note in pipeline.report.notes)
+
+
+def test_a_prefill_waits_for_the_device_at_its_start_and_at_its_end(monkeypatch):
+    """One copy of ids and mask, one look at all flags, however many stages there are."""
+    model, batch, looks = llava(), inputs(PROMPTS), []
+    for name in ("cpu", "tolist", "item", "__bool__"):
+        stock = getattr(torch.Tensor, name)
+
+        def looking(tensor, *args, _stock=stock, _name=name, **kwargs):
+            caller = sys._getframe(1).f_code
+            if f"{os.sep}trio{os.sep}" in caller.co_filename:
+                looks.append(caller.co_name)
+            return _stock(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, looking)
+    stages = [trio.Stage(after_layer=layer, keep=16 - 4 * layer, selector="top-k") for layer in (1, 2, 3)]
+    pipeline = trio.Pipeline(model, stages=stages)
+    with pipeline, torch.no_grad():
+        looks.clear()
+        model(**batch)
+    on_device = [name for name in looks if name not in HOST_ONLY]
+    assert on_device == ["_on_host", "_check_finite"]
+
+
+#: These look at tensors that `_on_host` has brought to the host, or that were made there.
+HOST_ONLY = {"start", "_split", "<genexpr>", "<listcomp>", "images_by_count", "first_k", "groups", "fill_layers"}

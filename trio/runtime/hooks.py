@@ -275,18 +275,11 @@ class Runtime:
             if self._full:
                 self._on_decode(now(device) - forward.begin)
             return
-        for stage, finite in prefill.finite:
-            if not bool(finite):
-                raise NonFiniteError(
-                    f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies "
-                    "that are not finite; look at the hidden states: float16 may overflow (load the model in "
-                    "bfloat16), or weights or pixels hold nan"
-                )
+        if prefill.finite:
+            self._check_finite(prefill)
         record = prefill.record
         self._uncached = None
         record.fill_layers(prefill.num_layers, self._first)
-        if prefill.shorter:
-            record.columns = prefill.sequence.column
         if self._full:
             record.seconds["prefill"] = now(device) - forward.begin
             cache = output[1] if isinstance(output, tuple) and len(output) > 1 else output.get("past_key_values")
@@ -296,6 +289,18 @@ class Runtime:
             self._uncached = Uncached(prefill.input_ids, prefill.uncached, kept)
         if not prefill.repeats:
             self._on_prefill(record)
+
+    @staticmethod
+    def _check_finite(prefill: Prefill) -> None:
+        """Looks at the flags of all stages at once: the prefill's other synchronisation."""
+        flags = torch.stack([finite.to(prefill.finite[-1][1].device) for _, finite in prefill.finite]).tolist()
+        for (stage, _), finite in zip(prefill.finite, flags, strict=True):
+            if not finite:
+                raise NonFiniteError(
+                    f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies "
+                    "that are not finite; look at the hidden states: float16 may overflow (load the model in "
+                    "bfloat16), or weights or pixels hold nan"
+                )
 
     # Decoder layers
 

@@ -42,21 +42,16 @@ def start_prefill(
     Raises:
         InputError: the placeholders do not fit the pictures.
     """
-    batch, length = hidden.shape[:2]
-    ids = forward.call["input_ids"].cpu()  # the prefill's synchronisation: from here on counts are known
+    ids, valid = _on_host(forward.call["input_ids"], forward.attention_mask)  # from here on counts are known
     given = forward.call.get("mm_encoder_outputs") or {}
     here = forward.modalities | {name for name, output in given.items() if output is not None}
     layout = backbone.layout(ids, {name: encoded[name] for name in here if name in encoded})
     if not any(layout.images):
         return None
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    if forward.attention_mask is not None:
-        valid = forward.attention_mask[:, -length:].cpu().bool()
     sequence, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
     return Prefill(
         record=PrefillRecord(
             images=images,
-            visual=layout.visual & valid,
             valid=valid,
             newlines=() if sequence.newlines is None else sequence.newlines.counts,
         ),
@@ -65,6 +60,15 @@ def start_prefill(
         seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
         num_layers=len(backbone.layers),
     )
+
+
+def _on_host(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and padding, int64 and bool ``(B, S)`` on the CPU, in one copy: here the prefill waits for the device."""
+    if mask is None:
+        ids = ids.cpu()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    ids, present = torch.stack([ids, mask[:, -ids.shape[1] :].to(ids)]).cpu()
+    return ids, present.bool()
 
 
 def _seed(ids: torch.Tensor) -> int:

@@ -40,9 +40,7 @@ class PrefillRecord:
         lengths: for each decoder layer the padded length of the sequence.
         tokens: for each decoder layer the valid tokens of each sample.
         stages: by index of the stage.
-        visual: bool ``(B, S)`` on the CPU, the visual tokens of the forward's own input.
-        valid: bool ``(B, S)`` on the CPU.
-        columns: int64 ``(B, S')``, the columns of the input that leave the last layer; None where all do.
+        valid: bool ``(B, S)`` on the CPU, the forward's own input without padding.
         seconds: time by phase, filled where the pipeline's report level is ``full``.
         cache_bytes: for each layer the bytes of keys and values that it holds after the prefill, and what it would hold
             with every token of the conversation; where the level is ``full``.
@@ -50,13 +48,11 @@ class PrefillRecord:
     """
 
     images: Images
-    visual: torch.Tensor
     valid: torch.Tensor
     newlines: tuple[int, ...] = ()
     lengths: list[int] = field(default_factory=list)
     tokens: list[tuple[int, ...]] = field(default_factory=list)
     stages: dict[int, StageRecord] = field(default_factory=dict)
-    columns: torch.Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     cache_bytes: tuple[tuple[int, int], ...] | None = None
     replayed: bool = False
