@@ -1,4 +1,4 @@
-"""What the commands share: output, pictures, models, and how a question is put to a model."""
+"""What the commands share: output and models; pictures and prompts come from `trio.inputs`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio.errors import InputError, UnsupportedModelError, did_you_mean
+from trio.inputs import inputs_for, load_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL.Image import Image
     from rich.console import Console
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+__all__ = [
+    "DType",
+    "console",
+    "duration",
+    "find_model",
+    "first_line",
+    "inputs_for",
+    "layer_ranges",
+    "load_config",
+    "load_model",
+    "load_picture",
+    "print_json",
+    "quantity",
+    "times",
+]
 
 
 class DType(StrEnum):
@@ -74,35 +88,6 @@ def layer_ranges(*columns: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
         else:
             runs.append((layer, layer, values))
     return [(str(first) if first == last else f"{first}-{last}", values) for first, last, values in runs]
-
-
-def load_picture(path: Path) -> Image:
-    """A picture as RGB, upright.
-
-    Raises:
-        InputError: it is missing, is no picture, is damaged or is larger than 89 million pixels.
-    """
-    import warnings
-
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    place = f"picture {str(path)!r}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                width, height = opened.size
-                if width * height > MAX_PIXELS:
-                    raise Image.DecompressionBombWarning
-                return ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{place}: not a picture that can be read; give a PNG, JPEG or WebP file.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{place}: more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
-    except FileNotFoundError:
-        raise InputError(f"{place}: there is no such file; check the path.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{place}: cannot be read ({error}); is the file damaged, or a folder?") from error
 
 
 def find_model(name: str) -> str:
@@ -191,24 +176,3 @@ def load_config(name: str) -> Any:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def inputs_for(processor: Any, pictures: Sequence[Image], question: str) -> Any:
-    """What the model's forward takes for one prompt: the pictures, then the question, in the model's own chat format.
-
-    Raises:
-        InputError: the processor has neither a chat template nor a picture token.
-    """
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    elif getattr(processor, "image_token", None):
-        text = f"{processor.image_token} " * len(pictures) + question
-    else:
-        raise InputError(
-            f"model: its {type(processor).__name__} has neither a chat template nor a picture token, so a prompt "
-            "cannot be "
-            "written for it; use the Python API with your own inputs."
-        )
-    return processor(text=[text], images=list(pictures), return_tensors="pt")

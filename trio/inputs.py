@@ -1,0 +1,95 @@
+"""Pictures from files, and prompts in a model's own chat format. Nothing heavy is imported until something is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trio.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+__all__ = ["MAX_PIXELS", "batch_for", "inputs_for", "load_picture", "prompt_for"]
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+
+
+def load_picture(path: Path) -> Image:
+    """A picture as RGB, upright.
+
+    Raises:
+        InputError: it is missing, is no picture, is damaged or is larger than 89 million pixels.
+    """
+    import warnings
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    place = f"picture {str(path)!r}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    raise Image.DecompressionBombWarning
+                return ImageOps.exif_transpose(opened).convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{place}: not a picture that can be read; give a PNG, JPEG or WebP file.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InputError(f"{place}: more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
+    except FileNotFoundError:
+        raise InputError(f"{place}: there is no such file; check the path.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{place}: cannot be read ({error}); is the file damaged, or a folder?") from error
+
+
+def prompt_for(processor: Any, pictures: int, question: str) -> str:
+    """One user's turn as text: placeholders for the pictures, then the question, in the model's own chat format.
+
+    Raises:
+        InputError: the processor has neither a chat template nor a picture token.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    if getattr(processor, "image_token", None):
+        return f"{processor.image_token} " * pictures + question
+    raise InputError(
+        f"model: its {type(processor).__name__} has neither a chat template nor a picture token, so a prompt cannot be "
+        "written for it; use the Python API with your own inputs."
+    )
+
+
+def inputs_for(processor: Any, pictures: Sequence[Image], question: str) -> Any:
+    """What the model's forward takes for one prompt; errors as `prompt_for`."""
+    return batch_for(processor, [(pictures, question)])
+
+
+def batch_for(processor: Any, prompts: Sequence[tuple[Sequence[Image], str]]) -> Any:
+    """What the model's forward takes for a batch of prompts, padded on the left, as `generate` needs it.
+
+    Args:
+        processor: of the model.
+        prompts: pictures and question of each.
+
+    Returns:
+        The processor's `BatchFeature` with tensors on the CPU.
+
+    Raises:
+        InputError: as `prompt_for`; or several prompts for a tokenizer that cannot pad.
+    """
+    options: dict[str, Any] = {}
+    if len(prompts) > 1:
+        if getattr(getattr(processor, "tokenizer", processor), "pad_token", None) is None:
+            raise InputError(
+                "batch: the model's tokenizer has no padding token, so prompts cannot stand in one batch; take one at "
+                "a time (batch size 1), or set `processor.tokenizer.pad_token`."
+            )
+        options = {"padding": True, "padding_side": "left"}
+    texts = [prompt_for(processor, len(pictures), question) for pictures, question in prompts]
+    flat = [picture for pictures, _ in prompts for picture in pictures]
+    return processor(text=texts, images=flat or None, return_tensors="pt", **options)
