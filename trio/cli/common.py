@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from trio.errors import InputError, UnsupportedModelError, did_you_mean
 from trio.inputs import inputs_for, load_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
@@ -28,8 +29,10 @@ __all__ = [
     "load_model",
     "load_picture",
     "print_json",
+    "progress_bar",
     "quantity",
     "times",
+    "writable",
 ]
 
 
@@ -57,6 +60,32 @@ def print_json(value: Any) -> None:
     import typer
 
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error where that is a terminal, else nothing; gives what to tell (done, of how many)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    err = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def writable(file: Path, option: str) -> Path:
+    """The path, refused early where its folder is missing.
+
+    Raises:
+        InputError: there is no such folder, or the path is one.
+    """
+    if file.is_dir():
+        raise InputError(f"{option} {str(file)!r}: this is a folder; give the name of a file.")
+    if not file.resolve().parent.is_dir():
+        raise InputError(f"{option} {str(file)!r}: there is no folder {str(file.resolve().parent)!r}; make it first.")
+    return file
 
 
 def times(value: float | None) -> str:

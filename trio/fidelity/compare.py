@@ -1,0 +1,68 @@
+"""How alike two answers are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """One sample, full against compressed.
+
+    Attributes:
+        top1: whether the most probable first token is the same.
+        kl: KL(full || compressed) of the first token's distribution, in nats, 0 or more.
+        exact: whether the greedy answers are the same text.
+        edit: similarity of the greedy answers, 0 to 1: see `edit_similarity`.
+    """
+
+    top1: bool
+    kl: float
+    exact: bool
+    edit: float
+
+
+def compare(
+    full: torch.Tensor, other: torch.Tensor, full_answers: list[str], other_answers: list[str]
+) -> list[Likeness]:
+    """Compares the answers to a batch of prompts.
+
+    Args:
+        full: logits of the first token ``(B, V)`` with all visual tokens.
+        other: the same of the compressed model.
+        full_answers: B texts.
+        other_answers: B texts.
+    """
+    same = (full.argmax(-1) == other.argmax(-1)).tolist()
+    divergence = kl(full, other).tolist()
+    return [
+        Likeness(top1, nats, one == two, edit_similarity(one, two))
+        for top1, nats, one, two in zip(same, divergence, full_answers, other_answers, strict=True)
+    ]
+
+
+def kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(full || other) of the distributions behind logits ``(B, V)``: float64 ``(B,)``, in nats, 0 or more.
+
+    Tokens that the full model rules out (a logit of -inf) count nothing, whatever the other one says of them.
+    """
+    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    terms = torch.where(p == float("-inf"), 0.0, p.exp() * (p - q))
+    return terms.sum(-1).clamp_min(0.0)
+
+
+def edit_similarity(one: str, two: str) -> float:
+    """1 minus Levenshtein's distance by characters over the length of the longer text; 1.0 for two empty ones."""
+    longest = max(len(one), len(two))
+    return 1.0 - _distance(one, two) / longest if longest else 1.0
+
+
+def _distance(one: str, two: str) -> int:
+    row = list(range(len(two) + 1))
+    for i, a in enumerate(one, start=1):
+        before, row[0] = row[0], i
+        for j, b in enumerate(two, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
+    return row[-1]
