@@ -15,10 +15,12 @@ from torch import nn
 
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
+from trio.encoders.base import Compressor, Signal
 from trio.errors import InputError, SpecError, UnsupportedModelError
 from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
 from trio.report import CompressionReport
 from trio.reporting import make_report, saliencies
+from trio.runtime.compress import BoundCompressor
 from trio.runtime.hooks import Runtime
 from trio.runtime.prefill import Selection
 from trio.runtime.record import PrefillRecord
@@ -91,12 +93,7 @@ class Pipeline:
         self.spec = spec
         self.adapter = adapter_for(model) if adapter is None else adapter
         self.schedule = resolve(spec, len(self.adapter.layers))
-        if spec.compressor is not None:
-            COMPRESSORS.build(spec.compressor)
-            raise UnsupportedModelError(
-                f"compressor: the adapter {self.adapter_name!r} offers no signals of the vision tower; leave the "
-                "compressor out"
-            )
+        self._compressor = None if spec.compressor is None else self._bind_compressor(spec.compressor)
         self.positions = self._numbering()
         self._level: Literal["counts", "full"] = report
         self._bound = tuple(self._bind(index, stage) for index, stage in enumerate(spec.stages))
@@ -108,6 +105,7 @@ class Pipeline:
             compact=self.positions == "compact",
             full_report=report == "full",
             newlines=spec.newlines,
+            compressor=self._compressor,
             on_prefill=self._remember,
             on_decode=self._decoded,
         )
@@ -247,6 +245,42 @@ class Pipeline:
             keep_count=self._counter(index),
         )
 
+    def _bind_compressor(self, spec: CompressorSpec) -> BoundCompressor:
+        compressor: Compressor = COMPRESSORS.build(spec)
+        name = COMPRESSORS.name_of(type(compressor)) or type(compressor).__name__
+        if compressor.decides_count != (spec.keep is None):
+            raise SpecError(
+                f"compressor: {name!r} decides its own count; leave out `keep`"
+                if compressor.decides_count
+                else f"compressor.keep: missing; {name!r} leaves as many tokens as it is told: give a count or a share"
+            )
+        self._check_signals(spec, compressor, name)
+        return BoundCompressor(
+            name=name,
+            compressor=compressor,
+            per=self.schedule.compressor_group(),
+            split=spec.split,
+            keep_count=functools.cache(self.schedule.compressed_count),
+        )
+
+    def _check_signals(self, spec: CompressorSpec, compressor: Compressor, name: str) -> None:
+        """Refuses a compressor or a split that needs what the model's encoder side does not give."""
+        model = type(self.adapter.model).__name__
+        offers = self.adapter.tower_offers()
+        missing = sorted({signal.kind for signal in compressor.reads()} - offers)
+        if missing:
+            fitting = [n for n in COMPRESSORS.names() if {signal.kind for signal in _reads(n)} <= offers]
+            raise UnsupportedModelError(
+                f"compressor: {name!r} reads {', '.join(missing)} off the vision tower, which the adapter "
+                f"{self.adapter_name!r} cannot give for this {model}; compressors that fit: "
+                f"{', '.join(fitting) or 'none'}"
+            )
+        if spec.split == "saliency" and not (self.adapter.whole_beside_tiles and "attention" in offers):
+            raise UnsupportedModelError(
+                "compressor.split: saliency needs the whole picture beside its tiles and the tower's attention, which "
+                f"this {model} does not give (adapter {self.adapter_name!r}); use split: even"
+            )
+
     def _counter(self, index: int) -> Callable[[int, int], int]:
         by_image = all(self.schedule.group(i) == "image" for i in range(len(self.spec.stages)))
         check = functools.cache(self.schedule.check)
@@ -317,6 +351,15 @@ class _Kept:
             notes=pipeline.probe_notes(),
             level=pipeline._level,
         )
+
+
+def _reads(name: str) -> tuple[Signal, ...]:
+    """What a compressor reads with its default parameters."""
+    try:
+        compressor: Compressor = COMPRESSORS.build(name)
+    except SpecError:  # a parameter without a default
+        return ()
+    return compressor.reads()
 
 
 def _needs(name: str) -> frozenset[str]:

@@ -4,8 +4,9 @@ The runtime keeps indices as tensors on the device and builds these records only
 every field here takes plain Python numbers and lists. This module imports neither torch nor transformers.
 
 Vocabulary: a *group* is the set of visual tokens that one count is shared by: one image, or (``per: sample``) all
-images of a sample. ``indices`` always count the visual tokens that entered the language model, in raster order, before
-any stage; so the indices of two stages can be compared directly.
+images of a sample. ``indices`` always count the visual tokens that the full model gives the group, in raster order; so
+the indices of a compressor and of two stages can be compared directly. A merged token stands at the place of one of its
+members.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class GroupReport(_Record):
         tokens_in: tokens that entered the stage.
         asked: the count that the spec asked for.
         kept: tokens that left the stage; smaller than `asked` only when fewer entered.
-        indices: `kept` indices, rising, into the group's visual tokens as they entered the language model.
+        indices: `kept` indices, rising, into the group's visual tokens in the full model.
         origins: of the kept tokens, in the order of `indices`.
         saliency: level ``full``: one number for each of the `tokens_in` tokens, in order (higher = keep).
         notes: what a reader should know, e.g. "kept all: fewer tokens than the count".
@@ -137,6 +138,56 @@ class StageReport(_Record):
         return sum(group.kept for group in self.groups)
 
 
+class CompressedImage(_Record):
+    """What a compressor did to one image.
+
+    Attributes:
+        tokens_in: visual tokens of the full model.
+        asked: the count that the spec asked for; None where the compressor decides.
+        kept: tokens that it left.
+        indices: their `kept` places among the `tokens_in`, rising.
+        origins: of the tokens left, in the order of `indices`.
+        merged: for each of the `tokens_in` the place of the token that it went into, -1 where it was dropped.
+    """
+
+    tokens_in: Count
+    asked: Count | None
+    kept: Count
+    indices: list[Count]
+    origins: Origins
+    merged: list[Annotated[int, Field(ge=-1)]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not len(self.indices) == len(self.origins) == self.kept <= self.tokens_in:
+            raise ValueError(
+                f"kept {self.kept} of {self.tokens_in} tokens, but {len(self.indices)} indices and "
+                f"{len(self.origins)} origins were given"
+            )
+        if any(b <= a for a, b in pairwise(self.indices)):
+            raise ValueError("indices must rise strictly (raster order, each token once)")
+        if len(self.merged) != self.tokens_in or not set(self.merged) <= {-1, *self.indices}:
+            raise ValueError("merged must name a kept place, or -1, for each token")
+        return self
+
+
+class CompressorReport(_Record):
+    """What a compressor did to one sample, image by image."""
+
+    name: str
+    images: list[CompressedImage]
+
+    @property
+    def tokens_in(self) -> int:
+        """Visual tokens of the sample in the full model."""
+        return sum(image.tokens_in for image in self.images)
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens of the sample that entered the language model."""
+        return sum(image.kept for image in self.images)
+
+
 class ImageReport(_Record):
     """One image of a sample.
 
@@ -164,7 +215,8 @@ class ImageReport(_Record):
 
 
 class SampleReport(_Record):
-    """One row of the batch: its images, and what each stage kept of them (stages in the order in which they ran).
+    """One row of the batch: its images, what a compressor left of them and what each stage kept, in the order in which
+    they ran; `compressor` is None where none ran or no picture lost a token.
 
     `newlines` counts the newline tokens at the start, which are structure and in no other count.
     """
@@ -172,6 +224,7 @@ class SampleReport(_Record):
     sample: Count
     images: list[ImageReport]
     newlines: Count = 0
+    compressor: CompressorReport | None = None
     stages: list[StageReport] = []
 
     @model_validator(mode="after")
@@ -196,7 +249,7 @@ class SampleReport(_Record):
         kept: list[list[int]] = [[] for _ in self.images]
         if stage >= len(self.stages):
             return kept
-        first = [sum(image.start for image in self.images[:number]) for number in range(len(self.images))]
+        first = [sum(image.tokens for image in self.images[:number]) for number in range(len(self.images))]
         for group in self.stages[stage].groups:
             if group.image is not None:
                 kept[group.image] += group.indices
@@ -327,8 +380,10 @@ class CompressionReport(_Record):
             f"{self.visual_tokens} visual tokens, {self.average_kept:.1f} kept on average ({self.retention:.1%})"
         ]
         for sample, average in zip(self.samples, self.average_kept_by_sample, strict=True):
-            steps = [f"after layer {stage.after_layer}: {stage.kept} of {stage.tokens_in}" for stage in sample.stages]
-            what = "; ".join(steps) or "no stage ran"
+            done = sample.compressor
+            steps = [] if done is None else [f"{done.name}: {done.kept} of {done.tokens_in}"]
+            steps += [f"after layer {stage.after_layer}: {stage.kept} of {stage.tokens_in}" for stage in sample.stages]
+            what = "; ".join(steps) or "nothing ran"
             lines.append(f"  sample {sample.sample}: {sample.visual_tokens} tokens; {what}; average {average:.1f}")
         if self.kv_bytes is not None:
             kv = self.kv_bytes

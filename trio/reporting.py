@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,7 +11,9 @@ import torch
 from trio.origins import KINDS, ImageTokens
 from trio.registry import SCORERS, SELECTORS
 from trio.report import (
+    CompressedImage,
     CompressionReport,
+    CompressorReport,
     GroupReport,
     ImageReport,
     KVBytes,
@@ -18,7 +21,7 @@ from trio.report import (
     SampleReport,
     StageReport,
 )
-from trio.runtime.record import PrefillRecord, StageRecord
+from trio.runtime.record import CompressedRecord, PrefillRecord, StageRecord
 from trio.runtime.stage import BoundStage
 
 
@@ -36,16 +39,24 @@ def make_report(
 ) -> CompressionReport:
     """The report of a prefill; moves its tensors to the host."""
     on_host = {index: _to_host(stage) for index, stage in record.stages.items()}
+    compressed = None if record.compressed is None else _compressed_to_host(record.compressed)
     samples = []
     for number, images in enumerate(record.images):
         samples.append(
             SampleReport(
                 sample=number,
                 images=[
-                    ImageReport(tokens=image.tokens, grid=image.grid, grids=list(image.grids), placed=image.placed)
-                    for image in images
+                    ImageReport(
+                        tokens=image.tokens,
+                        grid=image.grid,
+                        grids=list(image.grids),
+                        placed=image.placed,
+                        entered=None if compressed is None else compressed.counts[number][place],
+                    )
+                    for place, image in enumerate(images)
                 ],
                 newlines=record.newlines[number] if record.newlines else 0,
+                compressor=None if compressed is None or not images else _compressor_report(compressed, number, images),
                 stages=[
                     _stage_report(stage, on_host[stage.index], number, record, level)
                     for stage in stages
@@ -89,6 +100,30 @@ def _to_host(stage: StageRecord) -> StageRecord:
         saliency=None if stage.saliency is None else stage.saliency.cpu(),
         newlines=stage.newlines,
     )
+
+
+def _compressed_to_host(record: CompressedRecord) -> CompressedRecord:
+    return replace(record, kept=record.kept.cpu(), owner=record.owner.cpu())
+
+
+def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageTokens, ...]) -> CompressorReport:
+    found, first = [], 0
+    for number, image in enumerate(images):
+        span = slice(first, first + image.tokens)
+        indices = host.kept[sample, span].nonzero().squeeze(1)
+        owner = host.owner[sample, span]
+        found.append(
+            CompressedImage(
+                tokens_in=image.tokens,
+                asked=host.asked[sample][number],
+                kept=len(indices),
+                indices=indices.tolist(),
+                origins=_origins([(number, image)], indices),
+                merged=torch.where(owner < 0, -1, owner - first).tolist(),
+            )
+        )
+        first += image.tokens
+    return CompressorReport(name=host.name, images=found)
 
 
 def _stage_report(

@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Literal
 
 from trio.errors import BudgetError, InputError, SpecError
-from trio.spec import Keep, PipelineSpec
+from trio.spec import Group, Keep, PipelineSpec
 from trio.spec_rules import parse_share
 
 __all__ = ["Schedule", "resolve"]
@@ -52,7 +52,7 @@ class KeepRule:
     count: int | None
     share: Fraction | None
     of_current: bool
-    per: Literal["image", "sample"]
+    per: Group
 
     @property
     def auto(self) -> bool:
@@ -79,11 +79,16 @@ class Schedule:
     def group(self, stage: int) -> Literal["image", "sample"]:
         """What the count of a stage is for: each image, or all images of a sample together."""
         keep = self.stages[stage].keep
-        return keep.per if keep is not None else "image"
+        return "sample" if keep is not None and keep.per == "sample" else "image"
 
-    def compressor_group(self) -> Literal["image", "sample"]:
+    def compressor_group(self) -> Group:
         """What the compressor's count is for."""
         return self.compressor.keep.per if self.compressor is not None and self.compressor.keep is not None else "image"
+
+    @property
+    def known(self) -> bool:
+        """Whether counts follow from the number of an image's tokens alone, without its tiles or its content."""
+        return self.compressor is None or (self.compressor.keep is not None and self.compressor.keep.per != "tile")
 
     def keep_count(self, stage: int, started: int, current: int) -> int:
         """Tokens that a stage keeps of one group.
@@ -151,7 +156,7 @@ class Schedule:
         Raises:
             BudgetError: the average misses the budget; the message gives what the counts amount to.
         """
-        if self.target is None or (self.compressor is not None and self.compressor.keep is None):
+        if self.target is None or not self.known:
             return
         found = Fraction(sum(self.counts(started)), self.num_layers)
         wanted = self.target * started if isinstance(self.target, Fraction) else Fraction(self.target)
@@ -382,7 +387,7 @@ def _rule(keep: Keep) -> KeepRule:
 def _check_any_size(schedule: Schedule) -> None:
     """Refuse what is wrong for every picture: shares of shares, and counts behind a fixed number of tokens."""
     rules = schedule._all()
-    if schedule.target is None or any(r.keep is None or r.keep.per == "sample" for r in rules):
+    if schedule.target is None or any(r.keep is None or r.keep.per != "image" for r in rules):
         return
     keeps = [rule.keep for rule in rules if rule.keep is not None]
     if isinstance(schedule.target, Fraction):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import (
@@ -26,7 +26,7 @@ from pydantic import (
 
 from trio.errors import InputError, SpecError, TrioError, UnknownNameError, did_you_mean
 from trio.spec_file import read_spec_file
-from trio.spec_rules import check_budget, check_growth, check_order, format_share, parse_share
+from trio.spec_rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
 from trio.spec_text import Wrong, at, line_of, short, steps, translate
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ __all__ = [
 
 KEEP_HELP = (
     'a count for each image such as 32, a share such as "5.6%", {share: "33.3%", of: start | current, per: image | '
-    'sample}, {count: 64, per: image | sample}, or "auto" (solved from budget.average)'
+    'sample}, {count: 64, per: image | sample}, or "auto" (solved from budget.average); a compressor\'s number may '
+    "also be `per: tile` (a tile of a tiled picture, a frame of a video)"
 )
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
+Group = Literal["image", "sample", "tile"]
 _PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
 
 
@@ -91,14 +93,15 @@ class Keep(_Model):
         count: tokens for each image (or sample), 0 or more; 0 drops them all.
         share: a percentage above 0% and up to 100%, as text, for example "5.6%".
         of: what the share is of: the tokens that the group started with, or those that reach the stage.
-        per: the group that the number is for: each image, or all images of a sample together.
+        per: the group that the number is for: each image, all images of a sample together, or (compressors only) each
+            input of the vision tower: a tile of a tiled picture, a frame of a video.
         auto: solved from `budget.average`.
     """
 
     count: int | None = None
     share: str | None = None
     of: Literal["start", "current"] = "start"
-    per: Literal["image", "sample"] = "image"
+    per: Group = "image"
     auto: bool = False
 
     @model_validator(mode="before")
@@ -131,7 +134,7 @@ class Keep(_Model):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
-        for key, options in (("of", ("start", "current")), ("per", ("image", "sample"))):
+        for key, options in (("of", ("start", "current")), ("per", get_args(Group))):
             if key in value and value[key] not in options:
                 raise Wrong(f"found {short(value[key])}; allowed: {' or '.join(options)}.", (key,))
         if "share" in given:
@@ -152,7 +155,9 @@ class Keep(_Model):
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise Wrong(f"found {short(count)}; a count is a whole number of tokens, 0 or more.")
         if "auto" in given and value.get("per", "image") != "image":
-            raise Wrong("auto is solved for each image; remove `per: sample`, or write a count or a share.", ("per",))
+            raise Wrong(
+                f"auto is solved for each image; remove `per: {value['per']}`, or write a count or a share.", ("per",)
+            )
         return value
 
     @property
@@ -173,7 +178,7 @@ class Keep(_Model):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        per = {"enum": ["image", "sample"], "default": "image", "description": "the group that the number is for"}
+        per = {"enum": list(get_args(Group)), "default": "image", "description": "the group that the number is for"}
         count = {"type": "integer", "minimum": 0}
         of = {"enum": ["start", "current"], "default": "start", "description": "what the share is of"}
         return {
@@ -316,23 +321,28 @@ class CompressorSpec(PartSpec):
         name: the registered name.
         keep: tokens that it leaves; None where the method decides its own count.
         if_fewer: what happens where an image has fewer tokens than the count.
+        split: how the number of an image or a sample is split over its tiles: `even`, in proportion to their tokens, or
+            by `saliency`, the attention that each tile's place gets in the whole picture that comes with the tiles.
         params: the compressor's own parameters.
         obj: an object or a class given in place of a name.
     """
 
     keep: Keep | None = Field(default=None, description=KEEP_HELP)
     if_fewer: Literal["keep-all", "error"] = "keep-all"
+    split: Literal["even", "saliency"] = "even"
 
     @model_validator(mode="before")
     @classmethod
     def _forms(cls, value: Any) -> Any:
-        return value if isinstance(value, CompressorSpec) else _flat(value, own=("keep", "if_fewer"))
+        return value if isinstance(value, CompressorSpec) else _flat(value, own=("keep", "if_fewer", "split"))
 
     @model_serializer
     def _short_form(self) -> str | dict[str, Any]:
         own: dict[str, Any] = {} if self.keep is None else {"keep": self.keep.model_dump()}
         if self.if_fewer != "keep-all":
             own["if_fewer"] = self.if_fewer
+        if self.split != "even":
+            own["split"] = self.split
         return {"name": self.name, **own, **self.params} if own or self.params else self.name
 
     @classmethod
@@ -341,6 +351,7 @@ class CompressorSpec(PartSpec):
             "name": {"type": "string", "minLength": 1},
             "keep": Keep.__get_pydantic_json_schema__(None, None),
             "if_fewer": {"enum": ["keep-all", "error"], "default": "keep-all"},
+            "split": {"enum": ["even", "saliency"], "default": "even", "description": "a number over several tiles"},
         }
         return {
             "description": "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters",
@@ -427,6 +438,7 @@ class PipelineSpec(_Model):
         if self.compressor is None and not self.stages:
             raise Wrong("the spec does nothing: give a compressor, at least one stage, or both.")
         check_order(self.stages)
+        check_groups(self.compressor, self.stages)
         check_growth(self.compressor, self.stages)
         check_budget(self.budget, self.compressor, self.stages)
         return self

@@ -12,7 +12,7 @@ from trio.spec_text import Wrong, path
 if TYPE_CHECKING:
     from trio.spec import Budget, CompressorSpec, Keep, StageSpec
 
-__all__ = ["check_budget", "check_growth", "check_order", "format_share", "parse_share"]
+__all__ = ["check_budget", "check_groups", "check_growth", "check_order", "format_share", "parse_share"]
 
 
 def parse_share(text: object) -> Fraction:
@@ -49,6 +49,24 @@ def check_order(stages: list[StageSpec]) -> None:
                     f"found {here!r} after stages[{earlier}] at {there!r}; list the stages in the order of the layers.",
                     ("stages", index, "after_layer"),
                 )
+
+
+def check_groups(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
+    """Refuse numbers for tiles where there are none: in the language model, or with a split of a larger number."""
+    for index, stage in enumerate(stages):
+        if stage.keep.per == "tile":
+            raise Wrong(
+                "found per: tile; tiles are known on the encoder side only. A stage counts for each image, or for all "
+                "images of a sample.",
+                ("stages", index, "keep", "per"),
+            )
+    if compressor is None or compressor.split == "even":
+        return
+    if compressor.keep is None or compressor.keep.per == "tile":
+        raise Wrong(
+            "found split: saliency, but there is no number to split over tiles; give `keep` for each image or sample.",
+            ("compressor", "split"),
+        )
 
 
 def check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
@@ -94,9 +112,10 @@ def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stage
                 "found auto, but the compressor decides its own count, so nothing can be solved; give compressor.keep.",
                 place,
             )
-        if any(other is not None and other.per == "sample" for _, other in keeps):
+        beside = next((other.per for _, other in keeps if other is not None and other.per != "image"), None)
+        if beside is not None:
             raise Wrong(
-                "found auto beside `per: sample`; auto is solved for each image. Write a count or a share.", place
+                f"found auto beside `per: {beside}`; auto is solved for each image. Write a count or a share.", place
             )
     if budget is None:
         return
@@ -104,7 +123,7 @@ def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stage
         raise Wrong("the only reduction decides its own count, so the budget means nothing; remove it.", ("budget",))
     average = budget.average
     for place, keep in keeps:
-        if keep is None or keep.auto or keep.per == "sample" or keep.of == "current":
+        if keep is None or keep.auto or keep.per != "image" or keep.of == "current":
             continue
         value = keep.fraction if budget.fraction is not None else keep.count
         limit = budget.fraction if budget.fraction is not None else average

@@ -5,15 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from trio.adapters.decoder import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
+from trio.adapters.patches import PatchMap
+from trio.errors import UnsupportedModelError
 from trio.masks import causal_mask
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Past, Probe, Rows
+
+if TYPE_CHECKING:
+    from trio.encoders.base import Signal
+    from trio.encoders.reader import Reader
 
 Positions = Literal["compact", "original"]
 
@@ -25,10 +31,12 @@ class Layout:
     Attributes:
         visual: bool ``(B, S)`` on the CPU.
         images: for each sample its images in the order of the sequence; their tokens add up to the sample's True.
+        modalities: for each of these images the modality that encoded it (see `Adapter.encoders`); None: all ``image``.
     """
 
     visual: torch.Tensor
     images: tuple[tuple[ImageTokens, ...], ...]
+    modalities: tuple[tuple[str, ...], ...] | None = None
 
 
 class Adapter(ABC):
@@ -122,6 +130,70 @@ class Adapter(ABC):
             none (most families).
         """
         return None
+
+    # The encoder side: what compressors need. An adapter without these serves compressors that read nothing off the
+    # tower, and sees a tiled picture as one.
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """Which patches of the tower the visual tokens of an image stand for; None: not known.
+
+        Args:
+            image: its tokens, without newlines.
+            number: its place among the images of the last call of its encoder method.
+            arguments: of that call.
+        """
+        return None
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """How many images the last call of an encoder method brought.
+
+        Args:
+            images: those that the prompts hold: as many, or a multiple where beam search repeats every sample.
+            arguments: of the call.
+        """
+        return len(images)
+
+    #: Whether tiled pictures come with the whole picture in front of their tiles, and tiles at known places.
+    whole_beside_tiles: ClassVar[bool] = False
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether signals of the tower can be joined to the visual tokens."""
+        return type(self).patch_map is not Adapter.patch_map
+
+    @property
+    def projected_blocks(self) -> tuple[int, ...]:
+        """Blocks of the tower (counted from the end, -1 the last) whose outputs, side by side, the projector maps patch
+        by patch; empty where it does anything else.
+        """
+        return ()
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """What the language model would see of rows of `projected_blocks`: ``(m, D_tower) -> (m, D)``."""
+        out: torch.Tensor = self.projector(features)
+        return out
+
+    def tower_offers(self) -> frozenset[str]:
+        """Kinds of signals that the vision tower offers (`trio.encoders.base.Signal`); empty where it is not known."""
+        from trio.encoders.towers import tower_for
+
+        if not self.reads_tower:
+            return frozenset()
+        try:
+            return tower_for(self.vision_tower).offers()
+        except UnsupportedModelError:
+            return frozenset()
+
+    def reader(self, signals: Sequence[Signal]) -> Reader:
+        """A reader of the vision tower.
+
+        Raises:
+            UnsupportedModelError: the tower is not known, or does not offer a signal.
+        """
+        from trio.encoders.reader import Reader
+        from trio.encoders.towers import tower_for
+
+        return Reader(tower_for(self.vision_tower), signals)
 
     @property
     def text_config(self) -> Any:

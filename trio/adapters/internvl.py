@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
+from trio.adapters.patches import PatchMap, join
 from trio.adapters.placeholders import runs_of_tiles
 from trio.origins import ImageTokens
 from trio.registry import ADAPTERS
@@ -33,9 +34,38 @@ class InternVLAdapter(LlavaAdapter):
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Every tile takes the same number of placeholders."""
         config: Any = self.model.config
-        rows, columns = (
-            int(size // patch * config.downsample_ratio)
-            for size, patch in zip(config.vision_config.image_size, config.vision_config.patch_size, strict=True)
-        )
+        rows, columns = (int(patches * config.downsample_ratio) for patches in self._patches)
         tile = ImageTokens.from_grid(rows, columns, size=round(1 / config.downsample_ratio**2))
         return runs_of_tiles(input_ids, config.image_token_id, tile)
+
+    @property
+    def _patches(self) -> tuple[int, int]:
+        """Rows and columns of patches of a tile."""
+        vision: Any = self.model.config.vision_config  # type: ignore[union-attr]  # a transformers model's config
+        rows, columns = (size // patch for size, patch in zip(vision.image_size, vision.patch_size, strict=True))
+        return int(rows), int(columns)
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """The patches that pixel shuffling puts into each token, as the model itself shuffles their numbers."""
+        rows, columns = self._patches
+        config: Any = self.model.config
+        numbers = torch.arange(rows * columns, dtype=torch.float64).view(1, rows, columns, 1)
+        shuffle: Any = self.multimodal
+        tile = shuffle.pixel_shuffle(numbers, scale_factor=config.downsample_ratio)
+        tile = tile.reshape(-1, tile.shape[-1]).round().long()
+        one = PatchMap(tile, torch.zeros(len(tile), dtype=torch.int64), rows * columns)
+        return join([one] * (image.tokens // len(tile)))
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """As many of the images as the tiles of the pixels make up."""
+        shape = arguments.get("pixel_values")
+        config: Any = self.model.config
+        rows, columns = self._patches
+        held = sum(image.tokens for image in images)
+        given = held if shape is None else int(shape[0] * round(rows * columns * config.downsample_ratio**2))
+        return len(images) * given // held if held else 0
+
+    @property
+    def projected_blocks(self) -> tuple[int, ...]:
+        """None: the projector sees patches shuffled together."""
+        return ()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from trio.adapters.base import Adapter, Layout
+from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import images_by_count
 from trio.errors import UnsupportedModelError
-from trio.origins import ImageTokens
+from trio.origins import CLS, ImageTokens
 from trio.registry import ADAPTERS
 
 
@@ -33,6 +34,29 @@ class LlavaAdapter(Adapter):
         """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
         config: Any = self.model.config
         return images_by_count(input_ids, config.image_token_id, self._image_tokens())
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """A token for each patch; a class token among them (`vision_feature_select_strategy: full`) is no patch."""
+        if bool((image.kind == CLS).any()):
+            raise UnsupportedModelError(
+                "compressor: this model gives the class token to the language model with the patches "
+                '(vision_feature_select_strategy "full"), which compressors do not handle; use stages alone'
+            )
+        return PatchMap.runs(image.tokens)
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """One for each picture of the pixels."""
+        shape = arguments.get("pixel_values")
+        return len(images) if shape is None else int(shape[0])
+
+    @property
+    def projected_blocks(self) -> tuple[int, ...]:
+        """The layer or layers that `vision_feature_layer` names."""
+        config: Any = self.model.config
+        chosen, depth = config.vision_feature_layer, int(config.vision_config.num_hidden_layers)
+        # Hidden states start with the embeddings: number i is what block i - 1 gives.
+        blocks = tuple(n if n < 0 else n - 1 - depth for n in ([chosen] if isinstance(chosen, int) else chosen))
+        return blocks if all(-depth <= block < 0 for block in blocks) else ()
 
     def _image_tokens(self) -> ImageTokens:
         config: Any = self.model.config

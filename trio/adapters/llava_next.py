@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
+from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import encoded_argument, images_in_order
-from trio.adapters.tiles import tiled_image
+from trio.adapters.tiles import tiled_image, tiled_patches
+from trio.origins import ImageTokens
 from trio.registry import ADAPTERS
 
 
@@ -21,6 +23,8 @@ class LlavaNextAdapter(LlavaAdapter):
 
     Newline tokens are structure, not picture: they are in no count, and the spec's `newlines` says when they go.
     """
+
+    whole_beside_tiles: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -44,3 +48,15 @@ class LlavaNextAdapter(LlavaAdapter):
             for height, width in torch.as_tensor(sizes).tolist()
         ]
         return images_in_order(input_ids, {config.image_token_id: images})
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """The patches of the whole picture, then those of its tiles that padding does not cover."""
+        config: Any = self.model.config
+        vision = config.vision_config
+        height, width = torch.as_tensor(arguments["image_sizes"]).tolist()[number]
+        side = vision.image_size // vision.patch_size
+        return tiled_patches(image, (height, width), config.image_grid_pinpoints, tile=vision.image_size, side=side)
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """One for each size."""
+        return len(arguments["image_sizes"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
+from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import encoded_argument, images_in_order
-from trio.adapters.tiles import tiled_image
+from trio.adapters.tiles import tiled_image, tiled_patches
 from trio.origins import NEWLINE, ImageTokens
 from trio.registry import ADAPTERS
 
@@ -26,6 +27,8 @@ class LlavaOnevisionAdapter(LlavaAdapter):
 
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+
+    whole_beside_tiles: ClassVar[bool] = True
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -45,7 +48,37 @@ class LlavaOnevisionAdapter(LlavaAdapter):
             name = "pixel_values" if "pixel_values" in encoded["video"] else "pixel_values_videos"
             count, frames = encoded_argument(encoded, "video", name)[:2]
             streams[config.video_token_id] = [self._video(frames)] * count
-        return images_in_order(input_ids, streams)
+        return images_in_order(input_ids, streams, {config.image_token_id: "image", config.video_token_id: "video"})
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """A picture's patches as for LLaVA-NeXT; a video's tokens each cover four patches of their frame."""
+        config: Any = self.model.config
+        side = self._side
+        if "image_sizes" not in arguments:
+            frames = int(image.frame.max()) + 1
+            pooled = math.ceil(side / 2)
+            row, column = (
+                (2 * axis[:, None] + torch.tensor(offsets)).clamp_max(side - 1)
+                for axis, offsets in ((image.row, [0, 0, 1, 1]), (image.column, [0, 1, 0, 1]))
+            )
+            assert image.tokens == frames * pooled**2
+            return PatchMap(image.frame[:, None] * side**2 + row * side + column, image.frame, frames * side**2)
+        if image.grids == ((side, side),):
+            return PatchMap.runs(side**2)
+        height, width = torch.as_tensor(arguments["image_sizes"]).tolist()[number]
+        tile = config.vision_config.image_size
+        return tiled_patches(image, (height, width), config.image_grid_pinpoints, tile=tile, side=side)
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """One for each size, or each video of the pixels."""
+        if "image_sizes" in arguments:
+            return len(arguments["image_sizes"])
+        return int(arguments["pixel_values" if "pixel_values" in arguments else "pixel_values_videos"][0])
+
+    @property
+    def projected_blocks(self) -> tuple[int, ...]:
+        """None: grids are shrunk and frames pooled behind the projector."""
+        return ()
 
     @property
     def _side(self) -> int:

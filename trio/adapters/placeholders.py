@@ -38,7 +38,9 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
     return Layout(visual, tuple(samples))
 
 
-def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[ImageTokens]]) -> Layout:
+def images_in_order(
+    input_ids: torch.Tensor, streams: Mapping[int, Sequence[ImageTokens]], modalities: Mapping[int, str] | None = None
+) -> Layout:
     """Hands pictures of known sizes out to the placeholders, in the order of the batch.
 
     Beam search repeats every sample, and its pictures with it, after they were encoded: where a stream fits the
@@ -47,13 +49,15 @@ def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[Imag
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
         streams: for each placeholder (images, video frames) the pictures of the batch in order.
+        modalities: for each placeholder what encoded it; by default all are images.
 
     Raises:
         InputError: the placeholders do not fit the pictures.
     """
     visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    found: list[list[tuple[int, ImageTokens]]] = [[] for _ in range(input_ids.shape[0])]
+    found: list[list[tuple[int, ImageTokens, str]]] = [[] for _ in range(input_ids.shape[0])]
     for token_id, stream in streams.items():
+        modality = "image" if modalities is None else modalities[token_id]
         here = input_ids == token_id
         visual |= here
         given, wanted = sum(image.tokens for image in stream), int(here.sum())
@@ -73,17 +77,22 @@ def images_in_order(input_ids: torch.Tensor, streams: Mapping[int, Sequence[Imag
             while taken < len(columns):
                 image = next(remaining)
                 for row in range(first, first + repeats):
-                    found[row].append((columns[taken], image))
+                    found[row].append((columns[taken], image, modality))
                 taken += image.tokens
             if taken != len(columns):
                 raise InputError(
                     f"sample {first}: its {len(columns)} placeholders with id {token_id} end within a picture; the "
                     "prompt may be cut, or pictures and samples are in different orders: pass whole pictures"
                 )
-    return Layout(visual, tuple(tuple(image for _, image in sorted(row, key=_column)) for row in found))
+    rows = [sorted(row, key=_column) for row in found]
+    return Layout(
+        visual,
+        tuple(tuple(image for _, image, _ in row) for row in rows),
+        tuple(tuple(modality for _, _, modality in row) for row in rows),
+    )
 
 
-def _column(entry: tuple[int, ImageTokens]) -> int:
+def _column(entry: tuple[int, ImageTokens, str]) -> int:
     return entry[0]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from trio.adapters.base import Adapter, Layout, Positions
+from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import encoded_argument, images_in_order
 from trio.errors import UnsupportedModelError
 from trio.origins import ImageTokens
@@ -48,7 +49,16 @@ class QwenVLAdapter(Adapter):
             )
             if modality in encoded
         }
-        return images_in_order(input_ids, streams)
+        return images_in_order(input_ids, streams, {config.image_token_id: "image", config.video_token_id: "video"})
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
+        """Merged patches are neighbours in the tower's order; each frame is an input of its own."""
+        merge = int(self.vision_tower.spatial_merge_size)  # type: ignore[arg-type]  # nn.Module attribute
+        return PatchMap.runs(image.tokens, patches=merge**2, inputs=int(image.frame.max()) + 1)
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """One for each grid."""
+        return len(arguments["image_grid_thw" if "image_grid_thw" in arguments else "video_grid_thw"])
 
     def _images(self, grids: Any) -> list[ImageTokens]:
         merge = int(self.vision_tower.spatial_merge_size)  # type: ignore[arg-type]  # nn.Module attribute

@@ -48,11 +48,11 @@ class VisualTokens:
         features: ``(n, D)``, in the space that the compressor asks for (`Compressor.space`).
         origins: of the n tokens; row and column may start anywhere (a tile's are those of the whole picture).
         sizes: float32 ``(n,)``, how many tokens of the start each one stands for.
-        places: int64 ``(n,)``, for each token the one of the s at whose place it stands, all different; -1 for the class
-            token, which has none.
+        places: int64 ``(n,)``, for each token the one of the s at whose place it stands, all different; -1 for the
+            class token, which has none. A token whose origin is a ``patch`` has the features that it started with.
         merged: int64 ``(s,)``, for each token of the start the one of the n that it went into, -1 where it was dropped.
         signals: what `Compressor.reads` asks for, first dimension n (but ``cls``: ``(D,)``).
-        cls: ``(D,)``, the class token in the space of `features`; None where the tower has none, or it is not asked for.
+        cls: ``(D,)``, the class token in the space of `features`; None where the tower has none, or nobody asked.
         seed: a number made from the picture, the same in any batch.
     """
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Probe
+
+if TYPE_CHECKING:
+    from trio.encoders.base import Signal
+    from trio.encoders.reader import Reader
 
 
 class PictureLayout(Protocol):
@@ -22,6 +26,26 @@ class PictureLayout(Protocol):
     @property
     def images(self) -> tuple[tuple[ImageTokens, ...], ...]:
         """The images of each sample."""
+
+    @property
+    def modalities(self) -> tuple[tuple[str, ...], ...] | None:
+        """What encoded them; None: all images."""
+
+
+class Patches(Protocol):
+    """Which patches the visual tokens of an image stand for (see `trio.adapters.patches.PatchMap`)."""
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """int64 ``(n, p)`` on the CPU."""
+
+    @property
+    def tile(self) -> torch.Tensor:
+        """int64 ``(n,)`` on the CPU."""
+
+    @property
+    def total(self) -> int:
+        """Patches of the image."""
 
 
 class Backbone(Protocol):
@@ -58,6 +82,25 @@ class Backbone(Protocol):
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PictureLayout:
         """Where visual tokens stand."""
+
+    def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> Patches | None:
+        """Which patches visual tokens stand for."""
+
+    def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
+        """How many images an encoding brought."""
+
+    @property
+    def projected_blocks(self) -> tuple[int, ...]:
+        """Blocks of the tower whose outputs the projector maps patch by patch."""
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Rows of these blocks as the language model sees them."""
+
+    def tower_offers(self) -> frozenset[str]:
+        """Kinds of signals that the tower offers."""
+
+    def reader(self, signals: Sequence[Signal]) -> Reader:
+        """A reader of the tower."""
 
     def later_features(
         self, arguments: Mapping[str, Any], after_layer: int

@@ -15,6 +15,7 @@ from trio.errors import AttachError, InputError, NonFiniteError
 from trio.probe import LayerInputs, Probe
 from trio.runtime.backbone import Backbone
 from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink
+from trio.runtime.compress import BoundCompressor, EncoderSide, merged_features
 from trio.runtime.forward import Forward
 from trio.runtime.generate import GuardedGenerate
 from trio.runtime.methods import NotedEncoder, StandIn
@@ -42,6 +43,7 @@ class Runtime:
         compact: bool,
         full_report: bool,
         newlines: NewlinePolicy = "with-row",
+        compressor: BoundCompressor | None = None,
         on_prefill: Callable[[PrefillRecord], None],
         on_decode: Callable[[float], None],
     ) -> None:
@@ -54,20 +56,25 @@ class Runtime:
             compact: whether survivors are renumbered.
             full_report: keep saliencies, measure times and bytes.
             newlines: what happens to tokens that end the rows of a picture.
+            compressor: works on the encoder side, in front of the first decoder layer.
             on_prefill: told after each forward that brought visual tokens.
             on_decode: told the seconds of each other forward, where `full_report` is set.
         """
         self._backbone = backbone
         self._stages = {stage.after_layer: stage for stage in stages}
-        self._first = min(self._stages, default=0)
+        self._encoder = None if compressor is None else EncoderSide(backbone, compressor)
+        reductions = sorted({*self._stages, *(() if compressor is None else (0,))})
+        self._first = min(reductions, default=0)
         self._needs_ran = {
             stage.after_layer - 1 for stage in stages if "ran" in stage.scorer.required() and stage.after_layer > 0
         }
         self._name = owner
         # Pipelines of one name may differ: what is written on caches also says where the stages stand.
-        layers = ", ".join(map(str, self._stages))
-        self._owner = f"{owner} (stages after layers {layers}, positions {'compact' if compact else 'original'})"
-        self._shrinker = Shrinker(backbone, self._stages, owner=self._owner, compact=compact)
+        layers = ", ".join(map(str, self._stages)) or "none"
+        before = "" if compressor is None else f"compressor {compressor.name}, "
+        numbering = "compact" if compact else "original"
+        self._owner = f"{owner} ({before}stages after layers {layers}, positions {numbering})"
+        self._shrinker = Shrinker(backbone, reductions, owner=self._owner, compact=compact)
         self._full = full_report
         self._newlines = newlines
         self._on_prefill = on_prefill
@@ -112,7 +119,13 @@ class Runtime:
         self._stand_ins = [
             GuardedGenerate(model, owner=self, name=self._name),
             *(
-                NotedEncoder(multimodal, name, pixels=self._backbone.pixels, note=self._noting(modality))
+                NotedEncoder(
+                    multimodal,
+                    name,
+                    pixels=self._backbone.pixels,
+                    note=self._noting(modality),
+                    done=self._encoding_done(modality),
+                )
                 for modality, name in self._backbone.encoders.items()
             ),
         ]
@@ -125,6 +138,8 @@ class Runtime:
                     self._hook(layer, self._layer_hook(index))
             for stand_in in self._stand_ins:
                 stand_in.install()
+            if self._encoder is not None:
+                self._encoder.attach()
         except BaseException:
             self.detach()
             raise
@@ -137,6 +152,8 @@ class Runtime:
         for stand_in in self._stand_ins:
             stand_in.remove()
         self._stand_ins = []
+        if self._encoder is not None:
+            self._encoder.detach()
         self._forward = None
         self._uncached = None
         self._encoded.clear()
@@ -181,12 +198,21 @@ class Runtime:
 
     def _noting(self, modality: str) -> Callable[[Mapping[str, Any]], None]:
         def note(arguments: Mapping[str, Any]) -> None:
+            if self._encoder is not None:
+                self._encoder.begin()
             self._encoded[modality] = arguments
             forward = self._forward
             if forward is not None and forward.thread == threading.get_ident():
                 forward.modalities.add(modality)
 
         return note
+
+    def _encoding_done(self, modality: str) -> Callable[[], None]:
+        def done() -> None:
+            if self._encoder is not None:
+                self._encoder.encoded(modality)
+
+        return done
 
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -264,6 +290,7 @@ class Runtime:
         elif prefill.uncached is not None and self._uncached is not None:
             again = self._uncached.continued_by(prefill, prefill.uncached)
             prefill.forced = self._uncached.kept if again else None
+            prefill.seeds = self._uncached.seeds if again else prefill.seeds
             prefill.repeats = again
         prefill.record.replayed = prefill.forced is not None
         return prefill
@@ -286,7 +313,7 @@ class Runtime:
             record.cache_bytes = bytes_of(cache)
         if prefill.uncached is not None and not prefill.score_only and self.forced is None:
             kept = {index: stage.kept for index, stage in record.stages.items()}
-            self._uncached = Uncached(prefill.input_ids, prefill.uncached, kept)
+            self._uncached = Uncached(prefill.input_ids, prefill.uncached, kept, prefill.seeds)
         if not prefill.repeats:
             self._on_prefill(record)
 
@@ -326,6 +353,8 @@ class Runtime:
         prefill, cache = forward.prefill, kwargs.get("past_key_values")
         stage = self._stages.get(index)
         arrived = hidden
+        if prefill is not None and index == 0 and self._encoder is not None and not prefill.score_only:
+            hidden = self._compress(self._encoder, forward, prefill, hidden, cache)
         if prefill is not None:
             prefill.sequence = prefill.sequence.to(hidden.device)
         if prefill is not None and index in forward.features:
@@ -348,6 +377,23 @@ class Runtime:
         if changed is None:
             return None if hidden is arrived else (hidden, kwargs)
         return hidden, changed
+
+    def _compress(
+        self, encoder: EncoderSide, forward: Forward, prefill: Prefill, hidden: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """Runs the compressor on the pictures that enter the language model."""
+        check_can_shrink(cache, 0, len(self._backbone.layers), self._owner)
+        prefill.sequence = prefill.sequence.to(hidden.device)
+        with prefill.timed("compression", hidden.device):
+            result = encoder.run(prefill, hidden)
+        if result is None:
+            return hidden
+        hidden, columns = result
+        assert prefill.record.compressed is not None
+        forward.features = {
+            layer: merged_features(features, prefill.record.compressed) for layer, features in forward.features.items()
+        }
+        return hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _probes(self, forward: Forward, index: int, inputs: LayerInputs) -> dict[ProbeName, Callable[[], Probe]]:
         backbone, ran = self._backbone, forward.ran

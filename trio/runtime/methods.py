@@ -38,7 +38,13 @@ class NotedEncoder(StandIn):
     """Notes the arguments of an encoder method: `generate` may call it before the forward, which then sees no grids."""
 
     def __init__(
-        self, module: nn.Module, name: str, *, pixels: tuple[str, ...], note: Callable[[Mapping[str, Any]], None]
+        self,
+        module: nn.Module,
+        name: str,
+        *,
+        pixels: tuple[str, ...],
+        note: Callable[[Mapping[str, Any]], None],
+        done: Callable[[], None],
     ) -> None:
         """Prepares the note.
 
@@ -46,11 +52,13 @@ class NotedEncoder(StandIn):
             module: the module that owns the method.
             name: of the method.
             pixels: arguments that are noted by their shape alone, so that no picture is kept alive.
-            note: told the arguments by name, None left out.
+            note: told the arguments by name, None left out, before the method runs.
+            done: called after it has run.
         """
         super().__init__(module, name)
         self._pixels = pixels
         self._note = note
+        self._done = done
         self._signature = inspect.signature(self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,4 +72,6 @@ class NotedEncoder(StandIn):
                 if value is not None
             }
         )
-        return super().__call__(*args, **kwargs)
+        out = super().__call__(*args, **kwargs)
+        self._done()
+        return out

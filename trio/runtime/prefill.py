@@ -45,7 +45,8 @@ def start_prefill(
     ids, valid = _on_host(forward.call["input_ids"], forward.attention_mask)  # from here on counts are known
     given = forward.call.get("mm_encoder_outputs") or {}
     here = forward.modalities | {name for name, output in given.items() if output is not None}
-    layout = backbone.layout(ids, {name: encoded[name] for name in here if name in encoded})
+    used = {name: encoded[name] for name in here if name in encoded}
+    layout = backbone.layout(ids, used)
     if not any(layout.images):
         return None
     sequence, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
@@ -59,6 +60,8 @@ def start_prefill(
         input_ids=ids,
         seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
         num_layers=len(backbone.layers),
+        modalities=layout.modalities or tuple(("image",) * len(row) for row in layout.images),
+        encoded=used,
     )
 
 
@@ -84,11 +87,13 @@ class Uncached:
         input_ids: int64 ``(B, S)`` on the CPU.
         visual: the embeddings of its visual tokens, ``(n, D)``.
         kept: by stage, bool ``(B, N)``.
+        seeds: of the samples, from which the first step's compressor drew.
     """
 
     input_ids: torch.Tensor
     visual: torch.Tensor
     kept: Mapping[int, torch.Tensor]
+    seeds: tuple[int, ...]
 
     def continued_by(self, prefill: Prefill, visual: torch.Tensor) -> bool:
         """Whether a forward is the next step: one token more behind the same prompts with the same pictures.

@@ -31,11 +31,32 @@ class StageRecord:
 
 
 @dataclass
+class CompressedRecord:
+    """What a compressor did in one prefill. B samples, N the most visual tokens that a sample started with.
+
+    Attributes:
+        name: of the compressor.
+        kept: bool ``(B, N)``, the places of the tokens that it left.
+        owner: int64 ``(B, N)``, for each token at the start the place of the one that it went into, -1 where it was
+            dropped.
+        counts: tokens that each image has left.
+        asked: the number asked for each image, None where the method decided.
+    """
+
+    name: str
+    kept: torch.Tensor
+    owner: torch.Tensor
+    counts: Counts
+    asked: tuple[tuple[int | None, ...], ...]
+
+
+@dataclass
 class PrefillRecord:
     """One forward that brought visual tokens.
 
     Attributes:
-        images: the images of each sample, with the visual tokens that they started with.
+        images: the images of each sample, with the visual tokens that they started with; where a compressor left a
+            merged or a class token, its origin stands at its place.
         newlines: newline tokens that each sample started with; empty in families without.
         lengths: for each decoder layer the padded length of the sequence.
         tokens: for each decoder layer the valid tokens of each sample.
@@ -44,6 +65,7 @@ class PrefillRecord:
         seconds: time by phase, filled where the pipeline's report level is ``full``.
         cache_bytes: for each layer the bytes of keys and values that it holds after the prefill, and what it would hold
             with every token of the conversation; where the level is ``full``.
+        compressed: what the compressor did; None without one, and where no picture lost a token.
         replayed: whether the selection was given instead of computed.
     """
 
@@ -55,6 +77,7 @@ class PrefillRecord:
     stages: dict[int, StageRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cache_bytes: tuple[tuple[int, int], ...] | None = None
+    compressed: CompressedRecord | None = None
     replayed: bool = False
 
     def fill_layers(self, num_layers: int, first: int) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -51,6 +51,8 @@ class Prefill:
         sequence: the tokens still there.
         input_ids: int64 ``(B, S)`` on the CPU.
         seeds: one number for each sample.
+        modalities: for each image what encoded it.
+        encoded: by modality, the arguments of the encoding that this forward uses.
         num_layers: decoder layers of the model.
         forced: for each stage the tokens to keep, bool ``(B, N)`` of the tokens at the start, in place of scoring.
         score_only: score, but drop nothing.
@@ -66,6 +68,8 @@ class Prefill:
     input_ids: torch.Tensor
     seeds: tuple[int, ...]
     num_layers: int
+    modalities: tuple[tuple[str, ...], ...] = ()
+    encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     forced: Mapping[int, torch.Tensor] | None = None
     score_only: bool = False
     keep_saliency: bool = False
