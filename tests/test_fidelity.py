@@ -1,0 +1,357 @@
+"""Fidelity: what counts as alike, its intervals, its floor, and the command that measures it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import trio
+from trio import zoo
+from trio.cli import app
+from trio.errors import InputError, TrioError
+from trio.fidelity import DESCRIBE, FidelityReport, Sample, measure, read_samples
+from trio.fidelity.compare import compare, edit_similarity, kl
+from trio.fidelity.floor import random_floor
+from trio.fidelity.intervals import estimate, share
+from trio.spec import load_spec
+from trio.zoo.evaluate import examples
+
+EVERYTHING = {"version": 1, "name": "everything", "stages": [{"after_layer": 0, "keep": "100%"}]}
+
+
+def trio_(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Any, Any]:
+    return zoo.load("tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Sample]:
+    return [Sample(e.image, e.question, f"scene {e.scene}") for e in examples("validation", 5, 3)][:14]
+
+
+@pytest.fixture(scope="module")
+def report(tiny: tuple[Any, Any], asked: list[Sample]) -> FidelityReport:
+    harsh = {"version": 1, "name": "trio-11", "stages": [{"after_layer": 0, "keep": 2}]}
+    return measure(*tiny, [EVERYTHING, "trio-11", harsh], asked, max_new_tokens=4, batch_size=6)
+
+
+# What counts as alike ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "expected"),
+    [
+        ("", "", 1.0),
+        ("a", "", 0.0),
+        ("red circle", "red circle", 1.0),
+        ("kitten", "sitting", 1 - 3 / 7),
+        ("flaw", "lawn", 0.5),
+        ("abc", "xyz", 0.0),
+    ],
+)
+def test_edit_similarity(one: str, two: str, expected: float) -> None:
+    assert edit_similarity(one, two) == edit_similarity(two, one) == pytest.approx(expected)
+
+
+def test_kl_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    full, other = torch.randn(5, 40, generator=generator) * 6, torch.randn(5, 40, generator=generator) * 6
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=full.double()), torch.distributions.Categorical(logits=other.double())
+    )
+    assert torch.allclose(kl(full, other), expected, rtol=1e-9)
+    assert kl(full, full).tolist() == [0.0] * 5
+    assert torch.allclose(
+        kl(full, full + 3.0), torch.zeros(5, dtype=torch.float64), atol=1e-6
+    )  # only differences count
+
+
+def test_kl_by_hand_and_with_tokens_ruled_out() -> None:
+    never = float("-inf")
+    full = torch.tensor([[math.log(0.75), math.log(0.25), never], [0.0, 0.0, never]])
+    other = torch.tensor([[0.0, 0.0, never], [0.0, never, 0.0]])
+    found = kl(full, other).tolist()
+    assert found[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert found[1] == math.inf  # the other model rules out what the full one says half of the time
+
+
+def test_compare() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+    alike, other = compare(logits, torch.tensor([[2.0, 1.0], [1.0, 0.0]]), ["red", "blue"], ["red", "glue"])
+    assert (alike.top1, alike.kl, alike.exact, alike.edit) == (True, 0.0, True, 1.0)
+    assert not other.top1 and not other.exact
+    assert other.kl == pytest.approx((math.e - 1) / (math.e + 1))
+    assert other.edit == 0.75
+
+
+# Intervals -----------------------------------------------------------------------------------------------------------
+
+
+def test_shares_with_one_prompt_a_picture_are_wilson_s() -> None:
+    found = share([1.0] * 8 + [0.0] * 2, [str(i) for i in range(10)])
+    assert found.method == "wilson"
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+
+
+def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
+    values = [float(i % 2) for i in range(20) for _ in range(10)]  # within a picture all alike
+    together = share(values, [str(i // 10) for i in range(200)])
+    apart = estimate(values, [str(i) for i in range(200)])
+    assert together.method == apart.method == "bootstrap"
+    assert together.high - together.low > 2.5 * (apart.high - apart.low)
+
+
+def test_full_agreement_still_has_an_interval() -> None:
+    found = share([1.0] * 30, [str(i // 3) for i in range(30)])
+    assert found.method == "wilson"
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (1.0, 0.7225, 1.0), abs=1e-3
+    )  # ten pictures, not thirty samples
+
+
+# The floor -----------------------------------------------------------------------------------------------------------
+
+
+def test_floor_changes_the_parts_and_nothing_else() -> None:
+    spec = load_spec("trio-11")
+    floor = random_floor(spec, seed=3)
+    assert floor.name == "trio-11, random"
+    for stage, random in zip(spec.stages, floor.stages, strict=True):
+        assert (random.after_layer, random.keep, random.if_fewer) == (stage.after_layer, stage.keep, stage.if_fewer)
+        assert random.scorer.as_mapping() == {"name": "random", "seed": 3}
+        assert random.selector.name == "top-k"
+    assert floor.budget == spec.budget
+    load_spec(floor)  # its parts exist
+
+
+def test_floor_of_a_compressor() -> None:
+    spec = load_spec({"version": 1, "compressor": {"name": "visionzip", "keep": 64}})
+    floor = random_floor(spec, seed=1).compressor
+    assert floor is not None and spec.compressor is not None
+    assert (floor.as_mapping(), floor.keep) == ({"name": "random", "seed": 1}, spec.compressor.keep)
+    decides = load_spec({"version": 1, "compressor": "visionzip"}, check_parts=False)
+    floor = random_floor(decides, entered=0.25).compressor
+    assert floor is not None and floor.keep.share == "25%"
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_spec_that_drops_nothing_changes_nothing(report: FidelityReport) -> None:
+    row = report.results[0].spec
+    found = row.agreement
+    assert (found.top1.value, found.kl.value, found.exact.value, found.edit.value) == (1.0, 0.0, 1.0, 1.0)
+    assert row.average_kept == row.visual_tokens == 144
+    assert row.retention == row.flops == 1.0
+
+
+def test_floor_keeps_as_many_tokens(report: FidelityReport) -> None:
+    for result in report.results:
+        assert result.floor.average_kept == pytest.approx(result.spec.average_kept)
+        assert result.floor.visual_tokens == result.spec.visual_tokens
+    assert report.results[1].spec.average_kept == pytest.approx(16, abs=0.5)
+    assert report.results[2].spec.average_kept == 2
+
+
+def test_two_specs_of_one_name_are_told_apart(report: FidelityReport) -> None:
+    assert [row.name for row in report.rows()] == [
+        *("everything", "everything, random", "trio-11", "trio-11, random"),
+        *("trio-11 (2)", "trio-11 (2), random"),
+    ]
+
+
+def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, asked: list[Sample]) -> None:
+    assert report.samples == len(asked) == 14
+    assert report.pictures == len({sample.name for sample in asked})
+    for row in report.rows():
+        same = [one.answers[row.name] == one.full for one in report.asked]
+        assert row.agreement.exact.value == pytest.approx(sum(same) / 14)
+        top1 = [one.top1[row.name] for one in report.asked]
+        assert row.agreement.top1.value == pytest.approx(sum(top1) / 14)
+        assert row.agreement.kl.value == pytest.approx(sum(one.kl[row.name] for one in report.asked) / 14)
+        edits = [edit_similarity(one.full, one.answers[row.name]) for one in report.asked]
+        assert row.agreement.edit.value == pytest.approx(sum(edits) / 14)
+    for result in report.results:
+        spec, floor = result.spec.agreement, result.floor.agreement
+        assert result.gain.top1.value == pytest.approx(spec.top1.value - floor.top1.value)
+        assert result.gain.kl.value == pytest.approx(spec.kl.value - floor.kl.value)
+    assert report.results[2].spec.agreement.kl.value > report.results[1].spec.agreement.kl.value > 0
+
+
+def test_the_answers_are_the_model_s_own(report: FidelityReport, tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+    from trio.inputs import inputs_for
+
+    model, processor = tiny
+    sample = asked[9]
+    inputs = inputs_for(processor, [sample.load()], sample.prompt)
+    with torch.no_grad():
+        full = model(**inputs).logits[:, -1]
+        with trio.Pipeline.from_spec("trio-11", model):
+            other = model(**inputs).logits[:, -1]
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert report.asked[9].answers["trio-11"] == answer
+    assert report.asked[9].kl["trio-11"] == pytest.approx(float(kl(full, other)), rel=1e-2, abs=1e-5)
+
+
+def test_times_are_measured_of_every_row(report: FidelityReport) -> None:
+    assert 0 < report.full.first_token <= report.full.answer
+    for row in report.rows():
+        assert 0 < row.seconds.first_token <= row.seconds.answer
+        assert row.speedup.first_token > 0 and row.speedup.answer > 0
+
+
+def test_report_comes_back_from_json(report: FidelityReport) -> None:
+    assert FidelityReport.from_json(report.to_json()) == report
+    summary = report.summary()
+    assert "14 prompts on 3 pictures" in summary or f"{report.pictures} pictures" in summary
+    assert "trio-11, random" in summary and "too few" in summary
+
+
+def test_nothing_is_left_on_the_model(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+    model, processor = tiny
+    before = [len(module._forward_hooks) for module in model.modules()]
+    told: list[tuple[int, int]] = []
+    steps = lambda done, total: told.append((done, total))  # noqa: E731
+    measure(model, processor, "trio-11", asked[:3], max_new_tokens=1, batch_size=2, progress=steps)
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_wrong_arguments(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+    for bad, message in (
+        ({"samples": []}, "samples: there is none"),
+        ({"specs": []}, "specs: there is none"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+    ):
+        given: dict[str, Any] = {"specs": "trio-11", "samples": asked, **bad}
+        with pytest.raises(InputError, match=message):
+            measure(*tiny, given.pop("specs"), given.pop("samples"), **given)
+    model, processor = tiny
+    model.train()
+    try:
+        with pytest.raises(InputError, match=r"model\.eval"):
+            measure(model, processor, "trio-11", asked)
+    finally:
+        model.eval()
+
+
+# Samples from files --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    images = tmp_path / "pictures"
+    images.mkdir()
+    for number, name in enumerate(["b.png", "a.jpg", "c.webp"]):
+        Image.new("RGB", (168, 168), (40 * number, 200, 30)).save(images / name)
+    (images / "notes.txt").write_text("no picture")
+    return images
+
+
+def test_every_prompt_for_every_picture(folder: Path, tmp_path: Path) -> None:
+    assert [(one.name, one.prompt) for one in read_samples(folder)] == [
+        ("a.jpg", DESCRIBE),
+        ("b.png", DESCRIBE),
+        ("c.webp", DESCRIBE),
+    ]
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("what is it ?\n\nwhat colour ?\n")
+    found = read_samples(folder, lines, limit=2)
+    expected = itertools.product(["a.jpg", "b.png"], ["what is it ?", "what colour ?"])
+    assert [(one.name, one.prompt) for one in found] == list(expected)
+    assert found[0].load().size == (168, 168)
+
+
+def test_pairs_from_json_lines(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    pairs = [("c.webp", "one ?"), ("a.jpg", "two ?"), ("c.webp", "three ?")]
+    file.write_text("\n".join(json.dumps({"image": image, "prompt": text, "answer": "x"}) for image, text in pairs))
+    assert [(one.name, one.prompt) for one in read_samples(folder, file)] == pairs
+    assert [one.prompt for one in read_samples(folder, file, limit=1)] == ["one ?", "three ?"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "line 1: no JSON"),
+        ('{"image": "a.jpg"}', "line 1: found"),
+        ('{"image": "a.jpg", "prompt": "x"}\n{"image": "z.png", "prompt": "x"}', "line 2: there is no picture"),
+        ('{"image": "a.jpg", "prompt": " "}', "an empty one"),
+        ("", "there is none"),
+    ],
+)
+def test_wrong_json_lines(folder: Path, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_samples(folder, file)
+
+
+def test_wrong_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n")
+    for images, prompts, message in (
+        (tmp_path / "missing", None, "there is no such folder"),
+        (tmp_path / "empty", None, "no picture in this folder"),
+        (folder, tmp_path / "missing.txt", "there is no such file"),
+        (folder, tmp_path / "empty.txt", "the file is empty"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_samples(images, prompts)
+    (folder / "broken.png").write_bytes(b"no picture at all")
+    with pytest.raises(InputError, match=r"broken\.png.*not a picture"):
+        read_samples(folder)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    for number, example in enumerate(examples("validation", 2, 2)[::8]):
+        example.image.save(folder / f"scene-{number}.png")
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("how many circles ?\n")
+    spec = tmp_path / "mine.yaml"
+    spec.write_text('version: 1\nname: mine\nstages: [{after_layer: "25%", keep: 12}]\n')
+    options = ["--prompts", prompts, "--spec", "trio-11", "--spec", spec, "--json", out, "--max-new-tokens", "2"]
+    result = trio_("fidelity", "tiny-llava", "--images", folder, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "mine" in result.stdout and "random" in result.stdout and "95% interval" in result.stdout
+    found = FidelityReport.from_json(out.read_text())
+    assert found.samples == found.pictures == 5
+    assert [one.spec.name for one in found.results] == ["trio-11", "mine"]
+    assert found.model == "tiny-llava"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--spec", "trio-12"], "there is no shipped spec 'trio-12'"),
+        (["--json", "missing/out.json"], "make it first"),
+        (["--prompts", "missing.txt"], "there is no such file"),
+    ],
+)
+def test_command_says_what_is_wrong(folder: Path, options: list[str], message: str) -> None:
+    result = trio_("fidelity", "tiny-llava", "--images", folder, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stdout == ""
+
+
+def test_a_spec_that_does_not_fit_is_refused_before_anything_runs(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+    spec = {"version": 1, "stages": [{"after_layer": 40, "keep": 3}]}
+    with pytest.raises(TrioError, match="40"):
+        measure(*tiny, spec, asked)
