@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def check_adapter(
     tolerance: float | None = None,
     promises: Sequence[str] | None = None,
     stages: Sequence[Any] | None = None,
+    compressor: Mapping[str, Any] | str | None = None,
     attention: Sequence[str] = ("eager", "sdpa"),
     adapter: Adapter | None = None,
     raise_on_failure: bool = True,
@@ -42,6 +43,8 @@ def check_adapter(
         tolerance: largest difference of logits, relative to the largest; by default `TOLERANCES` of the model's dtype.
         promises: names out of `trio.testing.PROMISES`; all by default.
         stages: what to compress with, in place of two stages of the default scorer and selector.
+        compressor: a compressor to check the promises with, alone and with these stages behind it: a spec's mapping, or
+            a name, which then keeps 60%. One that draws at random cannot be compared with one pass and is refused.
         attention: transformers' names of the implementations that must agree with the model's own; those that the model
             does not take are reported as such. On a GPU add "flex_attention".
         adapter: in place of the one found for the model.
@@ -70,7 +73,7 @@ def check_adapter(
         adapter=found,
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
         exact=dtype in (torch.float32, torch.float64),
-        settings=_settings(found, stages),
+        settings=_settings(found, stages) if compressor is None else _compressed(compressor, stages),
         attention=_offered(found.model, attention),
     )
     checks: list[Check] = []
@@ -92,6 +95,19 @@ def _settings(adapter: Adapter, stages: Sequence[Any] | None) -> tuple[Setting, 
     other = adapter.allowed_positions - {adapter.default_positions}
     settings += [Setting(f"positions {name}", TWO_STAGES, name) for name in sorted(other)]
     return tuple(settings)
+
+
+def _compressed(compressor: Mapping[str, Any] | str, stages: Sequence[Any] | None) -> tuple[Setting, ...]:
+    given = {"name": compressor, "keep": "60%"} if isinstance(compressor, str) else dict(compressor)
+    if given["name"] == "random":
+        raise InputError(
+            "compressor: random draws by the prompt, and a prompt with its answer is another one; give another method"
+        )
+    behind = TWO_STAGES if stages is None else stages
+    return (
+        Setting(f"{given['name']} and two stages", behind, compressor=given),
+        Setting(f"{given['name']} alone", (), compressor=given),
+    )
 
 
 def _offered(model: nn.Module, attention: Sequence[str]) -> tuple[str, ...]:

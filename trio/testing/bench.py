@@ -45,6 +45,7 @@ class Setting:
     label: str
     stages: Sequence[Any]
     positions: Literal["auto", "compact", "original"] = "auto"
+    compressor: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Bench:
         return Pipeline(
             self.inner,
             stages=setting.stages,
+            compressor=setting.compressor,
             positions=setting.positions,
             name="trio.testing",
             adapter=self.adapter,
@@ -221,6 +223,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     largest = expected.float().abs().max().clamp_min(1e-12)
     return float((found.float() - expected.float()).abs().max() / largest)
+
+
+def kept_by_all(report: CompressionReport) -> Selection:
+    """What the compressor left, as though it were a first stage, and what each stage kept."""
+    left = [
+        [image.indices for image in sample.compressor.images]
+        if sample.compressor is not None
+        else [list(range(image.tokens)) for image in sample.images]
+        for sample in report.samples
+    ]
+    return [left, *report.selection()]
 
 
 def _images(selection: Selection) -> Iterator[set[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from trio.testing import varlen
-from trio.testing.bench import RAGGED, Bench, attention_of, reduced, relative
+from trio.testing.bench import RAGGED, Bench, attention_of, kept_by_all, reduced, relative
 from trio.testing.results import Case, require
 
 
@@ -28,7 +28,7 @@ def _agrees(bench: Bench, name: str) -> str:
     stock = bench.forward(inputs)
     with pipeline:
         bench.forward(inputs)
-        selection = reduced(pipeline.report).selection()
+        selection, kept = reduced(pipeline.report).selection(), kept_by_all(pipeline.report)
         with pipeline.replay(selection):
             own = bench.forward(inputs)
     # In half precision the tower alone moves the tokens; what is promised is about the layers that we touch.
@@ -37,12 +37,12 @@ def _agrees(bench: Bench, name: str) -> str:
         noise = relative(bench.forward(inputs)[:, -1], stock[:, -1])
         with pipeline:
             bench.forward(inputs)
-            found = pipeline.report.selection()
+            found = kept_by_all(pipeline.report)
             with pipeline.replay(selection):
                 other = bench.forward(inputs)
             out = bench.generate(inputs)
             error = bench.follows_replay(pipeline, RAGGED, out, pipeline.report.selection())
-    share = bench.same_tokens(found, selection, name)
+    share = bench.same_tokens(found, kept, name)
     difference = relative(other[:, -1], own[:, -1])
     allowed = max(bench.tolerance, 2 * noise)
     require(difference <= allowed, f"logits differ by {difference:.1e}, the stock model's by {noise:.1e}")

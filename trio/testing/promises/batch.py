@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.testing.bench import RAGGED, Bench, Selection, Setting
+from trio.testing.bench import RAGGED, Bench, Selection, Setting, kept_by_all
 from trio.testing.inputs import Prompt, Side
 from trio.testing.results import Case
 
@@ -22,21 +22,21 @@ def singles(bench: Bench, setting: Setting, side: Side, prompts: Sequence[Prompt
     inputs = bench.inputs(*prompts, side=side)
     pipeline = bench.pipeline(setting)
     worst = 0.0
-    alone_kept: Selection = [[] for _ in setting.stages]
-    batch_kept: Selection = [[] for _ in setting.stages]
+    alone_kept: Selection = [[] for _ in range(1 + len(setting.stages))]
+    batch_kept: Selection = [[] for _ in range(1 + len(setting.stages))]
     with pipeline:
         logits = bench.forward(inputs)
         report = pipeline.report
         ends = bench.last(logits, inputs, side, report)
-        selection = report.selection()
+        selection, kept = report.selection(), kept_by_all(report)
         for sample, prompt in enumerate(prompts):
             alone = bench.inputs(prompt)
             expected = [[by_sample[sample]] for by_sample in selection]
             if prompt.pictures:
                 bench.forward(alone)
-                for stage, by_sample in enumerate(pipeline.report.selection()):
-                    alone_kept[stage] += by_sample
-                    batch_kept[stage] += expected[stage]
+                for place, by_sample in enumerate(kept_by_all(pipeline.report)):
+                    alone_kept[place] += by_sample
+                    batch_kept[place].append(kept[place][sample])
             # Half precision may break a tie differently: logits are compared for the same tokens.
             with pipeline.replay(expected):
                 own = bench.forward(alone)[:, -1]

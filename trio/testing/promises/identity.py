@@ -22,7 +22,8 @@ def everything(bench: Bench) -> Setting:
         else {**stage, "keep": "100%"}
         for stage in bench.settings[0].stages
     ]
-    return Setting("keep 100%", stages)
+    compressor = bench.settings[0].compressor
+    return Setting("keep 100%", stages, compressor=None if compressor is None else {**compressor, "keep": "100%"})
 
 
 def cases(bench: Bench) -> Iterator[Case]:
