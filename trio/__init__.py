@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trio import cost, testing, zoo
+    from trio import cost, encoders, testing, zoo
     from trio.adapters.base import Adapter
     from trio.context import LayerContext
     from trio.encoders.base import Compressor
+    from trio.encoders.towers.base import Tower
     from trio.errors import (
         AttachError,
         BudgetError,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from trio.pipeline import Pipeline
-    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS, TOWERS
     from trio.report import CompressionReport
     from trio.scorers.base import Scorer
     from trio.selectors.base import Selector
@@ -42,6 +43,7 @@ __all__ = [
     "COMPRESSORS",
     "SCORERS",
     "SELECTORS",
+    "TOWERS",
     "Adapter",
     "AttachError",
     "Budget",
@@ -62,11 +64,13 @@ __all__ = [
     "SpecError",
     "Stage",
     "StageSpec",
+    "Tower",
     "TrioError",
     "UnknownNameError",
     "UnsupportedModelError",
     "__version__",
     "cost",
+    "encoders",
     "load_spec",
     "testing",
     "zoo",
@@ -82,7 +86,8 @@ _LAZY = {
     "Scorer": "trio.scorers.base:Scorer",
     "Selector": "trio.selectors.base:Selector",
     "Stage": "trio.spec:StageSpec",
-    **{name: f"trio.registry:{name}" for name in ("ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS")},
+    "Tower": "trio.encoders.towers.base:Tower",
+    **{name: f"trio.registry:{name}" for name in ("ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS", "TOWERS")},
     **{
         name: f"trio.spec:{name}"
         for name in ("Budget", "CompressorSpec", "Keep", "PipelineSpec", "StageSpec", "load_spec")
@@ -103,6 +108,7 @@ _LAZY = {
         )
     },
     "cost": "trio.cost",
+    "encoders": "trio.encoders",
     "testing": "trio.testing",
     "zoo": "trio.zoo",
 }

@@ -1,4 +1,4 @@
-"""Parts by name: one generic registry, and the four that the package uses.
+"""Parts by name: one generic registry, and the five that the package uses.
 
 A part is found by name in this order: what was registered with the decorator in this process, the built-in modules
 (imported at the first look-up), the entry points of third-party distributions (loaded only when asked for by name).
@@ -22,11 +22,12 @@ from trio.errors import InputError, PluginError, SpecError, UnknownNameError, di
 if TYPE_CHECKING:
     from trio.adapters.base import Adapter
     from trio.encoders.base import Compressor
+    from trio.encoders.towers.base import Tower
     from trio.scorers.base import Scorer
     from trio.selectors.base import Selector
     from trio.spec import PartSpec
 
-__all__ = ["ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS", "Parameter", "PartInfo", "Registry"]
+__all__ = ["ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS", "TOWERS", "Parameter", "PartInfo", "Registry"]
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -50,7 +51,7 @@ class PartInfo:
 
     Attributes:
         name: the registered name.
-        kind: "scorer", "selector", "compressor" or "adapter".
+        kind: "scorer", "selector", "compressor", "adapter" or "tower".
         aliases: other names that find it.
         source: "trio", the distribution and version of a plugin, or the module that registered it.
         summary: first line of its docstring.
@@ -321,3 +322,4 @@ SCORERS: Registry[Scorer] = _registry("scorer", "trio.scorers.base:Scorer", "tri
 SELECTORS: Registry[Selector] = _registry("selector", "trio.selectors.base:Selector", "trio.selectors")
 COMPRESSORS: Registry[Compressor] = _registry("compressor", "trio.encoders.base:Compressor", "trio.encoders")
 ADAPTERS: Registry[Adapter] = _registry("adapter", "trio.adapters.base:Adapter", "trio.adapters")
+TOWERS: Registry[Tower] = _registry("tower", "trio.encoders.towers.base:Tower", "trio.encoders.towers")

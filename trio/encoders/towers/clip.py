@@ -1,0 +1,27 @@
+"""CLIP's vision tower in transformers: a class token, learnt positions, separate projections."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trio.encoders.towers.base import is_a
+from trio.encoders.towers.projected import ProjectedTower
+from trio.registry import TOWERS
+
+
+@TOWERS.register("clip")
+class ClipTower(ProjectedTower):
+    """`CLIPVisionModel` of transformers: the tower of LLaVA-1.5 and LLaVA-NeXT, read at its last block but one."""
+
+    has_cls = True
+    prefix = 1
+    features_block = -2
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module is a `CLIPVisionModel`."""
+        return is_a(
+            module,
+            "transformers.models.clip.modeling_clip.CLIPVisionModel",
+            "transformers.models.clip.modeling_clip.CLIPVisionTransformer",
+        )

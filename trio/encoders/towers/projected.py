@@ -1,0 +1,77 @@
+"""What towers of transformers with separate query and key projections have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from trio.encoders.towers.base import Heads, Tower, pair, pixel_grid, split_heads
+
+
+class ProjectedTower(Tower):
+    """A tower whose blocks hold an attention module with submodules that give queries and keys ``(B, S, width)``."""
+
+    blocks_path: ClassVar[str] = "encoder.layers"
+    #: Below a block.
+    attention_path: ClassVar[str] = "self_attn"
+    #: Below the attention: the modules whose outputs meet in the attention.
+    query_path: ClassVar[str] = "q_proj"
+    key_path: ClassVar[str] = "k_proj"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Tower.blocks`."""
+        found: Any = self.module.get_submodule(self.blocks_path)
+        blocks: Sequence[nn.Module] = found
+        return blocks
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of each block."""
+        heads: int = self.config.num_attention_heads
+        return heads
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the module."""
+        return self.module.config
+
+    def attention(self, block: int) -> nn.Module:
+        """See `Tower.attention`."""
+        found = self.part(block, self.attention_path)
+        found.get_submodule(self.query_path), found.get_submodule(self.key_path)
+        return found
+
+    def listen(self, block: int, told: Callable[[Heads], None]) -> list[RemovableHandle]:
+        """See `Tower.listen`."""
+        attention = self.attention(block)
+        held: dict[str, torch.Tensor] = {}
+
+        def hold(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+            def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+                held[name] = output.detach()
+
+            return after
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            queries, keys = (split_heads(held.pop(name), self.heads) for name in ("queries", "keys"))
+            told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
+
+        return [
+            attention.get_submodule(self.query_path).register_forward_hook(hold("queries")),
+            attention.get_submodule(self.key_path).register_forward_hook(hold("keys")),
+            attention.register_forward_hook(after),
+        ]
+
+    def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
+        """See `Tower.run`."""
+        return self.module(**images) if isinstance(images, Mapping) else self.module(pixel_values=images)
+
+    def grids(self, images: torch.Tensor | Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See `Tower.grids`."""
+        pixels = images["pixel_values"] if isinstance(images, Mapping) else images
+        return pixel_grid(pixels, pair(self.config.patch_size))

@@ -1,0 +1,152 @@
+"""Qwen's vision towers in transformers: packed pictures of any size, rotary positions, fused projections, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from trio.encoders.towers.base import Heads, Layout, Tower, is_a, split_heads
+from trio.errors import InputError
+from trio.registry import TOWERS
+
+_MODELS = "transformers.models."
+
+
+@TOWERS.register("qwen-vl")
+class QwenTower(Tower):
+    """The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one row a patch, the frames of all pictures in one row of rows.
+
+    An input is one temporal frame of a grid: what the tower's attention sees at once. Patches are in the order
+    of the rows of `pixel_values` (blocks of 2 x 2 that become one token); Qwen2.5's order by windows is undone.
+    Attention is that of rotated queries and keys. Keys are those before the rotation, which say what a patch shows and
+    not where.
+    """
+
+    merging_reason = "it packs pictures of different sizes into one sequence and rotates by position"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module is one of the three towers."""
+        return is_a(
+            module,
+            _MODELS + "qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+            _MODELS + "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+            _MODELS + "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",
+            _MODELS + "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel",
+        )
+
+    def __init__(self, module: nn.Module) -> None:
+        """Binds the tower; see `Tower`."""
+        super().__init__(module)
+        self._merge = int(module.spatial_merge_size)  # type: ignore[arg-type]  # an int attribute
+        self.patches_per_token = self._merge**2
+        #: Blocks that see whole frames; None where all do.
+        self._full: Sequence[int] | None = getattr(module, "fullatt_block_indexes", None)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Tower.blocks`."""
+        blocks: Any = self.module.blocks
+        return blocks  # type: ignore[no-any-return]  # a ModuleList
+
+    def attention(self, block: int) -> nn.Module:
+        """See `Tower.attention`."""
+        found = self.part(block, "attn")
+        found.get_submodule("qkv")
+        return found
+
+    def seeing_block(self, block: int) -> int | None:
+        """See `Tower.seeing_block`."""
+        if self._full is None:
+            return block
+        return min((full for full in self._full if full >= block), default=None)
+
+    def listen_layout(self, told: Callable[[Layout], None]) -> list[RemovableHandle]:
+        """See `Tower.listen_layout`."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+            told(self._layout(grid, kwargs))
+
+        return [self.module.register_forward_pre_hook(before, with_kwargs=True)]
+
+    def _layout(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> Layout:
+        spans, start = [], 0
+        for frames, rows, columns in grid.tolist():
+            for _ in range(frames):
+                spans.append((start, start + rows * columns))
+                start += rows * columns
+        return Layout(tuple(spans), 0, self._order(grid, kwargs))
+
+    def _order(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        if self._full is None:
+            return None
+        from transformers.vision_utils import get_vision_window_index
+
+        module: Any = self.module
+        index, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=self._merge,
+            window_size=module.window_size,
+            patch_size=module.patch_size,
+            kwargs=dict(kwargs),
+        )
+        back = torch.argsort(index)
+        within = torch.arange(self.patches_per_token, device=back.device)
+        return (back[:, None] * self.patches_per_token + within).flatten()
+
+    def listen(self, block: int, told: Callable[[Heads], None]) -> list[RemovableHandle]:
+        """See `Tower.listen`."""
+        attention = self.attention(block)
+        heads = int(attention.num_heads)  # type: ignore[arg-type]  # an int attribute
+        held: dict[str, torch.Tensor] = {}
+
+        def hold(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            held["qkv"] = output.detach()
+
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            queries, plain, _ = split_heads(held.pop("qkv"), 3 * heads).chunk(3, dim=1)
+            cos, sin = kwargs["position_embeddings"]
+            told(
+                Heads(
+                    rotate(queries, cos, sin)[None],
+                    rotate(plain, cos, sin)[None],
+                    plain[None],
+                    queries.shape[-1] ** -0.5,
+                )
+            )
+
+        return [
+            attention.get_submodule("qkv").register_forward_hook(hold),
+            attention.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
+        """See `Tower.run`."""
+        images = self._arguments(images)
+        return self.module(images["pixel_values"], grid_thw=images["grid_thw"])
+
+    def grids(self, images: torch.Tensor | Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See `Tower.grids`."""
+        grid = self._arguments(images)["grid_thw"].tolist()
+        return [(rows, columns) for frames, rows, columns in grid for _ in range(frames)]
+
+    def _arguments(self, images: torch.Tensor | Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(images, Mapping) or not {"pixel_values", "grid_thw"} <= images.keys():
+            raise InputError(
+                "images: this tower takes patches of many pictures in one tensor; give "
+                '{"pixel_values": (patches, values), "grid_thw": (pictures, 3)} as the processor makes them'
+            )
+        return images
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys ``(S, heads, head_dim)`` turned by ``(S, head_dim)``, in their own dtype as the tower's."""
+    dtype = heads.dtype
+    heads, cos, sin = heads.float(), cos[:, None].float(), sin[:, None].float()
+    first, second = heads.chunk(2, dim=-1)
+    return (heads * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
