@@ -1,0 +1,172 @@
+"""Against published code: indices that the authors' own functions gave on the same seeded inputs.
+
+`tests/fixtures/published` holds seeds, shapes, the source repository and commit, and the indices; no code of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.published import (
+    PATCHES,
+    attention_of,
+    features_of,
+    groups_of,
+    marked,
+    nms_inputs,
+    normal,
+    prumerge_inputs,
+    scan_inputs,
+    stage_model,
+    visionzip_inputs,
+    vispruner_inputs,
+)
+
+import trio
+from trio.encoders.base import Compressor, VisualTokens
+from trio.encoders.divprune import farthest
+from trio.encoders.prumerge import PruMerge, neighbourhoods
+from trio.encoders.scan import Scan
+from trio.encoders.visionzip import VisionZip
+from trio.encoders.vispruner import VisPruner
+from trio.origins import ImageTokens
+from trio.selectors.nms import NMS, unit_length
+
+FOLDER = Path(__file__).parent / "fixtures" / "published"
+
+
+def cases(name: str) -> list[Any]:
+    fixture = json.loads((FOLDER / f"{name}.json").read_text())
+    return [pytest.param(case, id=f"{name}-{case['seed']}") for case in fixture["cases"]]
+
+
+def start(
+    features: torch.Tensor, rows: int, compressor: Compressor, *signals: torch.Tensor, **more: Any
+) -> VisualTokens:
+    origins = ImageTokens.from_grid(rows, len(features) // rows)
+    return VisualTokens.start(features, origins, dict(zip(compressor.reads(), signals, strict=True)), **more)
+
+
+def test_every_fixture_names_its_source() -> None:
+    found = sorted(FOLDER.glob("*.json"))
+    assert len(found) == 8
+    for path in found:
+        fixture = json.loads(path.read_text())
+        assert len(fixture["commit"]) == 40 and "/" in fixture["repository"] and fixture["cases"], path.name
+
+
+@pytest.mark.parametrize("case", cases("visionzip"))
+def test_visionzip(case: dict[str, Any]) -> None:
+    """One-hot features: each contextual token shows which tokens it holds."""
+    attention, keys = visionzip_inputs(case["seed"])
+    k = case["dominant"] + case["contextual"]
+    compressor = VisionZip()
+    assert compressor.split(k) == (case["dominant"], case["contextual"])
+    tokens = start(torch.eye(PATCHES), 24, compressor, attention.mean(0), keys, class_token=torch.full((PATCHES,), 7.0))
+    out = compressor.compress(tokens, k)
+    assert torch.equal(out.features[0], torch.full((PATCHES,), 7.0)) and int(out.places[0]) == -1
+    held = [row.nonzero().squeeze(1).tolist() for row in out.features[1:]]
+    contextual = [group for group in held if len(group) > 1 or group[0] not in case["kept"]]
+    assert [group[0] for group in held if len(group) == 1 and group[0] in case["kept"]] == case["kept"]
+    assert sorted(contextual) == sorted(case["groups"])
+    for group, place in zip(held, out.places[1:].tolist(), strict=True):
+        assert place in group
+        assert {index for index, to in enumerate(out.merged.tolist()) if to == out.merged[place]} == set(group)
+
+
+@pytest.mark.parametrize("case", cases("scan-clip"))
+def test_scan(case: dict[str, Any]) -> None:
+    shallow, deep, features = scan_inputs(case["seed"], PATCHES)
+    out = compress_scan(Scan(), features, 24, shallow, deep, case["k"])
+    if case["k"] == 100:  # the published code keeps 98 of these, because 16 windows do not divide 50
+        assert len(case["kept"]) == 98 and set(case["kept"]) < set(out.places.tolist())
+        return
+    assert out.places.tolist() == case["kept"]
+    assert out.merged.tolist() == case["into"] == groups_of(out.features)
+
+
+@pytest.mark.parametrize("case", cases("scan-qwen"))
+def test_scan_of_qwen(case: dict[str, Any]) -> None:
+    shallow, deep, features = scan_inputs(case["seed"], case["rows"] * case["columns"])
+    compressor = Scan(window=4, limit="ceil", local_layer=0, global_layer=-1)
+    out = compress_scan(compressor, features, case["rows"], shallow, deep, case["k"])
+    assert out.places.tolist() == case["kept"]
+    assert out.merged.tolist() == case["into"] == groups_of(out.features)
+
+
+def compress_scan(
+    compressor: Scan, features: torch.Tensor, rows: int, shallow: torch.Tensor, deep: torch.Tensor, k: int
+) -> VisualTokens:
+    return compressor.compress(start(features, rows, compressor, shallow.mean(0), deep.mean(0)), k)
+
+
+@pytest.mark.parametrize("case", cases("vispruner"))
+def test_vispruner(case: dict[str, Any]) -> None:
+    attention, features = vispruner_inputs(case["seed"], case["n"])
+    compressor = VisPruner(important=case["important"])
+    out = compressor.compress(start(features, 1, compressor, attention.mean(0)), case["k"])
+    assert out.places.tolist() == case["kept"]
+
+
+@pytest.mark.parametrize("case", cases("divprune"))
+def test_divprune(case: dict[str, Any]) -> None:
+    """In the order in which tokens are chosen."""
+    assert farthest(features_of(case["seed"], case["n"]), case["k"]).tolist() == case["chosen"]
+
+
+@pytest.mark.parametrize("case", cases("prumerge"))
+def test_prumerge(case: dict[str, Any]) -> None:
+    query, keys = prumerge_inputs(case["seed"])
+    attention = (keys @ query / PATCHES**0.5).softmax(0)
+    compressor = PruMerge(plus=case["plus"], share=case["share"])
+    tokens = start(torch.eye(PATCHES), 24, compressor, attention, keys.unflatten(1, (16, 36)))
+    out = compressor.compress(tokens, PATCHES)
+    places = out.places.tolist()
+    (rest,) = set(places) - set(case["centres"])
+    assert sorted({*case["centres"], rest}) == places
+    others = [index for index in range(PATCHES) if index not in case["centres"]]
+    assert rest == max(others, key=lambda index: float(attention[index]))
+    clusters, _ = neighbourhoods(unit_length(keys), torch.tensor(case["centres"]), 32)
+    for row, place in zip(out.features, places, strict=True):
+        held = row.nonzero().squeeze(1).tolist()
+        if place == rest:
+            assert held == others
+        else:
+            which = case["centres"].index(place)
+            added = [index for index in held if index != place]
+            assert sum(index**2 for index in added) == case["sums"][which] and len(added) == 32
+            assert added == clusters[which].nonzero().squeeze(1).tolist()
+            torch.testing.assert_close(row[added], attention[added])
+
+
+@pytest.mark.parametrize("case", cases("trio-nms"))
+def test_nms(case: dict[str, Any]) -> None:
+    saliency, features = nms_inputs(case["seed"], case["n"])
+    valid = torch.ones(1, case["n"], dtype=torch.bool)
+    kept, _ = NMS().select(saliency[None], features[None], torch.tensor([case["k"]]), valid)
+    assert kept[0].tolist() == case["kept"]
+
+
+@pytest.mark.parametrize("case", cases("trio-stage"))
+def test_stage(case: dict[str, Any]) -> None:
+    """A whole stage in a running forward: released rows, gradient norms, suppression, filling up."""
+    model, batch = stage_model(case["seed"])
+    scorer = {"name": "objective-gradient", "rows": "released"}
+    stage = trio.Stage(after_layer=case["after_layer"], keep=case["keep"], scorer=scorer, selector="nms")
+    pipeline = trio.Pipeline(model, stages=[stage])
+    with pipeline, torch.no_grad():
+        model(**batch)
+    (group,) = pipeline.report.samples[0].stages[0].groups
+    assert group.indices == case["kept"]
+
+
+def test_marks_survive_an_average() -> None:
+    """What the fixtures of merged tokens rest on."""
+    averages = marked(normal(0, 6, 32))[:4].clone()
+    averages[1] = (averages[1] + marked(normal(0, 6, 32))[4] + marked(normal(0, 6, 32))[5]) / 3
+    assert groups_of(averages) == [0, 1, 2, 3, 1, 1]
+    assert attention_of(0, 2, 5).sum(1).allclose(torch.ones(2))
