@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -24,6 +26,7 @@ from trio.fidelity.intervals import estimate, share
 from trio.spec import load_spec
 from trio.zoo.evaluate import examples
 
+ROOT = Path(trio.__file__).parent.parent
 EVERYTHING = {"version": 1, "name": "everything", "stages": [{"after_layer": 0, "keep": "100%"}]}
 
 
@@ -114,11 +117,9 @@ def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
 
 
 def test_full_agreement_still_has_an_interval() -> None:
-    found = share([1.0] * 30, [str(i // 3) for i in range(30)])
+    found = share([1.0] * 30, [str(i // 3) for i in range(30)])  # ten pictures, not thirty samples
     assert found.method == "wilson"
-    assert (found.value, found.low, found.high) == pytest.approx(
-        (1.0, 0.7225, 1.0), abs=1e-3
-    )  # ten pictures, not thirty samples
+    assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-3)
 
 
 # The floor -----------------------------------------------------------------------------------------------------------
@@ -355,3 +356,20 @@ def test_a_spec_that_does_not_fit_is_refused_before_anything_runs(tiny: tuple[An
     spec = {"version": 1, "stages": [{"after_layer": 40, "keep": 3}]}
     with pytest.raises(TrioError, match="40"):
         measure(*tiny, spec, asked)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_committed_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.measured import block
+
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    assert block("fidelity") in page
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])["name"] == "attention-15"  # type: ignore[index]
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(compile(code[1].replace("scenes=40", "scenes=3"), "docs/fidelity.md", "exec"), names)
+    assert names["report"].pictures == 2

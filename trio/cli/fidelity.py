@@ -10,6 +10,8 @@ import typer
 from trio.cli.common import DType
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trio.fidelity import FidelityReport
 
 
@@ -38,7 +40,7 @@ def fidelity(
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
-    from trio.cli.common import load_model, progress_bar, writable
+    from trio.cli.common import console, load_model, progress_bar, writable
     from trio.fidelity import measure, read_samples
     from trio.spec import load_spec
 
@@ -61,19 +63,18 @@ def fidelity(
         )
     if json_file is not None:
         json_file.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
-    print_report(report)
+    print_report(report, console())
     if json_file is not None:
         typer.echo(f"everything written to {json_file}")
 
 
-def print_report(report: FidelityReport) -> None:
-    """The report as a table."""
+def print_report(report: FidelityReport, out: Console) -> None:
+    """The report as tables."""
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console, duration, times
+    from trio.cli.common import duration, times
 
-    out = console()
     prompts = f"{report.samples} prompts on {report.pictures} pictures, batches of {report.batch_size}"
     out.print(Text(f"{report.model}: {prompts}, {report.dtype} on {report.device}", style="bold"))
     agreement = Table(header_style="bold")

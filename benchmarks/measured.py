@@ -1,0 +1,55 @@
+"""What the commands print, in the pages that explain them, from committed results.
+
+``python -m benchmarks.measured`` puts the tables of `trio fidelity` and `trio tune` into docs/fidelity.md and
+docs/tune.md. The pages say how the results were made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def fidelity(out: Console) -> None:
+    """The table of `trio fidelity`."""
+    from trio.cli.fidelity import print_report
+    from trio.fidelity import FidelityReport
+
+    print_report(FidelityReport.from_json((RESULTS / "fidelity-tiny-llava.json").read_text()), out)
+
+
+PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity}
+
+
+def block(name: str) -> str:
+    """The measured block of a page, with the lines that mark it."""
+    with Console(width=100, record=True, file=io.StringIO(), highlight=False) as out:
+        PAGES[name](out)
+    begin, end = marks(name)
+    lines = [line.rstrip() for line in out.export_text(styles=False).splitlines()]
+    return "\n".join([begin, "", "```text", *lines, "```", "", end])
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines before and after the block of a page."""
+    return f"<!-- measured: python -m benchmarks.measured ({name}) -->", "<!-- end of what was measured -->"
+
+
+def main() -> None:
+    """Writes the blocks into the pages."""
+    for name in PAGES:
+        page = ROOT / "docs" / f"{name}.md"
+        text, (begin, end) = page.read_text(), marks(name)
+        if begin not in text:
+            raise SystemExit(f"docs/{name}.md: the line {begin!r} is missing; put it and {end!r} where it should stand")
+        page.write_text(text[: text.index(begin)] + block(name) + text[text.index(end) + len(end) :])
+
+
+if __name__ == "__main__":
+    main()
