@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import trio
 from trio.cli.check import check
+from trio.cli.eval import evaluate
 from trio.cli.fidelity import fidelity
 from trio.cli.listing import list_parts
 from trio.cli.run import run
@@ -72,4 +73,5 @@ app.command("show")(show)
 app.command("validate")(validate)
 app.command("schema")(schema)
 app.command("check")(check)
+app.command("eval")(evaluate)
 app.command("fidelity")(fidelity)

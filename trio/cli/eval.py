@@ -1,0 +1,182 @@
+"""`trio eval`: how much of what a model knew is left, measured with every control."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trio.cli.common import DType
+
+if TYPE_CHECKING:
+    from trio.evaluation.results import Results
+    from trio.evaluation.task import Task
+
+
+class TaskName(StrEnum):
+    """What can be asked."""
+
+    shapesvqa = "shapesvqa"
+    jsonl = "jsonl"
+
+
+class Split(StrEnum):
+    """Splits of ShapesVQA."""
+
+    test = "test"
+    validation = "validation"
+    novel = "novel"
+
+
+def evaluate(
+    spec: Annotated[
+        list[str], typer.Option("--spec", "-s", help="Shipped spec or a YAML file; may be repeated. The first leads.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for answers, results and report; may be begun.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Zoo model, folder or hub name.")] = "tiny-llava",
+    task: Annotated[TaskName, typer.Option("--task", "-t", help="What is asked.")] = TaskName.shapesvqa,
+    data: Annotated[
+        Path | None, typer.Option("--data", help='For jsonl: lines {"image": PATH, "question": TEXT, "answer": TEXT}.')
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Scenes (shapesvqa; default 150) or lines (jsonl; default all).")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="For shapesvqa: which scenes.")] = Split.test,
+    seed: Annotated[
+        int | None, typer.Option(help="For shapesvqa: scenes drawn from another seed than the data set's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Questions in a batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For jsonl: longest answer, in tokens.")] = 32,
+    baseline: Annotated[
+        str | None, typer.Option(help="Spec that all others are compared with. Default: the first of each budget.")
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0.0, help="Of the non-inferiority test, in points.")] = 1.0,
+    speed_rounds: Annotated[int, typer.Option(min=0, help="Rounds of measuring times; 0: none.")] = 5,
+    html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html (needs matplotlib).")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Ask a model many questions with every spec and every control; write tables, statistics and a report.
+
+    A run that was stopped goes on where it was when the same command is given again, and gives the same results; more
+    specs may be added to a finished one.
+    """
+    from trio.cli.common import load_model
+    from trio.errors import InputError
+    from trio.evaluation.protocol import evaluate as run
+    from trio.evaluation.protocol import named_specs
+
+    specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
+    if baseline is not None and baseline not in [one.name for one in specs]:
+        raise InputError(
+            f"--baseline {baseline!r}: it is none of the specs; give one of {', '.join(one.name for one in specs)}."
+        )
+    if html:
+        from trio.evaluation.figures import check_matplotlib
+
+        check_matplotlib()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    asked = None if task is TaskName.shapesvqa else _jsonl(data, limit, max_new_tokens)
+    network, processor = load_model(model, dtype=dtype.value, device=device)
+    if asked is None:
+        asked = _shapesvqa(network, data, limit, split, seed)
+    with _Progress(f"{model}: {len(asked.samples)} questions") as progress:
+        results = run(
+            network,
+            processor,
+            asked,
+            specs,
+            out=out,
+            name=model,
+            batch_size=batch_size,
+            baseline=baseline,
+            margin=margin,
+            speed_rounds=speed_rounds,
+            progress=progress.update,
+        )
+    written = _write(results, out)
+    if html:
+        from trio.evaluation.overlays import overlays
+        from trio.evaluation.report import report_html
+
+        page = report_html(results, overlays(network, processor, asked, specs, results))
+        (out / "report.html").write_text(page, encoding="utf-8")
+        written.append("report.html")
+    _print(results)
+    from trio.cli.common import console
+
+    console().print(f"written to {out}: {', '.join(written)}", soft_wrap=True, markup=False)
+
+
+def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
+    from trio.errors import InputError
+    from trio.evaluation.task import jsonl
+
+    if data is None:
+        raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
+    return jsonl(data, limit=limit, max_new_tokens=max_new_tokens)
+
+
+def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, seed: int | None) -> Task:
+    from trio.errors import InputError
+    from trio.evaluation.shapes import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
+
+    if data is not None:
+        raise InputError("--data: shapesvqa draws its own pictures; leave --data out, or give --task jsonl.")
+    return shapesvqa(
+        split.value, limit=limit or DEFAULT_LIMIT, canvas=canvas_for(model), seed=SEED if seed is None else seed
+    )
+
+
+class _Progress:
+    """A bar on the terminal that counts batches."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(title, total=None)
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+
+def _write(results: Results, out: Path) -> list[str]:
+    (out / "results.json").write_text(results.to_json(), encoding="utf-8")
+    (out / "results.csv").write_text(results.to_csv(), encoding="utf-8")
+    return ["results.json", "results.csv"]
+
+
+def _print(results: Results) -> None:
+    """The table, the gate and the comparisons."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from trio.cli.common import console
+    from trio.evaluation import wording
+
+    out = console()
+    for title, header, rows in wording.tables(results):
+        table = Table(title=Text(title, justify="left"), title_justify="left", header_style="bold")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        out.print(table)
+    for line in [*wording.findings(results), *(f"note: {note}" for note in results.notes)]:
+        out.print(Text(line))

@@ -1,0 +1,43 @@
+"""How much of what a model knew is left: questions, controls, statistics and reports.
+
+```python
+from trio import evaluation
+
+task = evaluation.shapesvqa(limit=50)
+results = evaluation.evaluate(model, processor, task, ["trio-11"], out="runs/eval")
+```
+
+`docs/evaluation.md` says what is measured and how, `docs/shapesvqa.md` what is asked. Names are resolved when they are
+first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trio.evaluation.protocol import evaluate
+    from trio.evaluation.results import Results
+    from trio.evaluation.shapes import shapesvqa
+    from trio.evaluation.task import Sample, Task, jsonl
+
+__all__ = ["Results", "Sample", "Task", "evaluate", "jsonl", "shapesvqa"]
+
+_HOME = {
+    "Results": "results",
+    "Sample": "task",
+    "Task": "task",
+    "evaluate": "protocol",
+    "jsonl": "task",
+    "shapesvqa": "shapes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'trio.evaluation' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"trio.evaluation.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
