@@ -88,7 +88,10 @@ class Schedule:
     @property
     def known(self) -> bool:
         """Whether counts follow from the number of an image's tokens alone, without its tiles or its content."""
-        return self.compressor is None or (self.compressor.keep is not None and self.compressor.keep.per != "tile")
+        if self.compressor is None:
+            return True
+        keep = self.compressor.keep
+        return keep is not None and not (keep.per == "tile" and keep.count is not None)
 
     def keep_count(self, stage: int, started: int, current: int) -> int:
         """Tokens that a stage keeps of one group.
@@ -121,11 +124,11 @@ class Schedule:
 
         Args:
             started: visual tokens before any reduction.
-            compressed: what a compressor that decides its own count left; needed only for such a one.
+            compressed: what the compressor left, where that does not follow from the tokens alone (see `known`).
 
         Raises:
             BudgetError: as `keep_count`.
-            InputError: the compressor decides its own count and `compressed` was not given.
+            InputError: `known` is False and `compressed` was not given.
         """
         current = self._entering(started, compressed)
         kept = []
@@ -178,12 +181,12 @@ class Schedule:
     def _entering(self, started: int, compressed: int | None) -> int:
         if started < 0:
             raise InputError(f"started: found {started}; an image has 0 or more visual tokens.")
-        count = self.compressed_count(started)
+        count = self.compressed_count(started) if self.known else None
         if count is None:
             if compressed is None:
                 raise InputError(
-                    "the compressor decides its own count, so the tokens by layer depend on the picture; give "
-                    "`compressed`."
+                    "the compressor decides its own count, or counts by tile, so the tokens by layer depend on the "
+                    "picture; give `compressed`."
                 )
             return compressed
         return count

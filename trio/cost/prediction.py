@@ -270,11 +270,11 @@ def _walk(schedule: Schedule, images: tuple[int, ...], text: int, compressed: Se
         assert total is not None  # a compressor that decides its own count has no group
         current = _share(total, current)
     elif schedule.compressor is not None:
-        counts = [schedule.compressed_count(image) for image in images]
+        counts = [schedule.compressed_count(image) if schedule.known else None for image in images]
         if None in counts and compressed is None:
             raise InputError(
-                "compressor: it decides its own count, so the cost depends on the picture; give `compressed`, the "
-                "tokens that it leaves of each image."
+                "compressor: it decides its own count, or counts by tile, so the cost depends on the picture; give "
+                "`compressed`, the tokens that it leaves of each image."
             )
         current = [
             given if count is None else count for count, given in zip(counts, compressed or current, strict=True)
