@@ -116,6 +116,24 @@ TOWERS = {
         True,
         1,
     ),
+    "dinov2": TowerCase(_model("Dinov2Config", "Dinov2Model", mlp_ratio=2, **VIT), pixels, True, 1),
+    "dinov2-registers": TowerCase(
+        _model("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", mlp_ratio=2, num_register_tokens=3, **VIT),
+        pixels,
+        True,
+        4,
+    ),
+    "siglip2": TowerCase(
+        _model(
+            "Siglip2VisionConfig",
+            "Siglip2VisionModel",
+            scale=1.5,
+            intermediate_size=48,
+            num_patches=25,
+            **{name: value for name, value in VIT.items() if name != "image_size"},
+        ),
+        naflex,
+    ),
     "qwen2.5-vl": TowerCase(
         _model(
             "Qwen2_5_VLVisionConfig",
@@ -138,6 +156,19 @@ TOWERS = {
             embed_dim=32,
             hidden_size=24,
             mlp_ratio=2,
+        ),
+        packed,
+    ),
+    "qwen3-vl": TowerCase(
+        _model(
+            "Qwen3VLVisionConfig",
+            "Qwen3VLVisionModel",
+            **QWEN,
+            hidden_size=32,
+            intermediate_size=48,
+            out_hidden_size=24,
+            num_position_embeddings=25,
+            deepstack_visual_indexes=[1],
         ),
         packed,
     ),

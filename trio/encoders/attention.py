@@ -47,5 +47,5 @@ def received(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.T
 
 
 def as_one_head(heads: torch.Tensor) -> torch.Tensor:
-    """``(S, heads, head_dim)`` as a single head of full width, ``(S, 1, heads * head_dim)``."""
-    return heads.flatten(1)[:, None]
+    """``(..., heads, head_dim)`` as a single head of full width, ``(..., 1, heads * head_dim)``."""
+    return heads.flatten(-2).unsqueeze(-2)

@@ -150,13 +150,15 @@ class Reader:
                 call.values[signal] = self._attention(heads, signal, call.layout)
 
     def _attention(self, heads: Heads, signal: Signal, layout: Layout) -> torch.Tensor:
-        queries, keys, scale = heads.queries.flatten(0, 1), heads.keys.flatten(0, 1), heads.scale
+        queries, keys, scale = heads.queries, heads.keys.flatten(0, 1), heads.scale
         if signal.heads == "one":
             queries, keys, scale = as_one_head(queries), as_one_head(keys), (keys.shape[1] * keys.shape[2]) ** -0.5
+        if not self.tower.has_cls:
+            queries = queries.flatten(0, 1)
         rows = []
-        for start, stop in layout.spans:
+        for index, (start, stop) in enumerate(layout.spans):
             if self.tower.has_cls:
-                row = class_row(queries[start], keys[start:stop], scale)
+                row = class_row(queries[index, 0], keys[start:stop], scale)
             else:
                 row = received(queries[start:stop], keys[start:stop], scale)
             rows.append(row[layout.prefix :])

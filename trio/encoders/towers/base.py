@@ -24,8 +24,9 @@ class Heads:
     B rows of the batch (1 where the tower packs its inputs), S columns.
 
     Attributes:
-        queries: ``(B, S, heads, head_dim)``, as they meet the keys.
-        keys: likewise, as they meet the queries.
+        queries: ``(B, S, heads, head_dim)``, as they meet the keys; where the tower has a class token that of the class
+            token may be alone, ``(B, 1, heads, head_dim)``.
+        keys: ``(B, S, heads, head_dim)``, as they meet the queries.
         plain_keys: the keys before any rotation; the same tensor where there is none.
         scale: what their products are multiplied with.
     """
@@ -193,6 +194,20 @@ def pixel_grid(pixels: torch.Tensor, patch: tuple[int, int]) -> list[tuple[int, 
             f"images: found shape {tuple(pixels.shape)}; give pixels of shape (pictures, 3, height, width)"
         )
     return [(pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])] * pixels.shape[0]
+
+
+def pixels_of(images: torch.Tensor | Mapping[str, Any]) -> torch.Tensor:
+    """The pixels, given alone or as the one argument `pixel_values`.
+
+    Raises:
+        InputError: other arguments are given.
+    """
+    if not isinstance(images, Mapping):
+        return images
+    if set(images) != {"pixel_values"}:
+        raise InputError(f"images: found {', '.join(images)}; this tower takes pixel_values alone")
+    pixels: torch.Tensor = images["pixel_values"]
+    return pixels
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -17,10 +17,10 @@ class ProjectedTower(Tower):
 
     blocks_path: ClassVar[str] = "encoder.layers"
     #: Below a block.
-    attention_path: ClassVar[str] = "self_attn"
+    attention_path: str = "self_attn"
     #: Below the attention: the modules whose outputs meet in the attention.
-    query_path: ClassVar[str] = "q_proj"
-    key_path: ClassVar[str] = "k_proj"
+    query_path: str = "q_proj"
+    key_path: str = "k_proj"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

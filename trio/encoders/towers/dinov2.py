@@ -1,0 +1,36 @@
+"""DINOv2 in transformers, with and without registers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trio.encoders.towers.base import is_a
+from trio.encoders.towers.projected import ProjectedTower
+from trio.registry import TOWERS
+
+
+@TOWERS.register("dinov2")
+class Dinov2Tower(ProjectedTower):
+    """`Dinov2Model` and `Dinov2WithRegistersModel` of transformers: a class token, then registers, then patches."""
+
+    has_cls = True
+    blocks_path = "encoder.layer"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module is one of the two models."""
+        return is_a(
+            module,
+            "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+            "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel",
+        )
+
+    def __init__(self, module: nn.Module) -> None:
+        """Binds the tower; see `Tower`."""
+        self.module = module
+        self.prefix = 1 + getattr(self.config, "num_register_tokens", 0)
+        # transformers up to 5.17 holds the attention one level deeper, under BERT's names.
+        nested = isinstance(getattr(self.part(0, "attention"), "attention", None), nn.Module)
+        self.attention_path = "attention.attention" if nested else "attention"
+        self.query_path, self.key_path = ("query", "key") if nested else ("q_proj", "k_proj")
+        super().__init__(module)

@@ -1,0 +1,106 @@
+"""open_clip's own vision transformer, with every pooling: what pools comes after the blocks and is not touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from trio.encoders.towers.base import Heads, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
+from trio.registry import TOWERS
+
+
+@TOWERS.register("open-clip")
+class OpenClipTower(Tower):
+    """`open_clip.transformer.VisionTransformer`, the `visual` of CLIP, CustomTextCLIP and CoCa models.
+
+    Its usual blocks hold torch's `nn.MultiheadAttention`, which gives neither queries nor keys to anybody, so the query
+    of the class token and the keys of the blocks that are read are projected once more, from the weights. Models whose
+    `visual` is a timm model are read through the timm tower.
+    """
+
+    has_cls = True
+    prefix = 1
+    features_block = -2
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether the module is open_clip's `VisionTransformer`."""
+        return is_a(module, "open_clip.transformer.VisionTransformer")
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """See `Tower.blocks`."""
+        blocks: Any = self.module.get_submodule("transformer.resblocks")
+        return blocks  # type: ignore[no-any-return]  # a ModuleList
+
+    def attention(self, block: int) -> nn.Module:
+        """See `Tower.attention`."""
+        found = self.part(block, "attn")
+        if getattr(self.module.get_submodule("transformer"), "batch_first", True) is not True:
+            raise self.refuse("its transformer is built with batch_first=False")
+        if isinstance(found, nn.MultiheadAttention):
+            if found.in_proj_weight is None or found.bias_k is not None or found.add_zero_attn:
+                raise self.refuse("its nn.MultiheadAttention has separate widths of keys, or extra keys")
+        elif getattr(found, "logit_scale", None) is not None:
+            raise self.refuse("its attention is a scaled cosine")
+        else:
+            found.get_submodule("ln_q"), found.get_submodule("ln_k")
+        return found
+
+    def listen(self, block: int, told: Callable[[Heads], None]) -> list[RemovableHandle]:
+        """See `Tower.listen`."""
+        attention = self.attention(block)
+        if isinstance(attention, nn.MultiheadAttention):
+            return [attention.register_forward_hook(_ask(attention, told, self))]
+        return listen_to_norms(attention, "ln_q", "ln_k", told)
+
+    def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
+        """See `Tower.run`."""
+        return self.module(pixels_of(images))
+
+    def grids(self, images: torch.Tensor | Mapping[str, Any]) -> list[tuple[int, int]]:
+        """See `Tower.grids`."""
+        return pixel_grid(pixels_of(images), pair(self.module.patch_size))
+
+
+def _ask(attention: nn.MultiheadAttention, told: Callable[[Heads], None], tower: Tower) -> Callable[..., None]:
+    """A hook that projects the class token's query and all keys from what the attention was given."""
+    if attention.in_proj_weight.device.type == "meta":
+        raise tower.refuse("its weights are offloaded, and torch's nn.MultiheadAttention does not give its keys")
+
+    def after(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        with torch.no_grad():
+            width = attention.embed_dim
+            weight, bias = attention.in_proj_weight.detach(), attention.in_proj_bias
+            parts = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+            queries = F.linear(args[0][:, :1], weight[:width], parts[0])
+            keys = split_heads(F.linear(args[1], weight[width : 2 * width], parts[1]), attention.num_heads)
+            scale: float = attention.head_dim**-0.5
+        told(Heads(split_heads(queries, attention.num_heads), keys, keys, scale))
+
+    return after
+
+
+def listen_to_norms(attention: nn.Module, query: str, key: str, told: Callable[[Heads], None]) -> list[RemovableHandle]:
+    """Hooks on modules that give queries and keys ``(B, heads, S, head_dim)``, and on the attention that holds them."""
+    held: dict[str, torch.Tensor] = {}
+
+    def hold(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            held[name] = output.detach().transpose(1, 2)
+
+        return after
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        queries, keys = held.pop(query), held.pop(key)
+        told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
+
+    return [
+        *(attention.get_submodule(name).register_forward_hook(hold(name)) for name in (query, key)),
+        attention.register_forward_hook(after),
+    ]
