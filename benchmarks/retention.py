@@ -8,13 +8,12 @@ larger ``--scenes`` adds to what is there.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from benchmarks.rows import Row, rows
 from benchmarks.table import with_summary, write_table
 from trio import zoo
 from trio.adapters import adapter_for
+from trio.evaluation.runner import remembered
 from trio.zoo.evaluate import Example, any_size, blank, examples, prompt
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,29 +44,12 @@ class Batch:
     Attributes:
         inputs: what `generate` takes.
         answers: the expected ones.
-        seen: what the vision tower gave for the pictures, once it has.
+        seen: what the vision tower gave for the pictures, call by call, once it has.
     """
 
     inputs: Any
     answers: list[str]
-    seen: Any = None
-
-
-@contextmanager
-def remembered(tower: Any, batch: Batch) -> Iterator[None]:
-    """For the block, the vision tower gives again what it gave for this batch: every row would make it look anew."""
-    look = tower.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if batch.seen is None:
-            batch.seen = look(*args, **kwargs)
-        return copy.copy(batch.seen)
-
-    tower.forward = forward
-    try:
-        yield
-    finally:
-        del tower.forward
+    seen: list[Any] = field(default_factory=list)
 
 
 def batches(processor: Any, asked: Sequence[Example], batch_size: int) -> list[Batch]:
@@ -91,7 +74,7 @@ def answered(model: Any, processor: Any, row: Row, asked: Sequence[Batch]) -> st
     tower = adapter_for(model).vision_tower
     with row.pipeline or nullcontext(), torch.no_grad():
         for batch in asked:
-            with remembered(tower, batch):
+            with remembered(tower, batch.seen):
                 out = model.generate(**batch.inputs, max_new_tokens=6, do_sample=False)
             texts = processor.batch_decode(out[:, batch.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += "".join("01"[text.strip() == answer] for text, answer in zip(texts, batch.answers, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import trio
-from benchmarks.uniform import UniformGrid
+from trio.evaluation.floors import UniformGrid
 from trio.schedule import resolve
 
 SHARES = ("33.3%", "22.2%", "11.1%")

@@ -16,8 +16,8 @@ from benchmarks.retention import answered, batches, measure, measured
 from benchmarks.rows import PLACEMENTS, Row, key, rows
 from benchmarks.statistics import Answers
 from benchmarks.table import with_summary, write_table
-from benchmarks.uniform import UniformGrid
 from trio import zoo
+from trio.evaluation.floors import UniformGrid
 from trio.zoo.evaluate import answers, examples
 
 DOCS = Path(trio.__file__).parent.parent / "docs"

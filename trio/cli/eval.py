@@ -164,6 +164,7 @@ def _write(results: Results, out: Path) -> list[str]:
 
 def _print(results: Results) -> None:
     """The table, the gate and the comparisons."""
+    from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
@@ -171,8 +172,8 @@ def _print(results: Results) -> None:
     from trio.evaluation import wording
 
     out = console()
-    for title, header, rows in wording.tables(results):
-        table = Table(title=Text(title, justify="left"), title_justify="left", header_style="bold")
+    for title, header, rows in (wording.short_table(results), wording.gate_table(results)):
+        table = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 1))
         for number, name in enumerate(header):
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:

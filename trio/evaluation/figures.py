@@ -33,7 +33,7 @@ def retention_curve(results: Results) -> str:
     def place(row: RowResult) -> float | None:
         return None if row.average is None else 100 * row.average / results.model["visual_tokens"]
 
-    return _curve(results, place, "visual tokens, average over the layers, %", log=False)
+    return _curve(results, place, "visual tokens, average over the layers, %")
 
 
 def speed_curve(results: Results) -> str:
@@ -43,10 +43,10 @@ def speed_curve(results: Results) -> str:
         speed = results.speed.get(row.name)
         return None if speed is None else 1000 * speed.first_token
 
-    return _curve(results, place, "time to the first token of a batch, ms", log=False) if results.speed else ""
+    return _curve(results, place, "time to the first token of a batch, ms") if results.speed else ""
 
 
-def _curve(results: Results, place: Any, label: str, *, log: bool) -> str:
+def _curve(results: Results, place: Any, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -55,7 +55,8 @@ def _curve(results: Results, place: Any, label: str, *, log: bool) -> str:
     axes: Any = figure.add_subplot()
     for name, rows in _lines(results).items():
         kind = COUNTED if all(COUNTED in row.accuracy for row in rows) else OVERALL
-        points = sorted((x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None)
+        found = [(x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None]
+        points = sorted(found, key=lambda point: point[0])
         if not points:
             continue
         method = not rows[0].control
@@ -111,4 +112,4 @@ def _name(part: Any) -> str:
     if isinstance(part, str):
         return part
     more = {key: value for key, value in part.items() if key not in ("name", "keep", "if_fewer")}
-    return part["name"] + (f" ({', '.join(f'{k} {v}' for k, v in more.items())})" if more else "")
+    return str(part["name"]) + (f" ({', '.join(f'{k} {v}' for k, v in more.items())})" if more else "")

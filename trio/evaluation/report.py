@@ -22,10 +22,10 @@ figure { margin: 0 0 1.4rem; } img { max-width: 100%; }
 """
 INTRO = (
     "accuracy: percent of questions answered right; retained: (accuracy - no picture) / (full - no picture); counted: "
-    "over the sub-tasks that pass the validity gate. Intervals are 95%, bootstrapped over scenes. tokens: visual tokens "
-    "of the pictures shown; average: over the decoder layers. GFLOPs of a prefill with its vision tower are counted, "
-    "times are measured, all rows taking turns; the last column is the full model's time for a whole answer divided by "
-    "the row's."
+    "over the sub-tasks that pass the validity gate. Intervals are 95%, bootstrapped over scenes. tokens: visual "
+    "tokens of the pictures shown; average: over the decoder layers. GFLOPs of a prefill with its vision tower are "
+    "counted, times are measured, all rows taking turns; the last column is the full model's time for a whole answer "
+    "divided by the row's."
 )
 
 
@@ -76,8 +76,8 @@ def _facts(results: Results) -> str:
     model, task = results.model, results.task
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return (
-        f"{model['class']}, {model['layers']} layers, {model['visual_tokens']} visual tokens, {model['dtype']}, weights "
-        f"{model['weights'][:19]}; {task['name']} version {task['version']}, {task['questions']} questions on "
+        f"{model['class']}, {model['layers']} layers, {model['visual_tokens']} visual tokens, {model['dtype']}, "
+        f"weights {model['weights'][:19]}; {task['name']} version {task['version']}, {task['questions']} questions on "
         f"{task['scenes']} pictures, sha256 {task['sha256'][:12]}; {versions}; {results.device}"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trio.evaluation.results import COUNTED, OVERALL, Comparison, Estimate, Results, RowResult
 
-__all__ = ["comparison_table", "findings", "gate_table", "main_table", "tables"]
+__all__ = ["comparison_table", "findings", "gate_table", "main_table", "ordered", "short_table", "tables"]
 
 Table = tuple[str, list[str], list[list[str]]]
 LEVEL = 0.05
@@ -31,29 +31,60 @@ def ordered(results: Results) -> list[RowResult]:
 
 
 def main_table(results: Results) -> Table:
-    """One row a spec or control."""
+    """One row a spec or control, with everything."""
     header = ["row", "tokens", "average", "GFLOPs", "accuracy", "counted", "retained", "first token", "answer"]
-    full = results.speed.get("full")
     rows = []
     for row in ordered(results):
         if row.refused:
             rows.append([row.name, *["not applicable"] * (len(header) - 1)])
             continue
-        speed = results.speed.get(row.name)
-        rows.append(
-            [
-                row.name,
-                _number(row.tokens),
-                _number(row.average),
-                "?" if row.flops is None else f"{row.flops / 1e9:.3g}",
-                str(row.accuracy[OVERALL]),
-                _cell(row.accuracy.get(COUNTED)),
-                _cell(row.retained.get(COUNTED, row.retained[OVERALL])),
-                "" if speed is None else f"{1000 * speed.first_token:.0f} ms",
-                "" if speed is None or full is None else f"{full.answer / speed.answer:.2f}x",
-            ]
-        )
-    return f"{results.model['name']}: {_asked(results)}", header, rows
+        texts = (str(row.accuracy[OVERALL]), _cell(row.accuracy.get(COUNTED)), _cell(_retained(row)))
+        rows.append([row.name, _number(row.tokens), *_costs(row), *texts, *_times(results, row)])
+    return _title(results), header, rows
+
+
+def short_table(results: Results) -> Table:
+    """The same for a terminal: controls stand below the schedule that they belong to."""
+    header = ["", "tokens", "GFLOPs", "accuracy", "retained", "1st token", "answer"]
+    rows, schedule = [], ""
+    for row in ordered(results):
+        if row.schedule and row.schedule != schedule:
+            rows.append([row.schedule, *[""] * (len(header) - 1)])
+        schedule = row.schedule
+        name = f"  {row.control or row.name}" if row.schedule else row.name
+        if row.refused:
+            rows.append([name, *["n/a"] * (len(header) - 1)])
+            continue
+        kept = _retained(row)
+        texts = (_short(row.accuracy[OVERALL]), "none counts" if kept is None else _short(kept))
+        rows.append([name, *_costs(row), *texts, *_times(results, row)])
+    return _title(results), header, rows
+
+
+def _title(results: Results) -> str:
+    return f"{results.model['name']}: {_asked(results)}"
+
+
+def _costs(row: RowResult) -> tuple[str, str]:
+    """Average tokens and FLOPs."""
+    return _number(row.average), "?" if row.flops is None else f"{row.flops / 1e9:.3g}"
+
+
+def _retained(row: RowResult) -> Estimate | None:
+    """On the sub-tasks that count, where any does."""
+    return row.retained.get(COUNTED, row.retained[OVERALL])
+
+
+def _times(results: Results, row: RowResult) -> tuple[str, str]:
+    """Time to the first token, and how many times faster a whole answer is than the full model's."""
+    speed, full = results.speed.get(row.name), results.speed.get("full")
+    if speed is None or full is None:
+        return "", ""
+    return f"{1000 * speed.first_token:.0f} ms", f"{full.answer / speed.answer:.2f}x"
+
+
+def _short(value: Estimate) -> str:
+    return f"{value.mean:.1f} ({value.low:.0f}-{value.high:.0f})"
 
 
 def gate_table(results: Results) -> Table:
@@ -68,7 +99,7 @@ def gate_table(results: Results) -> Table:
     ]
     rows = [
         [
-            f"{gate.kind}, {gate.first}",
+            f"{gate.kind}, layer {gate.first}",
             f"{gate.full:.1f}",
             f"{gate.sees:+.1f}",
             f"{gate.random_loses:+.1f}",
@@ -104,7 +135,7 @@ def findings(results: Results) -> Iterator[str]:
     }
     for first, kinds in counted.items():
         if not kinds:
-            yield f"With a first stage after layer {first} no sub-task passes the gate: nothing there measures selection."
+            yield f"With a first stage after layer {first} no sub-task passes the gate: nothing there measures choice."
     for one in results.comparisons:
         yield _verdict(one) if not results.row(one.row).control else _against_floor(one)
     for row in results.methods:
@@ -116,10 +147,11 @@ def findings(results: Results) -> Iterator[str]:
 
 def _against_floor(one: Comparison) -> str:
     """A spec against a floor; the comparison's row is the floor, its baseline the spec."""
-    said = f"{-one.difference.mean:+.1f} ({-one.difference.high:+.1f} to {-one.difference.low:+.1f}) points"
+    gain = -one.difference.mean
+    said = f"{gain:+.1f} ({-one.difference.high:+.1f} to {-one.difference.low:+.1f}) points, p = {_p(one.p_holm)}"
     if one.p_holm < LEVEL:
-        return f"{one.baseline} is {'above' if one.difference.mean < 0 else 'BELOW'} {one.row} by {said}."
-    return f"{one.baseline} is NOT above {one.row}: {said}, p = {_p(one.p_holm)}."
+        return f"{one.baseline} is {'above' if gain > 0 else 'BELOW'} {one.row}: {said}."
+    return f"{one.baseline} is {'not shown to be' if gain > 0 else 'NOT'} above {one.row}: {said}."
 
 
 def _verdict(one: Comparison) -> str:
