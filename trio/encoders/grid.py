@@ -58,7 +58,7 @@ def cells(origins: ImageTokens, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     first = (count.cumsum(0) - count)[band]
     into = torch.empty_like(row)
     into[by_band] = first[by_band] + position * count[band[by_band]] // tokens[band[by_band]]
-    leaders = _middles(row, column, into, k)
+    leaders = _middles(origins.row, column, into, k)
     order = leaders.argsort()
     return leaders[order], order.argsort()[into]
 

@@ -1,10 +1,11 @@
 """The conformance suites: the promises of the runtime as functions that outsiders call on parts of their own.
 
-`check_adapter` runs the promises on a model, `check_scorer` and `check_selector` prove a new part with one call. None
-needs pytest: a check that fails raises `AssertionError` with the numbers.
+`check_adapter` runs the promises on a model, `check_scorer`, `check_selector` and `check_compressor` prove a new part
+with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
 """
 
 from trio.testing.adapters import check_adapter
+from trio.testing.compressors import check_compressor
 from trio.testing.inputs import InputsFactory, ProcessorInputs, Prompt
 from trio.testing.promises import PROMISES
 from trio.testing.results import Check, Results
@@ -21,6 +22,7 @@ __all__ = [
     "Results",
     "TokenInputs",
     "check_adapter",
+    "check_compressor",
     "check_scorer",
     "check_selector",
     "tiny_llava",
