@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+LMMS := .venv-lmms
 PYTEST_ARGS ?= -n auto --dist worksteal
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check lowest format clean
+.PHONY: demo test check lowest lmms-eval format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -26,6 +27,11 @@ lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -c 'import transformers as t; assert t.__version__.startswith("5.17."), t.__version__'
 	$(LOWEST)/bin/python -m pytest -m contract $(PYTEST_ARGS)
 
+# The plugin for lmms-eval, run by lmms-eval.
+lmms-eval: $(LMMS)/.installed
+	$(LMMS)/bin/python -c 'import lmms_eval, transformers as t; assert t.__version__.startswith("5."), t.__version__'
+	$(LMMS)/bin/python -m pytest tests/integrations
+
 format: $(VENV)/.dev
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
@@ -42,14 +48,23 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# Holds only what differs (transformers and what it pins) and sees the rest through a .pth file: torch is not
-# installed twice.
-$(LOWEST)/.installed: $(VENV)/.dev
-	$(BIN)/python -m venv --clear $(LOWEST)
+# Environments that hold only what differs (transformers and what it pins; lmms-eval and what it needs) and see the rest
+# through a .pth file: torch is not installed twice.
+define beside
+	$(BIN)/python -m venv --clear $(1)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(LOWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+		> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+endef
+
+$(LOWEST)/.installed: $(VENV)/.dev
+	$(call beside,$(LOWEST))
 	$(LOWEST)/bin/python -m pip install --quiet 'transformers==5.17.*'
 	@touch $@
 
+$(LMMS)/.installed: $(VENV)/.dev
+	$(call beside,$(LMMS))
+	$(LMMS)/bin/python -m pip install --quiet 'lmms-eval==0.7.*'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(LMMS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,8 +16,10 @@ import pytest
 from lmms_eval import evaluator
 from lmms_eval.models import get_model, get_model_manifest
 from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
 
 import trio
+from benchmarks.expected import HERE, measured, spec_of
 from trio import zoo
 from trio.zoo.evaluate import Example, answers, examples
 
@@ -120,19 +122,44 @@ def test_retention_is_in_the_results(runs: dict[tuple[int, str], dict[str, Any]]
     assert "avg_retention" not in runs[4, "none"]["throughput"]
 
 
-def test_the_command_line(task: Path, runs: dict[tuple[int, str], dict[str, Any]], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def results_file(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes."""
+    out = tmp_path_factory.mktemp("results")
     command = f"-m lmms_eval --model trio --model_args pretrained=tiny-llava,spec={SPEC},dtype=float32,device=cpu"
-    options = ["--tasks", "trio_scenes", "--batch_size", "4", "--include_path", str(task), "--output_path"]
-    done = subprocess.run(
-        [sys.executable, *command.split(), *options, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    options = ["--tasks", "trio_scenes", "--batch_size", "4", "--include_path", str(task), "--output_path", str(out)]
+    done = subprocess.run([sys.executable, *command.split(), *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "visual tokens kept on average" in done.stdout + done.stderr
-    (file,) = tmp_path.rglob("*_results.json")
-    found = json.loads(file.read_text())
-    assert found["results"]["trio_scenes"]["exact_match,none"] == pytest.approx(
-        runs[4, SPEC]["results"]["trio_scenes"]["exact_match,none"]
+    (file,) = out.rglob("*_results.json")
+    return file
+
+
+def test_the_command_line(results_file: Path, runs: dict[tuple[int, str], dict[str, Any]]) -> None:
+    found = json.loads(results_file.read_text())
+    expected = runs[4, SPEC]["results"]["trio_scenes"]["exact_match,none"]
+    assert found["results"]["trio_scenes"]["exact_match,none"] == pytest.approx(expected)
+    assert 0 < found["throughput"]["avg_retention"] < 0.2
+
+
+def test_the_ocr_task_shows_the_words() -> None:
+    config = load_yaml_config(str(HERE / "tasks" / "textvqa_val_ocr.yaml"))
+    doc = {"question": "what is written?", "ocr_tokens": ["STOP", "now"], "answers": ["stop"] * 10, "question_id": 1}
+    text = config["doc_to_text"](doc, config["lmms_eval_specific_kwargs"]["default"])
+    assert text == (
+        "What is written?\nReference OCR token: STOP, now\nAnswer the question using a single word or phrase."
     )
+    assert config["process_results"](doc, ["stop"])["exact_match"] == 1.0
+    assert {metric["metric"] for metric in config["metric_list"]} == {"exact_match"}
+
+
+def test_a_results_file_beside_the_table(results_file: Path) -> None:
+    """The table has no such task; a file of a real run is read all the same."""
+    found = json.loads(results_file.read_text())
+    assert spec_of(found) == SPEC
+    assert measured(found) == {}
+    found["results"]["pope"] = {"pope_f1_score,none": found["results"]["trio_scenes"]["exact_match,none"]}
+    assert measured(found)["pope"][0] == pytest.approx(100 * found["results"]["trio_scenes"]["exact_match,none"])
 
 
 def test_what_is_not_done_is_refused() -> None:

@@ -40,6 +40,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
         pipeline = None if spec is None else Pipeline.from_spec(spec, self._model)
         self._answerer: Answerer | None = Answerer(self._model, self.processor, pipeline)
         self._device = torch.device(self._model.device)
+        self._system_prompt = self._resolve_system_prompt(self.settings.system_prompt)
         self._square: tuple[int, int, int] | None = None
         if self.settings.pad_to_square:
             red, green, blue = self.processor.image_processor.image_mean
@@ -82,7 +83,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
         """A request's prompt, from the task's own document."""
         return conversation(
             messages_of(self.task_dict[task][split][number]),
-            system_prompt=self.settings.system_prompt,
+            system_prompt=self._system_prompt,
             square=self._square,
             placeholder=getattr(self.processor, "image_token", None),
         )

@@ -122,8 +122,8 @@ def generation(given: Mapping[str, Any], *, max_new_tokens: int) -> tuple[dict[s
     config: Any = transformers.GenerationConfig  # its typing changes from version to version
     options = dict(given)
     until = options.pop("until", None)
-    ends = [until] if isinstance(until, str) else list(until or [])
-    if not all(isinstance(end, str) for end in ends):
+    ends = [until] if isinstance(until, str) else [] if until is None else until
+    if not isinstance(ends, list | tuple) or not all(isinstance(end, str) for end in ends):
         raise InputError(f"task: generation_kwargs.until is {until!r}; give a string or a list of strings.")
     length = options.pop("max_gen_toks", max_new_tokens)
     options.setdefault("max_new_tokens", length)

@@ -29,7 +29,7 @@ class Settings:
         max_pixels: largest picture of such a model, in pixels.
         pad_to_square: pad pictures to a square with the processor's mean colour, as LLaVA-1.5's own code does (its
             processor in transformers crops instead).
-        system_prompt: put in front of every conversation that has none.
+        system_prompt: put in front of every conversation that has none; a text, or a file that holds it.
         max_new_tokens: longest answer where the task names none.
     """
 
@@ -148,11 +148,11 @@ def load(settings: Settings) -> tuple[Any, Any]:
             f"{settings.dtype} and attention {settings.attn_implementation or 'by default'} ({type(error).__name__}: "
             f"{first_line(error)}); change what it names, or check that the folder is complete or the hub reachable."
         ) from error
-    _check_processor(settings, processor, asked)
+    check_processor(settings, processor, asked)
     return model.eval(), processor
 
 
-def _check_processor(settings: Settings, processor: Any, asked: Mapping[str, int]) -> None:
+def check_processor(settings: Settings, processor: Any, asked: Mapping[str, int]) -> None:
     """What is asked of the processor must be something that it does."""
     kind = type(processor).__name__
     images = getattr(processor, "image_processor", None)
