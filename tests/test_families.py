@@ -188,6 +188,19 @@ def test_a_video_of_16_frames(name, make, steps, cells, support):
     support(name, "random", {"video": "yes"})
 
 
+@pytest.mark.parametrize(("make", "steps", "cells"), [(onevision_video, 16, 4), (qwen_video, 8, 8)])
+def test_a_compressor_takes_each_frame_of_a_video_alone(make, steps, cells):
+    model, batch = make(16)
+    zipper = {"name": "visionzip", "contextual": 1, "keep": {"count": 2, "per": "tile"}}
+    with trio.Pipeline(model, compressor=zipper, stages=stages((1, "10%"))) as pipeline, torch.no_grad():
+        model.generate(**batch, max_new_tokens=3, do_sample=False)
+    image = pipeline.report.samples[0].compressor.images[0]
+    assert (image.tokens_in, image.kept) == (steps * cells, 2 * steps)
+    assert [image.origins.frame.count(frame) for frame in range(steps)] == [2] * steps
+    frame_of = [place // cells for place in range(steps * cells)]
+    assert all(into < 0 or frame_of[place] == frame_of[into] for place, into in enumerate(image.merged))
+
+
 @pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl", "internvl"])
 def test_thumbnails_keep_all_alone_and_in_a_batch(name):
     """A picture with fewer tokens than the count keeps them all, while a larger one beside it is reduced."""

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from trio.errors import InputError
-from trio.report import CompressionReport, GroupReport, ImageReport, SampleReport, StageReport
+from trio.report import CompressionReport, GroupReport, ImageReport, Origins, SampleReport, StageReport
 
 __all__ = ["Box", "Kept", "overlay", "overlay_from_report", "seen_region"]
 
@@ -194,7 +194,7 @@ def overlay_from_report(
         frames = frames * len(image.grids) if tiled else frames
         for frame, shown in enumerate(frames):
             label = _label(number, len(given), frame, len(frames), image, tiled)
-            stages = [_shown(record, stage, number, frame, len(frames), heat) for stage in record.stages]
+            stages = [_shown(record, step, number, frame, len(frames), heat) for step in _steps(record)]
             region = regions[number] if regions is not None else None
             sheets.append(overlay(shown, stages, label=label, region=region, panel_px=panel_px, per_row=per_row))
     return _stacked(sheets)
@@ -212,8 +212,33 @@ def _label(number: int, images: int, frame: int, frames: int, image: ImageReport
     return f"{', '.join(what) or 'original'}: {image.tokens} tokens"
 
 
-def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, frames: int, heat: bool) -> Kept:
-    """What a stage kept of one frame of one image."""
+@dataclass(frozen=True)
+class _Step:
+    """A compressor or a stage.
+
+    Attributes:
+        what: how a caption names it.
+        left: for each group its image (None: all of the sample's), and the origins of the tokens left.
+        stage: the stage; None for a compressor.
+    """
+
+    what: str
+    left: list[tuple[int | None, Origins]]
+    stage: StageReport | None = None
+
+
+def _steps(record: SampleReport) -> list[_Step]:
+    """What happened to a sample, in order."""
+    done = record.compressor
+    steps = [] if done is None else [_Step(done.name, [(n, image.origins) for n, image in enumerate(done.images)])]
+    for stage in record.stages:
+        left = [(group.image, group.origins) for group in stage.groups]
+        steps.append(_Step(f"after layer {stage.after_layer}", left, stage))
+    return steps
+
+
+def _shown(record: SampleReport, step: _Step, number: int, frame: int, frames: int, heat: bool) -> Kept:
+    """What a step left of one frame of one image."""
     image = record.images[number]
     grid = image.grids[min(frame, len(image.grids) - 1)] if image.grids else image.grid
     if grid is None:
@@ -225,8 +250,7 @@ def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, fr
     columns: list[int] = []
     sizes: list[int] = []
     kept = 0
-    for group in stage.groups:
-        origins = group.origins
+    for _, origins in step.left:
         for index in range(len(origins)):
             if origins.image[index] != number:
                 continue
@@ -240,7 +264,7 @@ def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, fr
                 rows.append(origins.row[index])
                 columns.append(origins.column[index])
                 sizes.append(max(1, origins.size[index]))
-    caption = f"after layer {stage.after_layer}: {kept} of {image.tokens}"
+    caption = f"{step.what}: {kept} of {image.tokens}"
     if frames > 1:
         caption += f", {len(rows)} here"
     smallest = min(sizes, default=1)  # where every token stands for 2 x 2 patches, none is heavier than the others
@@ -250,17 +274,19 @@ def _shown(record: SampleReport, stage: StageReport, number: int, frame: int, fr
         grid,
         caption,
         [max(1, size // smallest) for size in sizes],
-        _saliency(record, stage, number, frame) if heat else {},
-        f"saliency after layer {stage.after_layer}, by rank",
+        _saliency(record, step, number, frame) if heat and step.stage is not None else {},
+        f"saliency {step.what}, by rank",
     )
 
 
-def _saliency(record: SampleReport, stage: StageReport, number: int, frame: int) -> dict[tuple[int, int], float]:
-    """Saliency by place, of the tokens that entered the stage: those that the stage before it kept, or all."""
-    position = record.stages.index(stage)
-    earlier = record.stages[position - 1] if position else None
+def _saliency(record: SampleReport, step: _Step, number: int, frame: int) -> dict[tuple[int, int], float]:
+    """Saliency by place, of the tokens that entered the stage: those that the step before it left, or all."""
+    steps = _steps(record)
+    position = steps.index(step)
+    earlier = steps[position - 1] if position else None
     found: dict[tuple[int, int], float] = {}
-    for group in stage.groups:
+    assert step.stage is not None  # a compressor has no saliency
+    for group in step.stage.groups:
         if group.saliency is None:
             raise InputError(
                 "heat: the report holds no saliencies. Run the pipeline with report level 'full', or draw without heat."
@@ -278,14 +304,14 @@ def _saliency(record: SampleReport, stage: StageReport, number: int, frame: int)
 
 
 def _entered(
-    record: SampleReport, earlier: StageReport | None, group: GroupReport, number: int
+    record: SampleReport, earlier: _Step | None, group: GroupReport, number: int
 ) -> tuple[int, list[tuple[int, tuple[int, int]]]] | None:
     """(position in the group's saliencies, (frame, place) of each token) of one image's tokens that entered a stage."""
     images = record.images if group.image is None else [record.images[group.image]]
     if earlier is not None:
         origins = [
             (o.image[i], o.frame[i], o.kind[i], (o.row[i], o.column[i]))
-            for o in (one.origins for one in earlier.groups)
+            for o in (one for _, one in earlier.left)
             for i in range(len(o))
             if group.image is None or o.image[i] == group.image
         ]

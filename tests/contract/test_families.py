@@ -27,8 +27,9 @@ def test_in_half_precision(name):
     check_adapter(model, inputs, promises=["identity", "reversibility", "decode"])
 
 
+@pytest.mark.parametrize("compressor", [None, {"name": "visionzip", "keep": "80%"}], ids=["alone", "compressor"])
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
-def test_a_second_turn_with_a_new_picture_by_hand(name, support):
+def test_a_second_turn_with_a_new_picture_by_hand(name, compressor, support):
     """Qwen's `generate` cannot take a picture in a later turn; a forward with positions of the user's own can."""
     model, make = family(name)
     first, second = make([Prompt("what is", 1, "in here ?")]), make([Prompt("and", 2, "this one then ?")])
@@ -44,7 +45,7 @@ def test_a_second_turn_with_a_new_picture_by_hand(name, support):
     )
     cut = first["input_ids"].shape[1]
     stages = [trio.Stage(after_layer=0, keep="60%"), trio.Stage(after_layer=2, keep="30%")]
-    with trio.Pipeline(model, stages=stages) as pipeline, torch.no_grad():
+    with trio.Pipeline(model, stages=stages, compressor=compressor) as pipeline, torch.no_grad():
         cache = model(**first, position_ids=positions[..., :cut]).past_key_values
         later = {**second, "attention_mask": whole["attention_mask"], "position_ids": positions[..., cut:]}
         logits = model(**later, past_key_values=cache).logits
