@@ -114,7 +114,7 @@ def _print(description: str, source: str, shape: ModelShape, cost: CostPredictio
         table.add_row(name, *cells, times(ratio) if full or compressed else "", **options)
 
     full, less = cost.full.flops, cost.compressed.flops
-    for part in ("tower", "projector", "prefill", "scoring", "selection", "decode"):
+    for part in ("tower", "projector", "compression", "prefill", "scoring", "selection", "decode"):
         if getattr(full, part) or getattr(less, part):
             before, after = getattr(full, part), getattr(less, part)
             if before:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from trio.cost import flops
+from trio.cost.encoder import compressor_flops, reading_flops
 from trio.cost.flops import Attention
 from trio.cost.shape import ModelShape
 from trio.errors import InputError
@@ -46,6 +47,7 @@ class FlopsByPart(_Record):
         tower: vision tower on all images.
         projector: projector on all visual tokens.
         prefill: decoder layers on the prompt, and the output head on its last row.
+        compression: what a compressor reads off the tower and its own work.
         scoring: the scorers' own work.
         selection: the selectors' own work.
         decode: cached decode steps.
@@ -53,6 +55,7 @@ class FlopsByPart(_Record):
 
     tower: int = 0
     projector: int = 0
+    compression: int = 0
     prefill: int = 0
     scoring: int = 0
     selection: int = 0
@@ -60,13 +63,13 @@ class FlopsByPart(_Record):
 
     @property
     def language(self) -> int:
-        """All but tower and projector."""
+        """All but tower, projector and compression."""
         return self.prefill + self.scoring + self.selection + self.decode
 
     @property
     def total(self) -> int:
         """Everything."""
-        return self.tower + self.projector + self.language
+        return self.tower + self.projector + self.compression + self.language
 
 
 class Cost(_Record):
@@ -164,12 +167,16 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One sample: visual tokens by image, text tokens, tokens that enter the decoder, and its stages."""
+    """One sample: visual tokens by image, text tokens, tokens of each image that enter the decoder, and its stages."""
 
     images: tuple[int, ...]
     text: int
-    entered: int
+    entering: tuple[int, ...]
     stages: tuple[_Stage, ...]
+
+    @property
+    def entered(self) -> int:
+        return sum(self.entering)
 
     def by_layer(self, layers: int) -> list[int]:
         counts = [self.entered] * layers
@@ -253,7 +260,7 @@ def _of_sample(sample: SampleReport, tokens: Sequence[int], spec: PipelineSpec) 
             f"report: sample {sample.sample} went through {len(sample.stages)} stages, but spec {spec.name!r} has "
             f"{len(spec.stages)}. Give the spec of the run."
         )
-    entered = sum(image.start for image in sample.images)
+    entered = tuple(image.start for image in sample.images)
     first = sample.visual_by_layer(1)[0] if tokens else 0
     stages = tuple(
         _Stage(index, stage.after_layer, tuple((group.tokens_in, group.kept) for group in stage.groups))
@@ -279,7 +286,7 @@ def _walk(schedule: Schedule, images: tuple[int, ...], text: int, compressed: Se
         current = [
             given if count is None else count for count, given in zip(counts, compressed or current, strict=True)
         ]
-    entered, stages = sum(current), []
+    entered, stages = tuple(current), []
     for index, layer in enumerate(schedule.layers):
         groups: tuple[tuple[int, int], ...]
         if schedule.group(index) == "sample":
@@ -308,13 +315,11 @@ def _compare(
     spec: PipelineSpec, shape: ModelShape, samples: Sequence[_Sample], new_tokens: int, attention: Attention
 ) -> CostPrediction:
     notes: dict[str, None] = {}
-    if spec.compressor is not None:
-        notes[f"the compressor {spec.compressor.name!r} itself is not counted, only what it saves"] = None
     if shape.tower is not None and (crop := shape.tower.crop_tokens):
         for tokens in sorted({tokens for sample in samples for tokens in sample.images if tokens % crop}):
             crops, _ = shape.tower.crops(tokens)
             notes[f"an image of {tokens} tokens is no whole number of crops; the tower is counted for {crops}"] = None
-    plain = [_Sample(sample.images, sample.text, sum(sample.images), ()) for sample in samples]
+    plain = [_Sample(sample.images, sample.text, sample.images, ()) for sample in samples]
     costs = [
         [_cost(sample, spec, shape, new_tokens, attention, notes) for sample in column] for column in (plain, samples)
     ]
@@ -355,6 +360,7 @@ def _cost(
         flops=FlopsByPart(
             tower=sum(flops.tower_flops(shape.tower, image) for image in sample.images),
             projector=sum(flops.projector_flops(shape, image) for image in sample.images),
+            compression=_compression(sample, spec, shape, notes),
             prefill=flops.prefill_flops(shape, rows, attention=attention),
             scoring=scoring,
             selection=selection,
@@ -364,6 +370,23 @@ def _cost(
         visual_by_layer=visual,
         paper_flops=flops.paper_flops(visual, shape.hidden, shape.intermediate),
     )
+
+
+def _compression(sample: _Sample, spec: PipelineSpec, shape: ModelShape, notes: dict[str, None]) -> int:
+    """What the compressor reads and computes for the images that lose tokens."""
+    from trio.registry import COMPRESSORS
+
+    reduced = [(n, k) for n, k in zip(sample.images, sample.entering, strict=True) if k < n]
+    if spec.compressor is None or not reduced:
+        return 0
+    part = COMPRESSORS.build(spec.compressor)
+    total = 0
+    for tokens, kept in reduced:
+        own, known = compressor_flops(shape, tokens, kept, part, COMPRESSORS.name_of(type(part)))
+        if not known:
+            notes[f"of the compressor {spec.compressor.name!r} only what it reads off the tower is counted"] = None
+        total += own + (0 if shape.tower is None else reading_flops(shape.tower, tokens, part))
+    return total
 
 
 def _sum(costs: Sequence[Cost], layers: int) -> Cost:
