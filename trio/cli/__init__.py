@@ -19,6 +19,7 @@ from trio.cli.listing import list_parts
 from trio.cli.run import run
 from trio.cli.show import show
 from trio.cli.specs import schema, validate
+from trio.cli.tune import tune
 from trio.errors import TrioError
 
 __all__ = ["app"]
@@ -75,3 +76,4 @@ app.command("schema")(schema)
 app.command("check")(check)
 app.command("eval")(evaluate)
 app.command("fidelity")(fidelity)
+app.command("tune")(tune)

@@ -1,0 +1,183 @@
+"""`trio tune`: search for the spec that meets a target on the user's own pictures."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trio.cli.common import DType
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trio.fidelity import Sample
+    from trio.tuning import TuningReport
+
+
+class TaskName(StrEnum):
+    """Bundled questions."""
+
+    shapesvqa = "shapesvqa"
+
+
+class SamplerName(StrEnum):
+    """Ways of searching."""
+
+    tpe = "tpe"
+    nsga2 = "nsga2"
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Zoo model, folder or hub name.")],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            "--target",
+            "-t",
+            help="What to reach: agreement>=99%, answers>=95%, similarity>=98%, flops<=33%, tokens<=11%, speed>=3x; "
+            "may be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the best spec, a YAML file.")],
+    images: Annotated[Path | None, typer.Option("--images", "-i", help="Folder with pictures.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", "-p", help="As for `trio fidelity`: a text file, or JSONL.")
+    ] = None,
+    task: Annotated[TaskName | None, typer.Option(help="Bundled questions in place of pictures of one's own.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Specs to try, those of an earlier run included.")] = 60,
+    plot: Annotated[Path | None, typer.Option(help="Draw the Pareto front to this file (needs matplotlib).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="Keep the trials in this file; a stopped search goes on from it.")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the pictures that the search does not see.")] = 0.5,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="At most this many pictures. Default: all; tasks: 40.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="A scorer, selector or compressor not to use; repeatable.")
+    ] = None,
+    sampler: Annotated[SamplerName, typer.Option(help="tpe: Parzen estimators; nsga2: evolution.")] = SamplerName.tpe,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the split, the search and the random tokens.")] = 0,
+    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Search for the spec that meets a target, and judge it on pictures that the search has not seen."""
+    from trio.cli.common import console, load_model, progress_bar, writable
+    from trio.fidelity import read_samples
+    from trio.tuning import best_spec, parse_target
+    from trio.tuning import tune as search
+    from trio.tuning.plot import draw, matplotlib
+    from trio.tuning.study import optuna
+
+    wanted = parse_target(target)  # everything that can be wrong without the model, before it
+    optuna()
+    for file, option in ((out, "--out"), (json_file, "--json"), (study, "--study"), (plot, "--plot")):
+        if file is not None:
+            writable(file, option)
+    if plot is not None:
+        matplotlib()
+    _check_source(images, prompts, task)
+    samples = None if images is None else read_samples(images, prompts, limit=limit)
+    network, processor = load_model(model, dtype=dtype.value, device=device)
+    samples = samples or _shapesvqa(network, limit)
+    with progress_bar("searching") as bar:
+        report = search(
+            network,
+            processor,
+            samples,
+            target=wanted,
+            trials=trials,
+            held_out=held_out,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            sampler=sampler.value,
+            without=without or (),
+            study=study,
+            name=model,
+            progress=lambda what, done, total: bar(done, total),
+        )
+    out.write_text(best_spec(report).to_yaml(), encoding="utf-8")
+    if json_file is not None:
+        json_file.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        draw(report, plot)
+    print_report(report, console())
+    written = [str(file) for file in (out, plot, json_file) if file is not None]
+    typer.echo(f"written: {', '.join(written)}")
+
+
+def _check_source(images: Path | None, prompts: Path | None, task: TaskName | None) -> None:
+    from trio.errors import InputError
+
+    if (task is None) == (images is None):
+        raise InputError("samples: give either --images FOLDER, with prompts of your own, or --task shapesvqa.")
+    if task is not None and prompts is not None:
+        raise InputError("--prompts: a task has questions of its own; leave it out, or give --images.")
+
+
+def _shapesvqa(network: Any, limit: int | None) -> list[Sample]:
+    """Questions of the split for choosing; the split that is reported stays unseen."""
+    from trio.evaluation.shapes import canvas_for, shapesvqa
+    from trio.fidelity import Sample
+
+    questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
+    return [Sample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]
+
+
+def print_report(report: TuningReport, out: Console) -> None:
+    """The verdict, the spec and the tables."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out.print(Text(f"{report.model}: {report.trials} specs tried for {report.target}", style="bold"))
+    for line in report.verdict():
+        out.print(Text(line))
+    spec = report.spec
+    if "compressor" in spec:
+        out.print(Text(f"  compressor {_part(spec['compressor'])}"))
+    for stage in spec.get("stages", []):
+        keep = stage["keep"]
+        share = f"{keep['share']} of what reaches it" if isinstance(keep, dict) else keep
+        parts = f"{_part(stage['scorer'])}, {_part(stage['selector'])}"
+        out.print(Text(f"  after layer {stage['after_layer']}: keeps {share} by {parts}"))
+    for found, what in ((report.search, "pictures of the search"), (report.unseen, "unseen pictures")):
+        title = f"{found.pictures} {what}, {found.samples} prompts"
+        table = Table(title=title, title_justify="left", title_style="", header_style="bold")
+        for column in ("", "first token same", "answer same", "tokens", "FLOPs", "to first token"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        tuned, default = found.results
+        rows = (tuned.spec, tuned.floor, default.spec, default.floor)
+        for row, name in zip(rows, ("tuned", "  random", "trio-11", "  random"), strict=True):
+            table.add_row(
+                name,
+                row.agreement.top1.percent(),
+                row.agreement.exact.percent(),
+                f"{row.retention:.1%}",
+                "?" if row.flops is None else f"{row.flops:.1%}",
+                f"{row.speedup.first_token:.2f}x",
+                end_section=row is tuned.floor,
+            )
+        out.print(table)
+    out.print(Text("in brackets: 95% intervals; random: as many tokens at the same places, drawn at random"))
+    refused = sum(report.refused.values())
+    if refused:
+        out.print(Text(f"note: {refused} specs of {report.trials} could not run: {'; '.join(report.refused)}"))
+    for part, reason in report.left_out.items():
+        out.print(Text(f"note: {part} was left out: {reason}"))
+    for note in dict.fromkeys([*report.notes, *report.unseen.all_notes()]):
+        out.print(Text(f"note: {note}"))
+
+
+def _part(part: str | dict[str, object]) -> str:
+    """A part for people: `nms (threshold 0.8)`."""
+    if isinstance(part, str):
+        return part
+    params = ", ".join(f"{key} {value}" for key, value in part.items() if key != "name")
+    return f"{part['name']} ({params})" if params else str(part["name"])
