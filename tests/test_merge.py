@@ -178,6 +178,12 @@ def test_cells_that_fit_are_squares(side):
     assert torch.equal(into, origins.row * side // 24 * side + origins.column * side // 24)
 
 
+def test_cells_of_frames_are_those_of_one_tall_picture():
+    frames, tall = ImageTokens.from_grid(4, 6, frames=3), ImageTokens.from_grid(12, 6)
+    for k in (1, 3, 7, 18, 71):
+        assert all(torch.equal(a, b) for a, b in zip(cells(frames, k), cells(tall, k), strict=True))
+
+
 def test_windows_join_what_is_left_over():
     origins = ImageTokens.from_grid(9, 14)
     shifted = replace(origins, row=origins.row + 24, column=origins.column + 7)
@@ -186,5 +192,9 @@ def test_windows_join_what_is_left_over():
         assert count == 2 * 3
         naive = [min(r // 4, 1) * 3 + min(c // 4, 2) for r in range(9) for c in range(14)]
         assert window.tolist() == naive
+    window, count = windows(ImageTokens.from_grid(4, 4, frames=2), 2)
+    assert count == 8 and window.tolist() == [
+        f * 4 + r // 2 * 2 + c // 2 for f in (0, 1) for r in range(4) for c in range(4)
+    ]
     window, count = windows(ImageTokens.from_grid(3, 5), 6)
     assert count == 1 and not window.any()

@@ -11,17 +11,18 @@ def windows(origins: ImageTokens, size: int) -> tuple[torch.Tensor, int]:
     """The square window in which each token stands.
 
     Windows start at the top left of the tokens; what is left over at the bottom and at the right joins the last window
-    there, and a side shorter than a window is one window.
+    there, and a side shorter than a window is one window. Frames have windows of their own.
 
     Args:
         origins: of n tokens, no class token among them.
         size: rows and columns of a window.
 
     Returns:
-        int64 ``(n,)`` on the CPU, numbered row by row, and how many windows there are.
+        int64 ``(n,)`` on the CPU, numbered frame by frame and row by row, and how many windows there are.
     """
     (row, down), (column, across) = _side(origins.row, size), _side(origins.column, size)
-    return row * across + column, down * across
+    frames, frame = torch.unique(origins.frame, return_inverse=True)
+    return (frame * down + row) * across + column, len(frames) * down * across
 
 
 def _side(axis: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:
@@ -35,7 +36,7 @@ def cells(origins: ImageTokens, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     The rows are cut into about ``sqrt(k * rows / columns)`` bands of equal height, each band, column by column, into
     its part of the k cells. Where k cells fit the grid (24 x 24 into 12 x 12) they are rectangles, as in average
-    pooling.
+    pooling. Frames count as one tall picture.
 
     Args:
         origins: of n tokens in raster order, no class token among them; tokens may be missing on the grid.
@@ -45,7 +46,8 @@ def cells(origins: ImageTokens, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         int64 ``(k,)``, rising: the token nearest to the middle of each cell (ties: the first); int64 ``(n,)``, the cell
         of each token. Both on the CPU.
     """
-    _, row = torch.unique(origins.row, return_inverse=True)
+    tall = origins.frame * (int(origins.row.max()) + 1) + origins.row
+    _, row = torch.unique(tall, return_inverse=True)
     column, n, rows = origins.column, len(row), int(row.max()) + 1
     bands = min(rows, k, max(1, int((k * rows * rows / n) ** 0.5 + 0.5)))
     band = (row * bands) // rows
@@ -58,7 +60,7 @@ def cells(origins: ImageTokens, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     first = (count.cumsum(0) - count)[band]
     into = torch.empty_like(row)
     into[by_band] = first[by_band] + position * count[band[by_band]] // tokens[band[by_band]]
-    leaders = _middles(origins.row, column, into, k)
+    leaders = _middles(tall, column, into, k)
     order = leaders.argsort()
     return leaders[order], order.argsort()[into]
 
