@@ -100,11 +100,32 @@ def test_nms_blocks_and_all_at_once_agree_and_are_greedy(n, groups, threshold, s
     unit = unit_length(features)
     exists = torch.arange(n)[None] < torch.randint(1, n + 1, (groups, 1), generator=generator)
     k = torch.tensor([data.draw(st.integers(0, int(e.sum()))) for e in exists])
-    at_once = suppress_at_once(unit, exists, threshold)
-    blocks = suppress_in_blocks(unit, exists, threshold, k)
+    thresholds = torch.full((groups,), threshold)
+    at_once = suppress_at_once(unit, exists, thresholds)
+    blocks = suppress_in_blocks(unit, exists, thresholds, k)
     for g in range(groups):
         first = at_once[g].nonzero().squeeze(1)[: int(k[g])]
         assert blocks[g].nonzero().squeeze(1).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
+    """Features with a large common part: at 0.8 everything is alike, without the mean it is not."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes, k = [60, 1, 33], [20, 1, 12]
+    groups = [(torch.rand(n, generator=generator).tolist(), clustered(n, seed + n) + 20.0) for n in sizes]
+    saliency, features, valid = batch(groups)
+    plain = chosen(NMS(), saliency, features, k, valid)
+    centre = chosen(NMS(centre=True), saliency, features, k, valid)
+    quantile = chosen(NMS(quantile=0.9), saliency, features, k, valid)
+    for (values, rows), count, one, two, three in zip(groups, k, plain, centre, quantile, strict=True):
+        assert one == naive_nms(values, rows, count, 0.8)
+        assert two == naive_nms(values, rows - rows.mean(0), count, 0.8)
+        unit = rows / rows.norm(dim=-1, keepdim=True)
+        pairs = sorted(float(unit[i] @ unit[j]) for i in range(len(rows)) for j in range(i))
+        threshold = pairs[-(-(len(pairs) - 1) * 9 // 10)] - 1e-7 if pairs else 2.0
+        assert three == naive_nms(values, rows, count, threshold)
+    assert centre != plain
 
 
 def test_nms_groups_do_not_see_each_other():
