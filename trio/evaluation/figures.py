@@ -50,16 +50,17 @@ def _curve(results: Results, place: Any, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.2, 5.0), layout="constrained")
+    figure = Figure(figsize=(8.2, 6.0), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
-    for name, rows in _lines(results).items():
+    for method, rows in _lines(results).items():
+        name = rows[0].name if len(rows) == 1 else method
         kind = COUNTED if all(COUNTED in row.accuracy for row in rows) else OVERALL
         found = [(x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None]
         points = sorted(found, key=lambda point: point[0])
         if not points:
             continue
-        method = not rows[0].control
+        asked = not rows[0].control
         means = [value.mean for _, value in points]
         errors = [[max(0.0, v.mean - v.low) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
         axes.errorbar(
@@ -67,10 +68,10 @@ def _curve(results: Results, place: Any, label: str) -> str:
             means,
             yerr=errors,
             label=name,
-            marker="o" if method else "x",
+            marker="o" if asked else "x",
             markersize=5,
-            linewidth=1.6 if method else 1.0,
-            linestyle="-" if method else ":",
+            linewidth=1.6 if asked else 1.0,
+            linestyle="-" if asked else ":",
             capsize=2,
             elinewidth=0.8,
         )
@@ -78,11 +79,11 @@ def _curve(results: Results, place: Any, label: str) -> str:
         row = results.row(name)
         mean = row.accuracy.get(COUNTED, row.accuracy[OVERALL]).mean
         axes.axhline(mean, color="0.6", linewidth=0.8)
-        axes.annotate(name, (1.0, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.annotate(name, (0.01, mean), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
     axes.set(xlabel=label, ylabel="questions answered right, %")
     axes.set_ylim(0, 103)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)

@@ -15,7 +15,6 @@ from trio.evaluation.results import Results
 from trio.evaluation.rows import Row
 from trio.evaluation.runner import Runner
 from trio.evaluation.task import Task
-from trio.inputs import batch_for
 from trio.spec import PipelineSpec
 from trio.viz import overlay_from_report, seen_region
 
@@ -57,8 +56,7 @@ def overlays(model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpe
     found = []
     for number in _chosen(task, [results.right[spec.name] for spec in specs]):
         sample = task.samples[number]
-        inputs = batch_for(processor, [([sample.picture()], sample.question)])
-        inputs = inputs.to(model.device, dtype=model.dtype)
+        inputs = runner.inputs([([sample.picture()], sample.question)], "own")
         for spec in specs[:SPECS]:
             pipeline = runner.pipeline(Row(spec.name, spec.name, spec=spec))
             out = runner.generate(inputs, [sample], pipeline, task.max_new_tokens)

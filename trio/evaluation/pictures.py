@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from trio.evaluation.rows import Picture
 from trio.evaluation.task import Sample, Task
 from trio.inputs import batch_for
 
-__all__ = ["Counter", "Shown"]
+__all__ = ["Counter", "Shown", "without_floor"]
 
 GREY = (128, 128, 128)
 #: Steps of the search for a size: 2 ** -12 of the width is less than a pixel of any picture.
@@ -44,13 +45,12 @@ class Counter:
             self._known[size] = self.of_batch(batch_for(self._processor, [([Image.new("RGB", size, GREY)], "?")]))[0]
         return self._known[size]
 
-    def smallest(self, size: tuple[int, int]) -> float:
-        """Share of its tokens that a picture still has when it is made as small as it can be."""
-        return self.of_size(_scaled(size, 1 / 256)) / self.of_size(size)
+    def smallest(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture that is made as small as it can be."""
+        return self.of_size(_scaled(size, 1 / 256))
 
-    def size_for(self, size: tuple[int, int], share: float) -> tuple[int, int]:
-        """The size, in about the same proportions, at which a picture has the share of its tokens, or next to it."""
-        wanted = share * self.of_size(size)
+    def size_for(self, size: tuple[int, int], wanted: float) -> tuple[int, int]:
+        """The size, in about the same proportions, at which a picture has so many tokens, or next to it."""
         low, high = 1 / 256, 1.0
         for _ in range(STEPS):
             middle = (low + high) / 2
@@ -61,6 +61,18 @@ class Counter:
         return min((_scaled(size, low), _scaled(size, high)), key=lambda one: abs(self.of_size(one) - wanted))
 
 
+def without_floor(processor: Any) -> Any:
+    """A processor that does not enlarge small pictures (Qwen's do, up to a number of pixels); else the same one."""
+    pictures: Any = getattr(processor, "image_processor", None)
+    size, merge = getattr(pictures, "size", None), getattr(pictures, "merge_size", None)
+    if merge is None or not size or "shortest_edge" not in dict(size):
+        return processor
+    changed, own = copy.copy(processor), copy.copy(pictures)
+    own.size = {**dict(size), "shortest_edge": (own.patch_size * merge) ** 2}
+    changed.image_processor = own
+    return changed
+
+
 def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
     width, height = (max(1, round(side * factor)) for side in size)
     return width, height
@@ -69,17 +81,18 @@ def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
 class Shown:
     """The pictures of a task, as each row shows them."""
 
-    def __init__(self, task: Task, counter: Counter) -> None:
+    def __init__(self, task: Task, counter: Counter, small: Counter) -> None:
         """Remembers which scene stands in for which.
 
         Args:
             task: the questions.
-            counter: of the model, for smaller pictures.
+            counter: of the model.
+            small: the same for smaller pictures, see `without_floor`.
         """
         first = {sample.scene: sample for sample in reversed(task.samples)}
         scenes = sorted(first)
         self._other = {scene: first[after] for scene, after in zip(scenes, scenes[1:] + scenes[:1], strict=True)}
-        self._counter = counter
+        self._counter, self._small = counter, small
 
     def picture(self, sample: Sample, which: Picture, share: float) -> Image.Image:
         """A picture for a question: its own, a grey one of that size, the next scene's, or its own made smaller."""
@@ -89,7 +102,8 @@ class Shown:
         if which == "blank":
             return Image.new("RGB", own.size, GREY)
         if which == "small":
-            return own.resize(self._counter.size_for(own.size, share), Image.Resampling.BICUBIC)
+            wanted = share * self._counter.of_size(own.size)
+            return own.resize(self._small.size_for(own.size, wanted), Image.Resampling.BICUBIC)
         return own
 
     def pictures(self, samples: Sequence[Sample], which: Picture, share: float) -> list[Image.Image]:

@@ -16,20 +16,17 @@ from trio.errors import InputError
 from trio.evaluation.answers import AnswerFiles
 from trio.evaluation.results import Results
 from trio.evaluation.rows import Row, plan
-from trio.evaluation.runner import Runner
+from trio.evaluation.runner import LOOKED_AT, Runner
 from trio.evaluation.speed import measure
 from trio.evaluation.statistics import DRAWS
 from trio.evaluation.summary import Summary
 from trio.evaluation.task import Task
-from trio.inputs import batch_for
 from trio.pipeline import Pipeline
 from trio.spec import PipelineSpec, load_spec
 
 __all__ = ["evaluate", "named_specs"]
 
 SpecLike = str | Path | Mapping[str, Any] | PipelineSpec
-#: Pictures that are looked at for what a compressor without a stated count leaves.
-LOOKED_AT = 16
 ROUNDS = 5
 
 
@@ -96,7 +93,7 @@ def evaluate(
         typical,
         several_pictures=task.scenes > 1,
         maps=all(sample.item_map is not None for sample in task.samples),
-        smallest=max(runner.counter.smallest(size) for size in set(runner.sizes[:LOOKED_AT])),
+        smallest=runner.smallest(),
         entered={spec.name: typical * _entered(runner, spec) for spec in loaded if _decides(spec)},
     )
     facts = _model(model, name, runner, typical)
@@ -165,9 +162,9 @@ def _entered(runner: Runner, spec: PipelineSpec) -> float:
     first = {sample.scene: sample for sample in reversed(runner.task.samples)}
     left = full = 0
     for scene in sorted(first)[:LOOKED_AT]:
-        inputs = batch_for(runner.processor, [([first[scene].picture()], first[scene].question)])
+        inputs = runner.inputs([([first[scene].picture()], first[scene].question)], "own")
         with pipeline, torch.no_grad():
-            runner.model(**inputs.to(runner.model.device, dtype=runner.model.dtype))
+            runner.model(**inputs)
         (sample,) = pipeline.report.samples
         left, full = left + sum(image.start for image in sample.images), full + sample.visual_tokens
     return left / full

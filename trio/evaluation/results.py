@@ -37,7 +37,7 @@ class Estimate(_Record):
 
     def signed(self) -> str:
         """The same with signs, for differences."""
-        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.mean:+z.1f} ({self.low:+z.1f} to {self.high:+z.1f})"
 
 
 class RowResult(_Record):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from trio.adapters import adapter_for
@@ -17,14 +18,16 @@ from trio.cost.flops import prefill_flops, projector_flops, tower_flops
 from trio.errors import TrioError
 from trio.evaluation.answers import Answer, AnswerFiles
 from trio.evaluation.floors import Oracle
-from trio.evaluation.pictures import Counter, Shown
-from trio.evaluation.rows import Row
+from trio.evaluation.pictures import Counter, Shown, without_floor
+from trio.evaluation.rows import Picture, Row
 from trio.evaluation.task import Sample, Task
 from trio.inputs import batch_for
 from trio.pipeline import Pipeline
 
 __all__ = ["Runner"]
 
+#: Pictures that are looked at for what holds for all of them.
+LOOKED_AT = 16
 Progress = Callable[[int, int], None]
 
 
@@ -42,8 +45,9 @@ class Runner:
         """
         self.model, self.processor, self.task = model, processor, task
         self.adapter = adapter_for(model)
-        self.counter = Counter(self.adapter, processor)
-        self.shown = Shown(task, self.counter)
+        self.small_processor = without_floor(processor)
+        self.counter, self.small = (Counter(self.adapter, one) for one in (processor, self.small_processor))
+        self.shown = Shown(task, self.counter, self.small)
         self.shape, self.no_flops = _shape(model)
         sizes = {sample.scene: sample.picture().size for sample in task.samples}
         order = sorted(range(len(task.samples)), key=lambda i: (sizes[task.samples[i].scene], i))
@@ -90,6 +94,16 @@ class Runner:
         """The pipeline of a row."""
         assert row.spec is not None
         return Pipeline.from_spec(row.spec, self.model)
+
+    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], which: Picture) -> Any:
+        """A batch on the model's device."""
+        made = batch_for(self.small_processor if which == "small" else self.processor, prompts)
+        return made.to(self.model.device, dtype=self.model.dtype)
+
+    def smallest(self) -> float:
+        """Largest share of its tokens that a picture still has when it is made as small as it can be."""
+        some = set(self.sizes[:LOOKED_AT])
+        return max(self.small.smallest(size) / self.counter.of_size(size) for size in some)
 
     def generate(self, inputs: Any, samples: Sequence[Sample], pipeline: Pipeline | None, new_tokens: int) -> Any:
         """Greedy tokens of a batch, without the prompt."""
@@ -146,8 +160,7 @@ class _Inputs:
             runner = self._runner
             pictures = runner.shown.pictures(self.samples, row.picture, row.tokens)
             prompts = [([picture], s.question) for picture, s in zip(pictures, self.samples, strict=True)]
-            made = batch_for(runner.processor, prompts)
-            self._inputs[which] = made.to(runner.model.device, dtype=runner.model.dtype)
+            self._inputs[which] = runner.inputs(prompts, row.picture)
         return self._inputs[which]
 
     def seen(self, row: Row) -> list[Any]:

@@ -12,7 +12,6 @@ import torch
 from trio.evaluation.results import Speed
 from trio.evaluation.rows import Row
 from trio.evaluation.runner import Runner
-from trio.inputs import batch_for
 
 __all__ = ["measure"]
 
@@ -38,7 +37,7 @@ def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed
     for name, row in chosen.items():
         pictures = runner.shown.pictures(samples, row.picture, row.tokens)
         prompts = [([picture], sample.question) for picture, sample in zip(pictures, samples, strict=True)]
-        inputs[name] = batch_for(runner.processor, prompts).to(runner.model.device, dtype=runner.model.dtype)
+        inputs[name] = runner.inputs(prompts, row.picture)
     seconds: dict[tuple[str, int], list[float]] = {}
     lengths = (1, runner.task.max_new_tokens)
     for _ in range(rounds + 1):

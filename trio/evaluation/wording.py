@@ -142,13 +142,13 @@ def findings(results: Results) -> Iterator[str]:
         ceiling, kind = results.control("oracle", row.schedule), COUNTED if COUNTED in row.accuracy else OVERALL
         if ceiling is not None and kind in ceiling.accuracy:
             gap = row.accuracy[kind].mean - ceiling.accuracy[kind].mean
-            yield f"{row.name} is {gap:+.1f} points from the oracle ({row.schedule})."
+            yield f"{row.name} is {gap:+z.1f} points from the oracle ({row.schedule})."
 
 
 def _against_floor(one: Comparison) -> str:
     """A spec against a floor; the comparison's row is the floor, its baseline the spec."""
     gain = -one.difference.mean
-    said = f"{gain:+.1f} ({-one.difference.high:+.1f} to {-one.difference.low:+.1f}) points, p = {_p(one.p_holm)}"
+    said = f"{gain:+z.1f} ({-one.difference.high:+z.1f} to {-one.difference.low:+z.1f}) points, p = {_p(one.p_holm)}"
     if one.p_holm < LEVEL:
         return f"{one.baseline} is {'above' if gain > 0 else 'BELOW'} {one.row}: {said}."
     return f"{one.baseline} is {'not shown to be' if gain > 0 else 'NOT'} above {one.row}: {said}."
