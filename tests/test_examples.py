@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 
 import trio
-from trio.registry import ADAPTERS, SCORERS, SELECTORS
-from trio.testing import TokenInputs, check_adapter, check_scorer, tiny_llava
+from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+from trio.testing import TokenInputs, check_adapter, check_compressor, check_scorer, tiny_llava
 from trio.testing.inputs import Prompt
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 #: Pages that begin with nothing: each block goes on where the one before it ended.
-PAGES = ("add-a-scorer", "add-an-adapter")
+PAGES = ("add-a-scorer", "add-a-compressor", "add-an-adapter")
 
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an example registers is forgotten after the test."""
-    for registry in (SCORERS, SELECTORS, ADAPTERS):
+    for registry in (SCORERS, SELECTORS, COMPRESSORS, ADAPTERS):
         registry.names()
         for attribute in ("_parts", "_aliases", "_sources"):
             monkeypatch.setattr(registry, attribute, dict(getattr(registry, attribute)))
@@ -139,10 +139,37 @@ def test_my_scorer_as_an_entry_point(tmp_path: Path) -> None:
     assert done.stdout.strip() == "my-package 1.2", done.stderr
 
 
-def test_the_page_shows_my_scorer_as_it_is() -> None:
+def test_my_compressor_is_found_by_name_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    module = runpy.run_path(str(EXAMPLES / "my_compressor.py"), run_name="my_compressor")
+    assert COMPRESSORS.get("top-and-rest") is module["TopAndRest"]
+    assert check_compressor("top-and-rest").passed
+    module["main"]()
+    printed = capsys.readouterr().out
+    assert "top-and-rest: 48 of 144" in printed
+    assert "FAILED" not in printed
+
+
+def test_my_compressor_keeps_and_averages_what_it_says() -> None:
+    import torch
+
+    from trio.encoders.base import VisualTokens
+    from trio.origins import ImageTokens
+
+    compressor = runpy.run_path(str(EXAMPLES / "my_compressor.py"), run_name="my_compressor")["TopAndRest"]()
+    attention = torch.tensor([0.1, 0.3, 0.05, 0.2, 0.15])
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens.start(features, ImageTokens.from_grid(1, 5), {compressor.reads()[0]: attention})
+    out = compressor.compress(tokens, 3)
+    assert out.places.tolist() == [1, 3, 4] and out.sizes.tolist() == [1, 1, 3]
+    expected = torch.stack([features[1], features[3], features[[0, 2, 4]].mean(0)])
+    torch.testing.assert_close(out.features, expected)
+
+
+@pytest.mark.parametrize("part", ["scorer", "compressor"])
+def test_the_page_shows_my_part_as_it_is(part: str) -> None:
     """The page leaves out docstrings of the method and of the module, nothing else."""
-    (_, shown), *_ = blocks(ROOT / "docs" / "add-a-scorer.md")
-    whole = (EXAMPLES / "my_scorer.py").read_text()
+    (_, shown), *_ = blocks(ROOT / "docs" / f"add-a-{part}.md")
+    whole = (EXAMPLES / f"my_{part}.py").read_text()
     for line in filter(None, map(str.strip, shown.splitlines())):
         assert line in whole
 
