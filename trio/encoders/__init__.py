@@ -1,1 +1,20 @@
-"""Compressors: fewer visual tokens before the language model, one method a file."""
+"""The encoder side: compressors (one method a file), vision towers and their readers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trio.encoders.direct import compress
+
+__all__ = ["compress"]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves `compress` when it is first used: importing a compressor imports no tower."""
+    if name != "compress":
+        raise AttributeError(f"module 'trio.encoders' has no attribute {name!r}")
+    from trio.encoders.direct import compress
+
+    globals()[name] = compress
+    return compress

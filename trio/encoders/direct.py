@@ -1,0 +1,179 @@
+"""`compress`: fewer visual tokens from a vision tower of one's own, without a language model of ours to know."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from trio.encoders.base import Compressor, Signal, VisualTokens
+from trio.encoders.reader import Reader, Reading
+from trio.encoders.towers import Tower, tower_for
+from trio.errors import InputError, UnknownNameError
+from trio.origins import ImageTokens
+from trio.registry import COMPRESSORS
+from trio.spec_rules import parse_share
+
+Images = torch.Tensor | Mapping[str, Any]
+
+
+def compress(
+    tower: nn.Module | Tower,
+    images: Images,
+    compressor: str | Mapping[str, Any] | type[Compressor] | Compressor = "visionzip-64",
+    *,
+    keep: int | str | None = None,
+    layer: int | None = None,
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[VisualTokens]:
+    """Runs a vision tower on pictures and compresses what it gives.
+
+    Args:
+        tower: a vision tower of transformers, open_clip or timm, or a model that holds one; see docs/towers.md. It runs
+            as it is, in the caller's grad mode.
+        images: pixels ``(pictures, 3, height, width)`` as the tower takes them, or its own arguments by name (Qwen:
+            `pixel_values` and `grid_thw`).
+        compressor: a name with the number of tokens (``"visionzip-64"``), a name, a mapping with `name`, `keep` and
+            parameters, a class or an object.
+        keep: tokens to keep of each picture, or a percentage such as ``"11.1%"``; not for compressors that decide.
+        layer: block whose output makes the features, from the end where negative; None: what language models take of
+            such a tower. Towers whose patches leave merged (Qwen's) give the merged ones, and take no layer.
+        project: the projector, ``(n, D) -> (n, D')``, row by row. Compressors that compare tokens as the language model
+            sees them (`Compressor.space`) do so after it; with None they compare the tower's features.
+
+    Returns:
+        The tokens left of each input of the tower (a picture; a temporal frame of a video): features (projected where
+        `project` is given), origins on the grid of the picture, sizes, places and the merge map.
+
+    Raises:
+        UnknownNameError: no compressor of that name.
+        UnsupportedModelError: the tower is not known, or does not give what the compressor reads.
+        InputError: the number is missing or wrong, or the images do not fit the tower.
+    """
+    found = tower_for(tower)
+    part, number_kept = _compressor(compressor, keep)
+    merged = found.patches_per_token > 1
+    if merged and layer is not None:
+        raise InputError(
+            f"layer: found {layer}; the tokens of a {type(found.module).__name__} are made of several patches by its "
+            "last step, so that no block has them; leave layer out"
+        )
+    block = found.features_block if layer is None else layer
+    hidden, cls = Signal("hidden", block), Signal("cls", block)
+    with_cls = part.wants_cls and found.has_cls and not merged
+    wanted = [*part.reads(), *([] if merged else [hidden]), *([cls] if with_cls else [])]
+    grids = found.grids(images)
+    with Reader(found, wanted) as reader:
+        output = found.run(images)
+        reading = reader.take()
+    counts = [rows * columns for rows, columns in grids]
+    if tuple(counts) != reading.inputs:
+        raise InputError(
+            f"images: the tower has {reading.inputs} patches by picture, grids of {tuple(grids)} were expected; "
+            "patches may not be dropped on the way"
+        )
+    rows = output.pooler_output if merged else reading.values[hidden]
+    class_rows = reading.values[cls] if with_cls else [None] * len(grids)
+    seeds = _seeds(images, counts)
+    results, first, per_token = [], 0, found.patches_per_token
+    side = int(per_token**0.5)
+    for number, (height, width) in enumerate(grids):
+        n = counts[number] // per_token
+        here = slice(first // per_token, first // per_token + n)
+        signals = {one: _signal(one, reading, number, first, counts[number], per_token) for one in part.reads()}
+        tokens = VisualTokens.start(
+            rows[here],
+            ImageTokens.from_grid(height // side, width // side, size=per_token),
+            signals,
+            class_token=class_rows[number],
+            seed=seeds[number],
+        )
+        results.append(_one(part, tokens, number_kept, project))
+        first += counts[number]
+    return results
+
+
+def _one(
+    part: Compressor,
+    tokens: VisualTokens,
+    keep: int | Fraction | None,
+    project: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> VisualTokens:
+    n = tokens.tokens
+    k = n if keep is None else min(n, keep if isinstance(keep, int) else max(1, int(keep * n + Fraction(1, 2))))
+    early = project is not None and part.space == "language"
+    if project is not None and early:
+        cls = None if tokens.cls is None else project(tokens.cls[None])[0]
+        tokens = replace(tokens, features=project(tokens.features), cls=cls)
+    out = tokens if k == n and not part.decides_count else part.compress(tokens, k)
+    if project is None or early:
+        return out
+    return replace(out, features=project(out.features), cls=None if out.cls is None else project(out.cls[None])[0])
+
+
+def _signal(signal: Signal, reading: Reading, number: int, first: int, patches: int, per_token: int) -> torch.Tensor:
+    """A signal of one input; tokens of several patches have the mean of theirs."""
+    values = reading.values[signal]
+    if signal.kind == "cls":
+        return values[number]
+    own = values[first : first + patches]
+    return own if per_token == 1 else own.unflatten(0, (-1, per_token)).mean(1)  # type: ignore[no-untyped-call]
+
+
+def _seeds(images: Images, counts: list[int]) -> list[int]:
+    """A number from the pixels of each input."""
+    pixels: torch.Tensor = images if isinstance(images, torch.Tensor) else images["pixel_values"]
+    if pixels.ndim == 2:  # packed
+        parts = list(torch.split(pixels, counts))
+    elif pixels.ndim == 3:  # padded patches
+        parts = [row[:count] for row, count in zip(pixels, counts, strict=True)]
+    else:
+        parts = list(pixels)
+    return [zlib.crc32(part.detach().float().cpu().contiguous().numpy().tobytes()) for part in parts]
+
+
+def _compressor(
+    given: str | Mapping[str, Any] | type[Compressor] | Compressor, keep: int | str | None
+) -> tuple[Compressor, int | Fraction | None]:
+    if isinstance(given, Mapping) and "keep" in given:
+        if keep is not None:
+            raise InputError("keep is given twice, in the compressor's mapping and beside it; give it once")
+        keep = given["keep"]
+        given = {name: value for name, value in given.items() if name != "keep"}
+    if isinstance(given, str) and keep is None:
+        name, _, count = given.rpartition("-")
+        if count.isdigit() and name in COMPRESSORS.names():
+            given, keep = name, int(count)
+    try:
+        part: Compressor = COMPRESSORS.build(given)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error} A count behind the name is the number of tokens: 'visionzip-64'.") from error
+    return part, _number(part, keep)
+
+
+def _number(part: Compressor, keep: int | str | None) -> int | Fraction | None:
+    name = COMPRESSORS.name_of(type(part)) or type(part).__name__
+    if part.decides_count:
+        if keep is not None:
+            raise InputError(f"keep: found {keep!r}, but {name!r} decides its own count; leave it out")
+        return None
+    if keep is None:
+        raise InputError(f"keep: missing; say how many tokens {name!r} leaves, as in '{name}-64' or keep='11.1%'")
+    if isinstance(keep, str):
+        try:
+            share = parse_share(keep)
+        except ValueError as error:
+            raise InputError(f"keep: found {keep!r}; give a count, or a percentage such as '11.1%'") from error
+        if 0 < share <= 1:
+            return share
+    elif isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
+        return keep
+    raise InputError(f"keep: found {keep!r}; give a count of 1 or more, or a percentage above 0% and up to 100%")
+
+
+__all__ = ["compress"]
