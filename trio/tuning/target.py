@@ -91,8 +91,12 @@ class Target:
         return sum(bound.miss(found[bound.metric]) for bound in self.bounds)
 
     def show(self, found: Mapping[str, float]) -> str:
-        """The values that the bounds are about."""
-        return ", ".join(f"{bound.metric} {bound.show(found[bound.metric])}" for bound in self.bounds)
+        """Quality, FLOPs and what else is bounded: ``agreement 97.2%, flops 44.5%, speed 2.02x``."""
+        shown = dict.fromkeys([self.quality, "flops", *(bound.metric for bound in self.bounds)])
+        return ", ".join(
+            f"{metric} {found[metric]:.2f}x" if metric == "speed" else f"{metric} {found[metric]:.1%}"
+            for metric in shown
+        )
 
     def __str__(self) -> str:
         """As it was written."""

@@ -153,9 +153,8 @@ def choose(candidates: Sequence[Candidate], target: Target) -> Candidate:
             raise BudgetError("target: no spec could run on this model; `trio check MODEL` says what works on it.")
         near = min(candidates, key=lambda one: (target.miss(one.values), one.kl))
         raise BudgetError(
-            f"target {target}: none of {len(candidates)} specs meets it. The nearest has {target.show(near.values)} "
-            f"({quality} {near.values[quality]:.1%}, FLOPs {near.values['flops']:.1%} of the full model's). Ask for "
-            "less, or try more specs."
+            f"target {target}: none of {len(candidates)} specs meets it. The nearest has {target.show(near.values)}. "
+            "Ask for less, or try more specs (with --study, a search goes on from the trials that it has)."
         )
     if target.bounds_quality:
         return min(meeting, key=lambda one: (one.values["flops"], -one.values[quality], one.kl, one.trial))
