@@ -176,7 +176,7 @@ def _counts(task: Task) -> dict[str, int]:
 
 def _model(model: Any, name: str, runner: Runner, typical: int) -> dict[str, Any]:
     return {
-        "name": name or str(model.name_or_path or type(model).__name__),
+        "name": name or Path(model.name_or_path).name or type(model).__name__,
         "class": type(model).__name__,
         "weights": weights(model),
         "layers": len(runner.adapter.layers),

@@ -211,7 +211,10 @@ class Results(_Record):
         try:
             return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
         except (OSError, ValidationError) as error:
-            raise InputError(f"results {str(file)!r}: cannot be read ({error}); run `trio eval` again.") from error
+            said = f"{error.error_count()} fields are wrong" if isinstance(error, ValidationError) else error
+            raise InputError(
+                f"results {str(file)!r}: cannot be read ({said}); give a results.json of this version of `trio eval`."
+            ) from error
 
     def to_csv(self) -> str:
         """A line a row and sub-task, for spreadsheets."""

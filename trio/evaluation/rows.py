@@ -113,7 +113,10 @@ def plan(
     rows.append(wrong)
     schedules: dict[str, Schedule] = {}
     for spec in specs:
-        Pipeline.from_spec(spec, model)  # a spec that does not fit is refused before anything runs
+        try:
+            Pipeline.from_spec(spec, model)  # a spec that does not fit is refused before anything runs
+        except TrioError as error:
+            raise type(error)(f"spec {spec.name!r}: {error}") from error
         schedule = _schedule(spec, layers, started, (entered or {}).get(spec.name), schedules.values())
         schedules[schedule.label] = schedule
         rows.append(Row(spec.name, spec.name, "", schedule.label, spec))

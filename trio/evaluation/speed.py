@@ -30,7 +30,7 @@ def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed
     chosen = {row.group: row for row in reversed(rows) if row.picture in ("own", "small")}
     if rounds < 1:
         return {}
-    batch = runner.batches[len(runner.batches) // 2][:BATCH]
+    batch = runner.batches[(len(runner.batches) - 1) // 2][:BATCH]
     samples = [runner.task.samples[i] for i in batch]
     pipelines = {name: runner.pipeline(row) if row.spec is not None else None for name, row in chosen.items()}
     inputs: dict[str, Any] = {}

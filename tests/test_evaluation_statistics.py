@@ -1,0 +1,200 @@
+"""Intervals cover what they promise, corrections equal hand arithmetic, and the gate opens for the right reasons."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trio.evaluation.answers import Answer
+from trio.evaluation.results import COUNTED, OVERALL
+from trio.evaluation.rows import SEEDS, Row, Schedule, none_name
+from trio.evaluation.statistics import Bootstrap, Paired, holm, needed_scenes, paired, power
+from trio.evaluation.summary import Summary
+from trio.evaluation.task import Sample, Task
+from trio.spec import PipelineSpec
+
+SCENES, EACH = 50, 6
+SCENE = np.repeat(np.arange(SCENES), EACH)
+ALL = np.ones(SCENES * EACH, bool)
+
+
+def clustered(rng: np.random.Generator, mean: float) -> NDArray[np.float64]:
+    """Answers whose scenes are easy or hard as wholes."""
+    ease = rng.beta(mean * 2, (1 - mean) * 2, SCENES)
+    return (rng.random(SCENES * EACH) < ease[SCENE]).astype(float)
+
+
+def test_intervals_cover_the_truth_and_ones_without_clusters_would_not() -> None:
+    rng, covered, naive, differences = np.random.default_rng(1), 0, 0, 0
+    bootstrap = Bootstrap(SCENE.tolist(), draws=400)
+    for _ in range(300):
+        right = clustered(rng, 0.7)
+        found = bootstrap.mean(right, ALL)
+        covered += found.low <= 0.7 <= found.high
+        width = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / len(right))
+        naive += abs(right.mean() - 0.7) <= width
+        gap = bootstrap.difference(right, clustered(rng, 0.6), ALL)
+        differences += gap.low <= 0.1 <= gap.high
+    assert 0.90 <= covered / 300 <= 0.98
+    assert 0.90 <= differences / 300 <= 0.98
+    assert naive / 300 < 0.85
+
+
+def test_pairs_make_differences_narrow() -> None:
+    rng = np.random.default_rng(2)
+    bootstrap = Bootstrap(SCENE.tolist())
+    right = clustered(rng, 0.7)
+    other = right.copy()
+    other[::29] = 1 - other[::29]
+    alone, together = bootstrap.mean(right, ALL), bootstrap.difference(right, other, ALL)
+    assert together.high - together.low < (alone.high - alone.low) / 2
+    same = bootstrap.difference(right, right, ALL)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def test_all_right_still_has_an_interval() -> None:
+    bootstrap = Bootstrap(SCENE.tolist())
+    found = bootstrap.mean(np.ones(len(SCENE)), ALL)
+    assert found.mean == 1 and found.high == pytest.approx(1)
+    assert found.low == pytest.approx(SCENES / (SCENES + 1.96**2), abs=1e-4)  # Wilson, 50 scenes and not 300 questions
+
+
+def test_what_is_retained() -> None:
+    bootstrap = Bootstrap(SCENE.tolist())
+    full, blind = np.ones(len(SCENE)), (np.arange(len(SCENE)) % 6 == 0).astype(float)
+    half = (np.arange(len(SCENE)) % 6 < 3).astype(float)
+    found = bootstrap.retained(half, full, blind, ALL)
+    assert found is not None
+    assert found.mean == pytest.approx((3 / 6 - 1 / 6) / (1 - 1 / 6))
+    assert found.low == found.high == pytest.approx(found.mean)  # the same in every scene
+    assert bootstrap.retained(half, blind, blind, ALL) is None  # nothing to retain
+    nearly = blind.copy()
+    nearly[1] = 1  # one question in 300 is no gain to be sure of
+    assert bootstrap.retained(half, nearly, blind, ALL) is None
+
+
+def test_holm_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_the_sign_flip_test_is_exact_and_holds_its_level() -> None:
+    three = paired(np.array([1.0, 2.0, 1.0, 0.0]), np.full(4, 5.0))
+    assert three.p == pytest.approx(2 / 8, abs=0.02)  # of eight signs, two are as extreme
+    assert three.difference == 4 / 20
+    assert paired(np.zeros(9), np.full(9, 5.0)).p == 1
+    rng = np.random.default_rng(3)
+    false = [paired(rng.normal(size=40), np.full(40, 5.0), flips=400).p < 0.05 for _ in range(300)]
+    assert 0.02 <= np.mean(false) <= 0.09
+
+
+def inferior(truth: float, scenes: int, rng: np.random.Generator, runs: int = 400) -> float:
+    """How often the test says "not worse by a point" where the first is `truth` points better."""
+    said = 0
+    for _ in range(runs):
+        moved = rng.multinomial(1, [0.10 + truth / 200, 0.10 - truth / 200, 0.80], size=(scenes, 5))
+        sums = (moved[..., 0].astype(float) - moved[..., 1]).sum(1)
+        said += paired(sums, np.full(scenes, 5.0), flips=1).p_inferior(0.01) < 0.05
+    return said / runs
+
+
+def test_non_inferiority_holds_its_level_and_its_power() -> None:
+    rng = np.random.default_rng(4)
+    assert inferior(-1.0, 300, rng) <= 0.08  # truly worse by the margin
+    some = Paired(0.0, 1.0, math.sqrt(0.2 / 5 / 300), 300)  # variance of a question 0.2
+    wanted = needed_scenes(some, 0.01, tests=1)
+    assert wanted == math.ceil(0.2 / 5 * ((1.645 + 1.2816) / 0.01) ** 2) or abs(wanted - 3426) <= 2
+    assert inferior(0.0, wanted, rng, 200) == pytest.approx(0.9, abs=0.07)
+    at = Paired(0.0, 1.0, math.sqrt(0.2 / 5 / wanted), wanted)
+    assert power(at, 0.01, tests=1) == pytest.approx(0.9, abs=0.002)
+    assert needed_scenes(some, 0.01, tests=5) > wanted
+    alike = paired(np.zeros(30), np.full(30, 5.0))
+    assert alike.p_inferior(0.01) > 0.05  # 150 equal answers are no proof of a difference below one point
+
+
+def summary(right: dict[str, str], share: float = 0.111) -> Summary:
+    """A summary of made-up answers: two sub-tasks, four questions a scene."""
+    samples = tuple(
+        Sample(None, f"{i}", ("yes",), "easy" if i % 2 else "hard", i // 4)  # type: ignore[arg-type]  # never looked at
+        for i in range(80)
+    )
+    task = Task("made up", 1, samples, 1)
+    spec = PipelineSpec.parse({"stages": [{"after_layer": 0, "keep": "11.1%"}]})
+    schedules = {"s": Schedule("s", 0, spec, share * 100, 100)}
+    rows = [
+        Row("full", "full", "full"),
+        Row("no picture", "no picture", "no picture"),
+        Row("ours", "ours", "", "s", spec),
+        Row("theirs", "theirs", "", "s", spec),
+        Row(none_name(0), none_name(0), "none"),
+        *(Row(f"random {seed}", "random, s", "random", "s", spec) for seed in SEEDS),
+        Row("oracle, s", "oracle, s", "oracle", "s", spec, refused="no map"),
+    ]
+    given = {row.name: right.get(row.group, right["full"]) for row in rows if not row.refused}
+    answers = {
+        name: [Answer(i, "yes" if c == "1" else "no", 100, 11.0, None) for i, c in enumerate(text)]
+        for name, text in given.items()
+    }
+    return Summary(task, rows, schedules, answers)
+
+
+GOOD = {
+    "full": "1" * 80,
+    "no picture": "01" * 20 + "00" * 20,  # easy: 50 %, hard: 0 %
+    "random, s": "1100" * 20,
+    none_name(0): "01" * 20 + "00" * 20,
+    "ours": "1" * 72 + "0" * 8,
+    "theirs": "1" * 60 + "0" * 20,
+}
+
+
+def test_the_gate_opens_where_all_four_conditions_hold() -> None:
+    gates = {gate.kind: gate for gate in summary(GOOD).gates}
+    assert gates["hard"].passes and gates["easy"].passes
+    assert (gates["easy"].full, gates["easy"].sees, gates["easy"].random_loses, gates["easy"].late_loses) == (
+        100.0,
+        50.0,
+        50.0,
+        50.0,
+    )
+    assert gates["hard"].late_loses == 100
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ("full", "1" * 64 + "10" * 8),  # easy falls to 80 %
+        ("no picture", "01" * 40),  # easy is answered without the picture
+        ("random, s", "01" * 40),  # and here by random tokens
+        (none_name(0), "01" * 40),  # and here by tokens that are dropped too late
+    ],
+)
+def test_each_condition_closes_the_gate_alone(row: str, text: str) -> None:
+    found = summary({**GOOD, row: text})
+    assert [gate.kind for gate in found.gates if gate.passes] == ["hard"]
+    rows = {one.name: one for one in found.rows()}
+    theirs = np.array([c == "1" for c in GOOD["theirs"]])[0::2]
+    assert rows["theirs"].accuracy[COUNTED].mean == pytest.approx(100 * theirs.mean())
+    assert rows["theirs"].accuracy[OVERALL].mean == pytest.approx(75)
+    assert rows["oracle, s"].refused == "no map" and not rows["oracle, s"].accuracy
+    assert all(one.kinds == ["hard"] and one.gated for one in found.comparisons())
+
+
+def test_comparisons_are_signed_corrected_and_say_whether_anything_counts() -> None:
+    found = summary(GOOD).comparisons()
+    (methods,) = [one for one in found if one.row == "theirs"]
+    assert methods.baseline == "ours" and methods.same_schedule
+    assert methods.difference.mean == pytest.approx(-15)
+    assert methods.p_baseline_inferior_holm < 0.05 < 1 - methods.p_baseline_inferior
+    floors = [one for one in found if one.row == "random, s"]
+    assert [one.baseline for one in floors] == ["ours", "theirs"]
+    assert floors[0].difference.mean == pytest.approx(-40)
+    assert all(one.p <= one.p_holm <= 1 for one in found)
+    nothing = summary({**GOOD, "full": "0" * 80}).comparisons()
+    assert not any(one.gated for one in nothing) and nothing[0].kinds == ["hard", "easy"]
