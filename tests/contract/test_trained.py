@@ -1,4 +1,4 @@
-"""The promises on the trained model that ships with the package, through its own processor."""
+"""The promises on the trained models that ship with the package, through their own processors."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def trained(dtype=torch.float32):
 def test_promises(promise, support):
     results = check_adapter(*trained(), promises=[promise])
     support("llava", "trained", features_of(results))
+
+
+@pytest.mark.parametrize("name", [name for name in trio.zoo.names() if name != "tiny-llava"])
+def test_promises_on_pictures_of_many_sizes(name, support):
+    results = check_adapter(*trio.zoo.load(name), promises=["decode", "batch"])
+    support(name.removeprefix("tiny-"), "trained", features_of(results))
+
+
+@pytest.mark.parametrize("name", trio.zoo.names())
+def test_promises_with_a_compressor(name, support):
+    results = check_adapter(*trio.zoo.load(name), compressor="visionzip", promises=["batch"])
+    support(name.removeprefix("tiny-"), "trained", {"compressor": features_of(results)["batch"]})
 
 
 @pytest.mark.parametrize("promise", ["identity", "reversibility", "decode", "batch", "attention"])
