@@ -24,7 +24,15 @@ def fidelity(out: Console) -> None:
     print_report(FidelityReport.from_json((RESULTS / "fidelity-tiny-llava.json").read_text()), out)
 
 
-PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity}
+def tune(out: Console) -> None:
+    """What `trio tune` prints; its picture goes beside the page."""
+    from trio.cli.tune import print_report
+    from trio.tuning import TuningReport
+
+    print_report(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), out)
+
+
+PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity, "tune": tune}
 
 
 def block(name: str) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "load_picture",
     "print_json",
+    "print_notes",
     "progress_bar",
     "quantity",
     "times",
@@ -73,6 +74,16 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_notes(out: Console, notes: Sequence[str], most: int = 6) -> None:
+    """Notes, a line each; of many only the first, and how many more there are."""
+    from rich.text import Text
+
+    for note in notes[:most]:
+        out.print(Text(f"note: {note}"))
+    if len(notes) > most:
+        out.print(Text(f"and {len(notes) - most} more notes; --json FILE writes them all"))
 
 
 def writable(file: Path, option: str) -> Path:

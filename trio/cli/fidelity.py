@@ -73,7 +73,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import duration, times
+    from trio.cli.common import duration, print_notes, times
 
     prompts = f"{report.samples} prompts on {report.pictures} pictures, batches of {report.batch_size}"
     out.print(Text(f"{report.model}: {prompts}, {report.dtype} on {report.device}", style="bold"))
@@ -108,8 +108,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
     out.print(savings)
     out.print(Text("below each mean: its 95% interval, samples of one picture drawn together"))
     out.print(Text("random: as many tokens at the same places, drawn at random"))
-    for note in report.all_notes():
-        out.print(Text(f"note: {note}"))
+    print_notes(out, report.all_notes())
 
 
 def _two_lines(estimate: str) -> str:

@@ -136,6 +136,8 @@ def print_report(report: TuningReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from trio.cli.common import print_notes
+
     out.print(Text(f"{report.model}: {report.trials} specs tried for {report.target}", style="bold"))
     for line in report.verdict():
         out.print(Text(line))
@@ -167,12 +169,9 @@ def print_report(report: TuningReport, out: Console) -> None:
         out.print(table)
     out.print(Text("in brackets: 95% intervals; random: as many tokens at the same places, drawn at random"))
     refused = sum(report.refused.values())
-    if refused:
-        out.print(Text(f"note: {refused} specs of {report.trials} could not run: {'; '.join(report.refused)}"))
-    for part, reason in report.left_out.items():
-        out.print(Text(f"note: {part} was left out: {reason}"))
-    for note in dict.fromkeys([*report.notes, *report.unseen.all_notes()]):
-        out.print(Text(f"note: {note}"))
+    notes = [f"{refused} of {report.trials} specs could not run: {'; '.join(report.refused)}"] if refused else []
+    notes += [f"{part} was left out: {reason}" for part, reason in report.left_out.items()]
+    print_notes(out, list(dict.fromkeys([*notes, *report.notes, *report.unseen.all_notes()])))
 
 
 def _part(part: str | dict[str, object]) -> str:

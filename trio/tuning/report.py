@@ -110,7 +110,9 @@ def _says(bound: Bound, found: Estimate) -> str:
         return "met"
     if not bound.met(found.high):
         return "missed"
-    return f"{'met' if bound.met(found.value) else 'missed'}, but within the interval"
+    if bound.met(found.value):
+        return "met by the mean, not by the whole interval"
+    return "missed by the mean, but the interval reaches it"
 
 
 def quality_of(row: Row, metric: str) -> Estimate | None:
