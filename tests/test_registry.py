@@ -241,7 +241,7 @@ def test_a_failing_builtin_is_not_hidden(toys: Registry[Toy], tmp_path: Path) ->
         (trio.SELECTORS, "Selector", {"nms", "top-k"}),
         (trio.COMPRESSORS, "Compressor", set()),
         (trio.ADAPTERS, "Adapter", {"llava"}),
-        (trio.TOWERS, "Tower", {"clip", "siglip", "qwen-vl", "internvl"}),
+        (trio.TOWERS, "Tower", {"clip", "siglip", "siglip2", "qwen-vl", "internvl", "dinov2", "open-clip", "timm"}),
     ],
 )
 def test_the_registries_of_the_package(registry: Registry[Any], base: str, some: set[str]) -> None:

@@ -68,7 +68,7 @@ def compress(
     with_cls = part.wants_cls and found.has_cls and not merged
     wanted = [*part.reads(), *([] if merged else [hidden]), *([cls] if with_cls else [])]
     grids = found.grids(images)
-    with Reader(found, wanted) as reader:
+    with Reader(found, wanted, keep=lambda patches: _count(number_kept, patches)) as reader:
         output = found.run(images)
         reading = reader.take()
     counts = [rows * columns for rows, columns in grids]
@@ -105,7 +105,7 @@ def _one(
     project: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> VisualTokens:
     n = tokens.tokens
-    k = n if keep is None else min(n, keep if isinstance(keep, int) else max(1, int(keep * n + Fraction(1, 2))))
+    k = _count(keep, n)
     early = project is not None and part.space == "language"
     if project is not None and early:
         cls = None if tokens.cls is None else project(tokens.cls[None])[0]
@@ -114,6 +114,13 @@ def _one(
     if project is None or early:
         return out
     return replace(out, features=project(out.features), cls=None if out.cls is None else project(out.cls[None])[0])
+
+
+def _count(keep: int | Fraction | None, tokens: int) -> int:
+    """The number to keep of so many; all where the compressor decides."""
+    if keep is None:
+        return tokens
+    return min(tokens, keep if isinstance(keep, int) else max(1, int(keep * tokens + Fraction(1, 2))))
 
 
 def _signal(signal: Signal, reading: Reading, number: int, first: int, patches: int, per_token: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trio.encoders.attention import as_one_head, class_row, received
 from trio.encoders.base import Signal
+from trio.encoders.inside import Merger
 from trio.encoders.towers.base import Heads, Layout, Tower, hidden_of
 from trio.errors import AttachError, InputError, UnsupportedModelError
 
@@ -23,7 +24,8 @@ class Reading:
 
     Attributes:
         values: by signal, over all patches of all inputs in order, class token and registers left out: ``attention``
-            float32 ``(P,)``, ``keys`` float32 ``(P, heads, head_dim)``, ``hidden`` ``(P, D)``; ``cls`` ``(inputs, D)``.
+            float32 ``(P,)``, ``keys`` float32 ``(P, heads, head_dim)``, ``hidden`` ``(P, D)``; ``groups`` int64
+            ``(P,)``, counted within each input; ``cls`` ``(inputs, D)``.
         inputs: patches of each input of the tower: each picture or tile of a batch, each frame of a packed grid.
     """
 
@@ -46,8 +48,13 @@ class Reader:
     from hooks on its own submodules, and only the rows that a signal needs are computed from them.
     """
 
-    def __init__(self, tower: Tower, signals: Sequence[Signal]) -> None:
+    def __init__(self, tower: Tower, signals: Sequence[Signal], *, keep: Callable[[int], int] | None = None) -> None:
         """Checks that the tower gives the signals.
+
+        Args:
+            tower: the tower.
+            signals: what to read.
+            keep: how many of the patches of an input are to be left where tokens are merged inside (``groups``).
 
         Raises:
             UnsupportedModelError: the tower does not give a signal, or has no such block.
@@ -56,8 +63,24 @@ class Reader:
         self.tower = tower
         self.signals = tuple(dict.fromkeys(signals))
         self._blocks = {signal: _block(tower, signal) for signal in self.signals}
+        self._merger = self._bind_merger(keep)
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
+
+    def _bind_merger(self, keep: Callable[[int], int] | None) -> Merger | None:
+        groups = [signal for signal in self.signals if signal.kind == "groups"]
+        if not groups:
+            return None
+        last = self._blocks[groups[0]]
+        for signal in self.signals:
+            if signal.kind in ("attention", "keys") and self._blocks[signal] <= last:
+                raise InputError(
+                    f"signal {_name(signal)}: tokens are merged in that block, so that it has no value for each patch; "
+                    f"read it behind block {last}, or merge in fewer blocks"
+                )
+        if len(groups) > 1:
+            raise InputError(f"signals: tokens cannot be merged in {len(groups)} ways at once; ask for groups once")
+        return Merger(self.tower, last, groups[0].merges, keep)
 
     def __enter__(self) -> Reader:
         self.attach()
@@ -122,6 +145,9 @@ class Reader:
         self._calls.append(_Call(layout))
 
     def _hook_blocks(self) -> None:
+        if self._merger is not None:  # first, so that what is read of a block's output has a row for each patch
+            (groups,) = (signal for signal in self.signals if signal.kind == "groups")
+            self._handles += self._merger.hooks(partial(self._group, groups))
         by_block: dict[int, list[Signal]] = {}
         for signal, block in self._blocks.items():
             by_block.setdefault(block, []).append(signal)
@@ -133,6 +159,9 @@ class Reader:
             if outputs:
                 hook = partial(self._keep, outputs)
                 self._handles.append(self.tower.blocks[block].register_forward_hook(hook))
+
+    def _group(self, signal: Signal, first: torch.Tensor) -> None:
+        self._calls[-1].values[signal] = first - self.tower.prefix
 
     def _keep(self, signals: Sequence[Signal], module: nn.Module, args: Any, output: Any) -> None:
         rows = hidden_of(output).detach()
@@ -176,6 +205,8 @@ def _finish(signal: Signal, call: _Call) -> torch.Tensor:
     with torch.no_grad():
         if signal.kind == "attention":
             return value
+        if signal.kind == "groups":
+            return call.layout.patches(value.flatten())
         rows = value if value.ndim == 2 else value.flatten(0, 1)  # packed towers have no batch dimension
         if signal.kind == "cls":
             return call.layout.first_rows(rows)
@@ -187,15 +218,24 @@ def _name(signal: Signal) -> str:
     return f"{signal.kind!r} of block {signal.layer}"
 
 
+def _reason(tower: Tower, signal: Signal) -> str:
+    """Why a tower does not give a signal, as the end of a sentence."""
+    if signal.kind == "groups" and tower.merging_reason:
+        return f": {tower.merging_reason}"
+    return "; it has no class token" if signal.kind == "cls" else ""
+
+
 def _block(tower: Tower, signal: Signal) -> int:
     """The block that a signal is read at, counted from 0."""
     name, offered, depth = type(tower.module).__name__, tower.offers(), len(tower.blocks)
     if signal.kind not in offered:
         raise UnsupportedModelError(
             f"signal {_name(signal)}: the vision tower {name} does not give it"
-            f"{'; it has no class token' if signal.kind == 'cls' else ''}. It gives {', '.join(sorted(offered))}; take "
+            f"{_reason(tower, signal)}. It gives {', '.join(sorted(offered))}; take "
             "a compressor that reads those"
         )
+    if signal.merges is not None and signal.kind != "groups":
+        raise InputError(f"signal {_name(signal)}: merges is for groups; leave it out")
     if signal.heads == "one" and signal.kind != "attention":
         raise InputError(
             f"signal {_name(signal)}: heads='one' is a way to read attention; leave it out for {signal.kind}"
@@ -205,7 +245,7 @@ def _block(tower: Tower, signal: Signal) -> int:
         raise UnsupportedModelError(
             f"signal {_name(signal)}: the vision tower {name} has {depth} blocks, 0 to {depth - 1} or -{depth} to -1"
         )
-    if signal.kind in ("hidden", "cls"):
+    if signal.kind in ("hidden", "cls", "groups"):
         return block
     seeing = tower.seeing_block(block)
     if seeing is None:

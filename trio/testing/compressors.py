@@ -73,6 +73,7 @@ def _tokens(
             "keys": torch.randn(n, HEADS, HEAD_DIM, generator=generator),
             "hidden": torch.randn(n, WIDTH, generator=generator).to(dtype),
             "cls": torch.randn(WIDTH, generator=generator).to(dtype),
+            "groups": torch.arange(n) // 3 * 3,
         }
         signals[one] = values[one.kind]
     if kind == "equal features":

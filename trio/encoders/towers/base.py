@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from trio.errors import InputError, UnsupportedModelError
 
 #: What `Signal.kind` may name, for messages.
-KINDS = ("attention", "keys", "hidden", "cls")
+KINDS = ("attention", "keys", "hidden", "cls", "groups")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Tower(ABC):
 
     def offers(self) -> frozenset[str]:
         """The kinds of signals that can be read."""
-        return frozenset(KINDS if self.has_cls else (kind for kind in KINDS if kind != "cls"))
+        missing = {*(() if self.has_cls else ("cls",)), *(("groups",) if self.merging_reason else ())}
+        return frozenset(KINDS) - missing
 
     def seeing_block(self, block: int) -> int | None:
         """The first block from `block` on whose attention sees the whole input; None where there is none."""
@@ -145,6 +146,27 @@ class Tower(ABC):
             told(Layout.batch(hidden.shape[0], hidden.shape[1], self.prefix))
 
         return [self.blocks[0].register_forward_pre_hook(before)]
+
+    def merge_points(self, block: int) -> tuple[nn.Module, nn.Module]:
+        """Where tokens of a block can be merged: the norm in front of its feed-forward layer, and that layer.
+
+        Raises:
+            UnsupportedModelError: they cannot be; see `merging_reason`.
+        """
+        reason = self.merging_reason or "its class does not say where"
+        raise UnsupportedModelError(
+            f"groups: tokens cannot be merged between the blocks of the vision tower {type(self.module).__name__}: "
+            f"{reason}; take a compressor that works after the tower"
+        )
+
+    def bias_attention(self, block: int, bias: Callable[[], torch.Tensor | None]) -> list[RemovableHandle]:
+        """Hooks that add to the attention scores of a block what `bias` gives for each key, float32 ``(B, S)`` or None.
+
+        Raises:
+            UnsupportedModelError: as `merge_points`, or the attention that is chosen takes no bias.
+        """
+        self.merge_points(block)
+        raise NotImplementedError(f"{type(self).__name__} says where tokens merge, but not how attention is biased")
 
     def part(self, block: int, path: str) -> nn.Module:
         """A submodule of a block."""

@@ -15,6 +15,7 @@ class Dinov2Tower(ProjectedTower):
 
     has_cls = True
     blocks_path = "encoder.layer"
+    merge_paths = ("norm2", "mlp")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -33,4 +34,6 @@ class Dinov2Tower(ProjectedTower):
         nested = isinstance(getattr(self.part(0, "attention"), "attention", None), nn.Module)
         self.attention_path = "attention.attention" if nested else "attention"
         self.query_path, self.key_path = ("query", "key") if nested else ("q_proj", "k_proj")
+        if nested:
+            self.merging_reason = "this version of transformers gives its attention no mask (later ones do)"
         super().__init__(module)

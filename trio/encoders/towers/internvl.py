@@ -19,6 +19,7 @@ class InternVLTower(ProjectedTower):
     attention_path = "attention"
     query_path = "q_norm"
     key_path = "k_norm"
+    merge_paths = ("layernorm_after", "mlp")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

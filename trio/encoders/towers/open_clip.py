@@ -59,6 +59,17 @@ class OpenClipTower(Tower):
             return [attention.register_forward_hook(_ask(attention, told, self))]
         return listen_to_norms(attention, "ln_q", "ln_k", told)
 
+    def merge_points(self, block: int) -> tuple[nn.Module, nn.Module]:
+        """See `Tower.merge_points`."""
+        return self.part(block, "ln_2"), self.part(block, "mlp")
+
+    def bias_attention(self, block: int, bias: Callable[[], torch.Tensor | None]) -> list[RemovableHandle]:
+        """See `Tower.bias_attention`."""
+        attention = self.attention(block)
+        if isinstance(attention, nn.MultiheadAttention):
+            return [bias_argument(attention, "key_padding_mask", lambda added: added, bias)]
+        return [bias_argument(attention, "attn_mask", lambda added: added[:, None, None], bias)]
+
     def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
         """See `Tower.run`."""
         return self.module(pixels_of(images))
@@ -84,6 +95,21 @@ def _ask(attention: nn.MultiheadAttention, told: Callable[[Heads], None], tower:
         told(Heads(split_heads(queries, attention.num_heads), keys, keys, scale))
 
     return after
+
+
+def bias_argument(
+    attention: nn.Module,
+    name: str,
+    shaped: Callable[[torch.Tensor], torch.Tensor],
+    bias: Callable[[], torch.Tensor | None],
+) -> RemovableHandle:
+    """A hook that gives a bias by key to an attention that takes it under the given name."""
+
+    def before(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        added = bias()
+        return None if added is None else (args, {**kwargs, name: shaped(added).to(args[0].dtype)})
+
+    return attention.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def listen_to_norms(attention: nn.Module, query: str, key: str, told: Callable[[Heads], None]) -> list[RemovableHandle]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from trio.encoders.towers.base import Heads, Tower, pair, pixel_grid, split_heads
+from trio.errors import UnsupportedModelError
 
 
 class ProjectedTower(Tower):
@@ -21,6 +22,8 @@ class ProjectedTower(Tower):
     #: Below the attention: the modules whose outputs meet in the attention.
     query_path: str = "q_proj"
     key_path: str = "k_proj"
+    #: Below a block: the norm in front of the feed-forward layer, and that layer.
+    merge_paths: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -66,6 +69,31 @@ class ProjectedTower(Tower):
             attention.get_submodule(self.key_path).register_forward_hook(hold("keys")),
             attention.register_forward_hook(after),
         ]
+
+    def merge_points(self, block: int) -> tuple[nn.Module, nn.Module]:
+        """See `Tower.merge_points`."""
+        if self.merging_reason:
+            return super().merge_points(block)
+        norm, branch = self.merge_paths
+        return self.part(block, norm), self.part(block, branch)
+
+    def bias_attention(self, block: int, bias: Callable[[], torch.Tensor | None]) -> list[RemovableHandle]:
+        """See `Tower.bias_attention`."""
+        implementation = getattr(self.config, "_attn_implementation", None)
+        if implementation not in ("eager", "sdpa"):
+            raise UnsupportedModelError(
+                f"groups: merged tokens need a bias in the attention of the {type(self.module).__name__}, and "
+                f'{implementation!r} takes none; load the tower with attn_implementation="sdpa" or "eager"'
+            )
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            added = bias()
+            if added is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return args, {**kwargs, "attention_mask": added[:, None, None].to(hidden.dtype)}
+
+        return [self.attention(block).register_forward_pre_hook(before, with_kwargs=True)]
 
     def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
         """See `Tower.run`."""

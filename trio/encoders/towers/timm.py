@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from trio.encoders.towers.base import Heads, Tower, is_a, pixel_grid, pixels_of
-from trio.encoders.towers.open_clip import listen_to_norms
+from trio.encoders.towers.open_clip import bias_argument, listen_to_norms
 from trio.registry import TOWERS
 
 _KNOWN = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
@@ -51,6 +51,17 @@ class TimmTower(Tower):
     def listen(self, block: int, told: Callable[[Heads], None]) -> list[RemovableHandle]:
         """See `Tower.listen`."""
         return listen_to_norms(self.attention(block), "q_norm", "k_norm", told)
+
+    def merge_points(self, block: int) -> tuple[nn.Module, nn.Module]:
+        """See `Tower.merge_points`."""
+        if not is_a(self.blocks[block], "timm.models.vision_transformer.Block"):
+            self.merging_reason = f"its blocks are {type(self.blocks[block]).__name__}, where timm's Block is known"
+            return super().merge_points(block)
+        return self.part(block, "norm2"), self.part(block, "mlp")
+
+    def bias_attention(self, block: int, bias: Callable[[], torch.Tensor | None]) -> list[RemovableHandle]:
+        """See `Tower.bias_attention`."""
+        return [bias_argument(self.attention(block), "attn_mask", lambda added: added[:, None, None], bias)]
 
     def run(self, images: torch.Tensor | Mapping[str, Any]) -> Any:
         """See `Tower.run`; the head is left out."""
