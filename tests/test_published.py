@@ -22,6 +22,7 @@ from support.published import (
     prumerge_inputs,
     scan_inputs,
     stage_model,
+    tome_inputs,
     visionzip_inputs,
     vispruner_inputs,
 )
@@ -29,6 +30,7 @@ from support.published import (
 import trio
 from trio.encoders.base import Compressor, VisualTokens
 from trio.encoders.divprune import farthest
+from trio.encoders.matching import match
 from trio.encoders.prumerge import PruMerge, neighbourhoods
 from trio.encoders.scan import Scan
 from trio.encoders.visionzip import VisionZip
@@ -53,7 +55,7 @@ def start(
 
 def test_every_fixture_names_its_source() -> None:
     found = sorted(FOLDER.glob("*.json"))
-    assert len(found) == 8
+    assert len(found) == 9
     for path in found:
         fixture = json.loads(path.read_text())
         assert len(fixture["commit"]) == 40 and "/" in fixture["repository"] and fixture["cases"], path.name
@@ -141,6 +143,16 @@ def test_prumerge(case: dict[str, Any]) -> None:
             assert sum(index**2 for index in added) == case["sums"][which] and len(added) == 32
             assert added == clusters[which].nonzero().squeeze(1).tolist()
             torch.testing.assert_close(row[added], attention[added])
+
+
+@pytest.mark.parametrize("case", cases("tome"))
+def test_tome(case: dict[str, Any]) -> None:
+    """Several merges in a row: the order of what is left decides what meets next."""
+    held = torch.eye(case["n"])[None]
+    for step in range(case["steps"]):
+        held = match(tome_inputs(case["seed"], step, held.shape[1]), case["r"], case["prefix"]).sums(held)
+    first = held[0].argmax(1)
+    assert first[held[0].argmax(0)].tolist() == case["groups"]
 
 
 @pytest.mark.parametrize("case", cases("trio-nms"))

@@ -131,3 +131,8 @@ def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
     input_ids = torch.tensor([[int(one) for one in ids]])
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
     return model.eval(), batch
+
+
+def tome_inputs(seed: int, step: int, n: int) -> torch.Tensor:
+    """What tokens are compared by in one of several merges in a row, ``(1, n, 16)``."""
+    return normal(6000 + 100 * seed + step, 1, n, 16)
