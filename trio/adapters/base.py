@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -184,8 +184,8 @@ class Adapter(ABC):
         except UnsupportedModelError:
             return frozenset()
 
-    def reader(self, signals: Sequence[Signal]) -> Reader:
-        """A reader of the vision tower.
+    def reader(self, signals: Sequence[Signal], *, keep: Callable[[int], int | None] | None = None) -> Reader:
+        """A reader of the vision tower; `keep` as in `Reader`.
 
         Raises:
             UnsupportedModelError: the tower is not known, or does not offer a signal.
@@ -193,7 +193,7 @@ class Adapter(ABC):
         from trio.encoders.reader import Reader
         from trio.encoders.towers import tower_for
 
-        return Reader(tower_for(self.vision_tower), signals)
+        return Reader(tower_for(self.vision_tower), signals, keep=keep)
 
     @property
     def text_config(self) -> Any:

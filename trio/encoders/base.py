@@ -28,8 +28,8 @@ class Signal:
             - ``keys``: float32 ``(n, heads, head_dim)``, as they enter the attention (before any rotation).
             - ``hidden``: ``(n, D)``, the output of a block.
             - ``cls``: ``(D,)``, the class token in the output of a block, once for each input of the tower.
-            - ``groups``: int64 ``(n,)``, the first patch of the group that the patch was merged into, counted within its
-              input. Reading it makes the tower merge in all blocks up to this one (`trio.encoders.inside`).
+            - ``groups``: int64 ``(n,)``, the first patch of the group that the patch was merged into, counted within
+              its input. Reading it makes the tower merge in all blocks up to this one (`trio.encoders.inside`).
         layer: the block, counted from 0, or from the end where negative: -1 is the last. Attention and keys of a tower
             with windowed blocks are those of the next block that sees the whole picture.
         merges: for ``groups``, tokens merged in each block; None: what leaves the number that the reader is told.

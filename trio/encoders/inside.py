@@ -54,7 +54,7 @@ class Merger:
     of the block, which is the merged residual plus the output.
     """
 
-    def __init__(self, tower: Tower, last: int, merges: int | None, keep: Callable[[int], int] | None) -> None:
+    def __init__(self, tower: Tower, last: int, merges: int | None, keep: Callable[[int], int | None] | None) -> None:
         """Binds a merger.
 
         Args:
@@ -114,7 +114,8 @@ class Merger:
             wanted = max(1, patches - self._merges * (self._last + 1))
         else:
             assert self._keep is not None  # checked when bound
-            wanted = min(max(1, self._keep(patches)), patches)
+            asked = self._keep(patches)
+            wanted = patches if asked is None else min(max(1, asked), patches)
         every = torch.arange(count, device=hidden.device).expand(batch, -1)
         return _Tokens(every, every, torch.ones(batch, count, device=hidden.device), wanted)
 

@@ -48,13 +48,16 @@ class Reader:
     from hooks on its own submodules, and only the rows that a signal needs are computed from them.
     """
 
-    def __init__(self, tower: Tower, signals: Sequence[Signal], *, keep: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self, tower: Tower, signals: Sequence[Signal], *, keep: Callable[[int], int | None] | None = None
+    ) -> None:
         """Checks that the tower gives the signals.
 
         Args:
             tower: the tower.
             signals: what to read.
-            keep: how many of the patches of an input are to be left where tokens are merged inside (``groups``).
+            keep: how many of the patches of an input are to be left where tokens are merged inside (``groups``); None:
+                all.
 
         Raises:
             UnsupportedModelError: the tower does not give a signal, or has no such block.
@@ -67,7 +70,7 @@ class Reader:
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Call] = []
 
-    def _bind_merger(self, keep: Callable[[int], int] | None) -> Merger | None:
+    def _bind_merger(self, keep: Callable[[int], int | None] | None) -> Merger | None:
         groups = [signal for signal in self.signals if signal.kind == "groups"]
         if not groups:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -99,8 +99,8 @@ class Backbone(Protocol):
     def tower_offers(self) -> frozenset[str]:
         """Kinds of signals that the tower offers."""
 
-    def reader(self, signals: Sequence[Signal]) -> Reader:
-        """A reader of the tower."""
+    def reader(self, signals: Sequence[Signal], *, keep: Callable[[int], int | None] | None = None) -> Reader:
+        """A reader of the tower; `keep` says how many of an input's patches to leave where tokens merge inside."""
 
     def later_features(
         self, arguments: Mapping[str, Any], after_layer: int

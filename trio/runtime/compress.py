@@ -86,7 +86,7 @@ class EncoderSide:
         if bound.split == "saliency":
             wanted.append(SPLIT_SIGNAL)
         self._signals = tuple(dict.fromkeys(wanted))
-        self._reader = backbone.reader(self._signals) if self._signals else None
+        self._reader = backbone.reader(self._signals, keep=bound.keep_count) if self._signals else None
         self._readings: dict[str, Reading] = {}
 
     def attach(self) -> None:
@@ -282,7 +282,7 @@ class EncoderSide:
         return VisualTokens.start(features, origins, signals, class_token=class_token, seed=seed)
 
     def _signal(self, source: _Source, signal: Signal, piece: torch.Tensor) -> torch.Tensor:
-        """A signal of some tokens of an image: the mean over the patches that each stands for."""
+        """A signal of some tokens of an image: the mean over the patches that each stands for (groups: the first's)."""
         assert source.reading is not None and source.patches is not None  # checked in _sources
         values: torch.Tensor = source.reading.values[signal]
         if signal.kind == "cls":
@@ -293,7 +293,7 @@ class EncoderSide:
                 if start < end:
                     return values[number]
         index = (source.offset + source.patches.patches[piece]).to(values.device)
-        return values[index[:, 0]] if index.shape[1] == 1 else values[index].mean(1)
+        return values[index[:, 0]] if index.shape[1] == 1 or signal.kind == "groups" else values[index].mean(1)
 
     def _visible(self, features: torch.Tensor) -> torch.Tensor:
         """Features as the language model takes them."""
