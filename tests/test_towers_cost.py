@@ -1,0 +1,86 @@
+"""What reading costs: memory at 2880 patches, floating-point operations, and no projection computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.memory import flops, peak_bytes
+
+from trio.encoders.attention import received
+from trio.encoders.base import Signal
+from trio.encoders.reader import Reader
+from trio.encoders.towers import tower_for
+from trio.encoders.visionzip import VisionZip
+
+LAYERS = 2
+
+
+def tower(name: str, side: int, width: int = 1024) -> Any:
+    """A tower as wide as CLIP-L with few layers, for pictures of `side` x `side` patches of 2 pixels."""
+    config = getattr(transformers, f"{name}VisionConfig")(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=width // 64,
+        patch_size=2,
+        image_size=side * 2,
+    )
+    return getattr(transformers, f"{name}VisionModel")(config).eval()
+
+
+# The five tiles of LLaVA-NeXT, and one picture whose every patch attends to every other.
+SETTINGS = {"CLIP, five tiles of 576": ("CLIP", 24, 5), "SigLIP, one picture of 2916": ("Siglip", 54, 1)}
+
+
+def reading(module: Any, pixels: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The tower alone, and with a reader of what VisionZip needs."""
+    signals = [*VisionZip().reads(), Signal("hidden", -2)]
+
+    def alone() -> None:
+        with torch.no_grad():
+            module(pixels)
+
+    def read() -> None:
+        with torch.no_grad(), Reader(tower_for(module), signals) as reader:
+            module(pixels)
+            reader.take()
+
+    return alone, read
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_peak_memory_at_2880_patches_is_at_most_a_tenth_more(setting: str):
+    """Of what a call allocates; the weights, which do not change, are not counted."""
+    name, side, pictures = SETTINGS[setting]
+    alone, read = reading(tower(name, side), torch.randn(pictures, 3, side * 2, side * 2))
+    without, with_reader = peak_bytes(alone), peak_bytes(read)
+    assert with_reader <= 1.1 * without, f"{with_reader / without:.3f} times the memory"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_reading_at_2880_patches_costs_at_most_3_percent_of_the_operations(setting: str):
+    """Counted on a narrow tower, by formula for one of CLIP-L's width and 24 layers."""
+    name, side, pictures = SETTINGS[setting]
+    alone, read = reading(tower(name, side, width=128), torch.randn(pictures, 3, side * 2, side * 2))
+    own = flops(read) - flops(alone)
+    rows = side**2 + (name == "CLIP")
+
+    def reader(width: int) -> int:
+        """The class token's row is one query against all keys; attention received is every query against them once."""
+        products = rows * width if name == "CLIP" else rows**2 * (width + width // 64)
+        return 2 * pictures * products
+
+    assert own == reader(128)
+    whole = 24 * pictures * (24 * rows * 1024**2 + 4 * 1024 * rows**2)
+    assert reader(1024) <= 0.03 * whole, f"{reader(1024) / whole:.2%} of the tower"
+
+
+def test_the_blocks_of_queries_are_no_larger_than_the_keys():
+    queries, keys = torch.randn(700, 4, 8), torch.randn(700, 4, 8)
+    peak = peak_bytes(lambda: received(queries, keys, 0.3))
+    assert peak < 8 * keys.numel() * 4, "a whole matrix of 4 x 700 x 700 would be 87 times the keys"
+    assert peak < 4 * 700 * 700 * 4 / 10
