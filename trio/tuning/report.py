@@ -20,12 +20,14 @@ class Candidate(_Record):
     Attributes:
         trial: its number, from 0.
         values: by metric (see `trio.tuning.target`), on the pictures of the search.
+        errors: standard errors of the qualities among them.
         kl: mean KL of the first token, nats, there.
         spec: as plain data.
     """
 
     trial: int
     values: dict[str, float]
+    errors: dict[str, float]
     kl: float
     spec: dict[str, Any]
 

@@ -129,6 +129,7 @@ class Study:
                 self._study.tell(trial, state=states.PRUNED)
                 continue
             trial.set_user_attr("values", dict(found.values))
+            trial.set_user_attr("errors", dict(found.errors))
             trial.set_user_attr("kl", found.kl)
             self._study.tell(trial, [found.values[quality], found.values["flops"]])
 
@@ -160,7 +161,8 @@ class Study:
             if "refused" in facts:
                 refused[facts["refused"]] = refused.get(facts["refused"], 0) + 1
             else:
-                candidates.append(Candidate(trial=number, values=facts["values"], kl=facts["kl"], spec=facts["spec"]))
+                found = {key: facts[key] for key in ("values", "errors", "kl", "spec")}
+                candidates.append(Candidate(trial=number, **found))
         return Tried(candidates, refused)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import fmean, median
 
 from trio.cost import ModelShape
@@ -21,9 +22,16 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Found:
-    """What a spec was found to do: `values` by metric (see `trio.tuning.target`), and the first token's mean KL."""
+    """What a spec was found to do.
+
+    Attributes:
+        values: by metric, see `trio.tuning.target`.
+        errors: standard errors of the qualities, prompts of one picture together.
+        kl: mean KL of the first token, nats.
+    """
 
     values: Mapping[str, float]
+    errors: Mapping[str, float]
     kl: float
 
 
@@ -41,6 +49,7 @@ class Judge:
         """
         self._answerer = answerer
         self._timed = timed
+        self._pictures = [sample.name for sample in samples]
         self.unknown = ""
         try:
             self._shape: ModelShape | None = ModelShape.from_config(answerer.adapter.model.config)
@@ -75,16 +84,17 @@ class Judge:
             tokens.add(other.report, spec, self._shape)
             found += compare(full.logits, other.logits, full.texts, other.texts)
         share = tokens.kept / tokens.visual if tokens.visual else 1.0
-        values = {
-            "agreement": fmean(float(one.top1) for one in found),
-            "answers": fmean(float(one.exact) for one in found),
-            "similarity": fmean(one.edit for one in found),
-            "tokens": share,
-            "flops": share if tokens.flops_share is None else tokens.flops_share,
+        qualities = {
+            "agreement": [float(one.top1) for one in found],
+            "answers": [float(one.exact) for one in found],
+            "similarity": [one.edit for one in found],
         }
+        values = {metric: fmean(each) for metric, each in qualities.items()}
+        errors = {metric: standard_error(each, self._pictures) for metric, each in qualities.items()}
+        values |= {"tokens": share, "flops": share if tokens.flops_share is None else tokens.flops_share}
         if self._timed:
             values["speed"] = self._speed(pipeline)
-        return Found(values, fmean(one.kl for one in found))
+        return Found(values, errors, fmean(one.kl for one in found))
 
     def _speed(self, pipeline: Pipeline) -> float:
         inputs = self._inputs[0]
@@ -93,3 +103,14 @@ class Judge:
             full = self._answerer(inputs, max_new_tokens=1).first_token
             ratios.append(full / self._answerer(inputs, pipeline, max_new_tokens=1).first_token)
         return median(ratios)
+
+
+def standard_error(values: Sequence[float], pictures: Sequence[str]) -> float:
+    """Of a mean whose values come in clusters, one a picture (linearised ratio; 0 where all values are alike)."""
+    mean, away = fmean(values), dict.fromkeys(pictures, 0.0)
+    for value, picture in zip(values, pictures, strict=True):
+        away[picture] += value - mean
+    groups = len(away)
+    if groups < 2:
+        return 0.0
+    return sqrt(groups / (groups - 1) * sum(one**2 for one in away.values())) / len(values)

@@ -42,8 +42,9 @@ def tune(
     """The best spec for a target, and what it does on pictures that the search has not seen.
 
     The search holds quality against FLOPs, over layers, shares, scorer, selector, threshold and compressor. Of the
-    specs that meet the target the one with the fewest FLOPs is chosen where the target is about quality, and else the
-    one of the best quality (then of the lowest KL). The pictures, not the prompts, are split, by a seeded draw.
+    specs that meet the target (by a margin of one standard error of their quality, where there are such) the one with
+    the fewest FLOPs is chosen where the target is about quality, and else the one of the best quality (then of the
+    lowest KL). The pictures, not the prompts, are split, by a seeded draw.
 
     Args:
         model: a vision-language model of transformers, in evaluation mode.
@@ -95,6 +96,8 @@ def tune(
     on_search = measure(model, processor, [spec, DEFAULT], seen, **options, progress=steps("pictures of the search"))
     on_unseen = measure(model, processor, [spec, DEFAULT], unseen, **options, progress=steps("unseen pictures"))
     notes = [] if not judge.unknown else [f"FLOPs are not known, visual tokens are in their place: {judge.unknown}"]
+    if not wanted.met(best.values, best.errors):
+        notes.append("no spec met the target by a margin of one standard error; on other pictures it may well miss it")
     return TuningReport(
         model=called,
         target=str(wanted),
@@ -141,12 +144,15 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
 
 
 def choose(candidates: Sequence[Candidate], target: Target) -> Candidate:
-    """The best candidate that meets a target.
+    """The best candidate that meets a target, by a margin of one standard error where there is such a one.
+
+    The best of many is partly the luckiest: without a margin, what just meets a target misses it on other pictures.
 
     Raises:
         BudgetError: none does.
     """
-    meeting = [one for one in candidates if target.met(one.values)]
+    meeting = [one for one in candidates if target.met(one.values, one.errors)]
+    meeting = meeting or [one for one in candidates if target.met(one.values)]
     quality = target.quality
     if not meeting:
         if not candidates:
