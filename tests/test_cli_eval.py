@@ -83,7 +83,7 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
         (["--spec", "trio-11", "--baseline", "x"], "none of the specs"),
         (["--spec", "trio-11", "--task", "jsonl"], "--data: missing"),
         (["--spec", "trio-11", "--data", "x"], "draws its own pictures"),
-        (["--spec", "trio-11", "--limit", "1000"], "give 1 to 500"),
+        (["--spec", "trio-11", "--limit", "2001"], "give 1 to 2000"),
         (["--spec", "trio-11", "--model", "nothing"], "model 'nothing'"),
         (["--spec", "trio-llava-1.5-64"], "trio-llava-1.5-64"),
     ],

@@ -176,8 +176,8 @@ def test_every_question_can_be_answered_from_its_scene(task: Task, scenes: list[
     [
         ({"split": "train"}, "allowed: test, validation, novel"),
         ({"canvas": "round"}, "allowed: square, varied"),
-        ({"limit": 0}, "give 1 to 500"),
-        ({"limit": SPLITS["test"] + 1}, "give 1 to 500"),
+        ({"limit": 0}, "give 1 to 2000"),
+        ({"limit": SPLITS["test"] + 1}, "give 1 to 2000"),
     ],
 )
 def test_what_does_not_exist_is_refused(options: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line `trio`: run, list, show, validate, schema, check.
+"""The command line `trio`: run, list, show, validate, schema, check, eval, fidelity, tune.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
 what it needs when it runs.

@@ -27,7 +27,7 @@ __all__ = ["CANVASES", "SPLITS", "SUBTASKS", "VERSION", "canvas_for", "reveals",
 
 VERSION = 1
 #: Scenes of each split. ``test`` is reported, ``validation`` is for choosing, ``novel`` has what training never saw.
-SPLITS = {"test": 500, "validation": 300, "novel": 300}
+SPLITS = {"test": 2000, "validation": 500, "novel": 500}
 SEED = 1905
 #: Sub-tasks in the order in which a scene is asked; those that could give others away come before them.
 LEVELS = ("random", "popular", "adversarial")

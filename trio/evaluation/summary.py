@@ -19,7 +19,7 @@ __all__ = ["Summary", "right_of"]
 
 FULL, SEES, LOSES = 90.0, 30.0, 10.0
 #: Specs whose average shares differ by no more than this are compared with each other.
-SAME_BUDGET = 0.01
+SAME_BUDGET = 0.015
 #: Controls that every spec has to beat.
 FLOORS = ("random", "uniform", "lower resolution")
 _NO_DRAW = np.zeros(0)

@@ -1,0 +1,266 @@
+"""``docs/results.md`` from results of `trio eval`; every sentence with a number in it is made from the numbers.
+
+``python -m benchmarks.results`` reads ``benchmarks/results/eval-*.json`` (methods) and ``parts-*.json`` (the default
+with its parts varied): what `benchmarks.evaluate` wrote, or the ``results.json`` of any `trio eval` under such a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from trio.evaluation import wording
+from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowResult
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LEVEL = 0.05
+
+HEAD = """# Results: what the methods keep, on the small models of the zoo
+
+<!-- Written by `python -m benchmarks.results`; do not edit. -->
+
+[ShapesVQA](shapesvqa.md) version 1, asked of the zoo's models by the protocol of [`trio eval`](evaluation.md). It shows
+that the code works and how methods compare **on these small models and drawn scenes**; it ranks nothing else. No
+checkpoint of the hub was run.
+
+- **accuracy**: percent of questions answered right, over the sub-tasks that pass the validity gate; **retained**:
+  percent of (accuracy - no picture) / (full - no picture). Intervals are 95%, bootstrapped over scenes.
+- **- random**, **- default**: paired differences in points from random tokens (the mean of five draws) with the same
+  counts at the same layers, and from the first method of the table. A star: p < 0.05 by a sign-flip test over scenes,
+  Holm-corrected over the comparisons of the table.
+- **default non-inferior**: whether the default is shown to be not worse than the row by the margin (one-sided, 5%,
+  Holm-corrected); in brackets the power of that test here were both alike, and the scenes that would give 90%.
+- **oracle** keeps the tokens of the things asked about; **lower resolution** is what a user could do instead: a smaller
+  picture, or averaged features where the model takes pictures of one size; **none** drops all visual tokens where the
+  table's first reduction stands.
+"""
+
+
+def page(files: Sequence[Path]) -> str:
+    """The page.
+
+    Args:
+        files: results, in the order in which they are shown.
+    """
+    lines, all_results = [HEAD], [(file, Results.load(file)) for file in files]
+    lines += _summary(all_results)
+    for file, results in all_results:
+        lines += _section(file, results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def measured() -> list[Path]:
+    """The committed results: methods, then parts, each model by model."""
+    return [file for kind in ("eval", "parts") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
+
+
+def _summary(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
+    """How the default does against every other method, budget by budget."""
+    yield "## In short\n"
+    if not found:
+        yield "No results have been committed yet.\n"
+        return
+    yield (
+        "Differences from the default of the same budget, in points, on the same questions. **above**, **BELOW**: "
+        "where the default stands, significantly (Holm); **non-inferior**: it is shown to be not worse by the margin; "
+        "**open**: neither is shown.\n"
+    )
+    for file, results in found:
+        what = "the default with one part varied" if _varied(file) else "every other method"
+        yield f"**{results.model['name']}**: {what}, {results.task['questions']} questions.\n"
+        yield from _pivot(results)
+        yield from _power(results)
+
+
+def _pivot(results: Results) -> Iterator[str]:
+    """A row a method, a column a budget."""
+    compared = [one for one in results.comparisons if not results.row(one.row).control]
+    budgets = list(dict.fromkeys(one.baseline for one in compared))
+    cells: dict[str, dict[str, str]] = {}
+    for one in compared:
+        method = re.sub(r", [\d.]+%$", "", one.row)
+        cells.setdefault(method, {})[one.baseline] = f"{one.difference.signed()} {verdict(one)}"
+    yield _header(["", *(f"against {budget}" for budget in budgets)])
+    for method, found in cells.items():
+        yield _row([method, *(found.get(budget, "") for budget in budgets)])
+    yield ""
+
+
+def _power(results: Results) -> Iterator[str]:
+    """What the number of scenes was good for."""
+    compared = [one for one in results.comparisons if not results.row(one.row).control]
+    if not compared:
+        return
+    scenes = sorted(one.scenes_for_90 for one in compared)
+    power = sorted(one.power for one in compared)
+    yield (
+        f"{results.task['scenes']} scenes give the non-inferiority test at {compared[0].margin:g} point a power of "
+        f"{100 * power[0]:.0f} to {100 * power[-1]:.0f}% where two methods are alike; 90% would take {scenes[0]:,} to "
+        f"{scenes[-1]:,} scenes, by comparison.\n"
+    )
+
+
+def _varied(file: Path) -> bool:
+    return file.name.startswith("parts-")
+
+
+def verdict(one: Comparison) -> str:
+    """What a comparison says about its baseline."""
+    said = []
+    if one.p_holm < LEVEL:
+        said.append("above" if one.difference.mean < 0 else "BELOW")
+    if one.p_baseline_inferior_holm < LEVEL:
+        said.append("non-inferior")
+    return ", ".join(said) or "open"
+
+
+def _section(file: Path, results: Results) -> Iterator[str]:
+    model, task = results.model, results.task
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    yield f"## {model['name']}: {'the default, part by part' if _varied(file) else 'methods'}\n"
+    yield (
+        f"{task['questions']} questions on {task['scenes']} scenes (split {task['split']}, {task['canvas']} pictures, "
+        f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
+        f"{model['dtype']}; {versions}; weights `{model['weights'][:12]}`.\n"
+    )
+    more = " --parts" if _varied(file) else ""
+    yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{more}\n"
+    yield from _gates(results)
+    for base, rows in _budgets(results):
+        yield from _budget(results, base, rows)
+    yield from _by_kind(results)
+    yield from _negative(results)
+
+
+def _negative(results: Results) -> Iterator[str]:
+    """Which specs are not shown to beat a floor, and which lie below one."""
+    yield "### Negative findings\n"
+    empty = [line for line in wording.findings(results) if "no sub-task passes" in line]
+    yield from (f"- {line}" for line in empty)
+    for control, name in (("random", "random tokens"), ("uniform", "a uniform grid"), ("lower resolution", "pooling")):
+        floors = [one for one in results.comparisons if results.row(one.row).control == control]
+        below = [one for one in floors if one.difference.mean > 0 and one.p_holm < LEVEL]
+        level = [one for one in floors if one.p_holm >= LEVEL]
+        what = "a smaller picture or pooled features" if control == "lower resolution" else name
+        for title, some in ((f"Significantly **below** {what}", below), (f"Not shown to be above {what}", level)):
+            said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
+            yield f"- {title} with the same counts at the same layers: {said}."
+    for one in results.comparisons:
+        if not results.row(one.row).control and one.p_holm < LEVEL and one.difference.mean > 0:
+            yield f"- {one.row} is **above** the default {one.baseline}: {one.difference.signed()}."
+    yield from (f"- {note}" for note in results.notes)
+    yield ""
+
+
+def _gates(results: Results) -> Iterator[str]:
+    _, header, rows = wording.gate_table(results)
+    yield "### Validity gate\n"
+    yield (
+        "A sub-task counts where the full model has 90% or more, 30 points more than without a picture, and 10 more "
+        "than random at about 11% and than with all visual tokens dropped where the first reduction stands.\n"
+    )
+    yield _header(header)
+    yield from (_row(row) for row in rows)
+    yield ""
+
+
+def _budgets(results: Results) -> Iterator[tuple[RowResult, list[RowResult]]]:
+    """The baseline of each budget with the methods that are compared with it."""
+    others = {one.row: one.baseline for one in results.comparisons if not results.row(one.row).control}
+    for row in results.methods:
+        if row.name not in others:
+            yield row, [row, *(one for one in results.methods if others.get(one.name) == row.name)]
+
+
+def _budget(results: Results, base: RowResult, methods: Sequence[RowResult]) -> Iterator[str]:
+    assert base.average is not None
+    yield f"### {base.average:.1f} of {results.model['visual_tokens']} visual tokens on average\n"
+    yield _header(
+        ["", "tokens", "accuracy", "retained", "- random", "- default", "default non-inferior", "GFLOPs", "1st token"]
+    )
+    compared = {(one.row, one.baseline): one for one in results.comparisons}
+    for row in methods:
+        random = results.control("random", row.schedule)
+        floor = compared.get((random.name, row.name)) if random is not None else None
+        yield _line(results, row, _flipped(floor), compared.get((row.name, base.name)))
+    controls = [
+        results.control(control, row.schedule)
+        for row in methods
+        for control in ("oracle", "random", "uniform", "lower resolution")
+    ]
+    for control in dict.fromkeys(row.name for row in controls if row is not None):
+        yield _line(results, results.row(control), "", None)
+    ends = [row for row in results.rows if row.control in ("none", "full", "no picture", "wrong picture")]
+    for row in ends:
+        yield _line(results, row, "", None)
+    yield ""
+
+
+def _line(results: Results, row: RowResult, floor: str, default: Comparison | None) -> str:
+    if row.refused:
+        return _row([row.name, "not applicable", *[""] * 7])
+    kind = COUNTED if COUNTED in row.accuracy else OVERALL
+    speed = results.speed.get(row.name)
+    power = "" if default is None else f"({100 * default.power:.0f}%, {default.scenes_for_90})"
+    return _row(
+        [
+            row.name,
+            f"{row.average:.1f}",
+            str(row.accuracy[kind]),
+            str(row.retained[kind] or ""),
+            floor,
+            "" if default is None else f"{default.difference.signed()}{_star(default)}",
+            "" if default is None else f"{'yes' if default.p_baseline_inferior_holm < LEVEL else 'no'} {power}",
+            "" if row.flops is None else f"{row.flops / 1e9:.3g}",
+            "" if speed is None else f"{1000 * speed.first_token:.0f} ms",
+        ]
+    )
+
+
+def _flipped(one: Comparison | None) -> str:
+    """A floor minus a method as the method minus the floor."""
+    if one is None:
+        return ""
+    gap = one.difference
+    return f"{-gap.mean:+z.1f} ({-gap.high:+z.1f} to {-gap.low:+z.1f}){_star(one)}"
+
+
+def _star(one: Comparison) -> str:
+    return " *" if one.p_holm < LEVEL else ""
+
+
+def _by_kind(results: Results) -> Iterator[str]:
+    """Accuracies by sub-task at the smallest budget."""
+    base, methods = list(_budgets(results))[-1]
+    floors = [row.name for row in results.rows if row.control and row.schedule in (base.schedule, "")]
+    yield "### By sub-task, smallest budget\n"
+    yield "Accuracy in percent, all sub-tasks; intervals and other budgets stand in the results file.\n"
+    yield _header(["", *results.kinds])
+    for name in [*(row.name for row in methods), *floors]:
+        row = results.row(name)
+        if not row.refused:
+            yield _row([row.name, *(f"{row.accuracy[kind].mean:.0f}" for kind in results.kinds)])
+    yield ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _header(cells: Sequence[str]) -> str:
+    return f"{_row(cells)}\n{_row(['---'] + ['---:'] * (len(cells) - 1))}"
+
+
+def main() -> None:
+    """Writes docs/results.md."""
+    files = measured()
+    (ROOT / "docs" / "results.md").write_text(page(files), encoding="utf-8")
+    Console().print(f"wrote docs/results.md from {len(files)} files")
+
+
+if __name__ == "__main__":
+    main()
