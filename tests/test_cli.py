@@ -86,7 +86,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "list", "show", "validate", "schema", "check"])
+@pytest.mark.parametrize("command", ["run", "list", "show", "validate", "schema", "check", "fidelity", "tune"])
 def test_every_command_has_help(command: str) -> None:
     result = trio_(command, "--help")
     assert result.exit_code == 0
