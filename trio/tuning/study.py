@@ -64,14 +64,18 @@ class Study:
         """
         self._optuna = optuna()
         self._seed, self._sampler = seed, sampler
-        storage = None if file is None else self._storage(file)
-        self._study = self._optuna.create_study(
-            storage=storage,
-            study_name="trio",
-            directions=["maximize", "minimize"],
-            load_if_exists=True,
-            sampler=self._optuna.samplers.RandomSampler(seed=seed),
-        )
+        try:
+            self._study = self._optuna.create_study(
+                storage=None if file is None else self._storage(file),
+                study_name="trio",
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
+                sampler=self._optuna.samplers.RandomSampler(seed=seed),
+            )
+        except (ValueError, KeyError, TypeError, OSError) as error:  # what a file of another kind makes it raise
+            raise InputError(
+                f"study {str(file)!r}: cannot be read as a search's trials ({error}); give another file."
+            ) from error
         print_ = hashlib.sha256(json.dumps(setup, sort_keys=True).encode()).hexdigest()
         before = self._study.user_attrs.get("setup")
         if before is None:
@@ -87,10 +91,7 @@ class Study:
 
     def _storage(self, file: Path) -> Any:
         journal = self._optuna.storages.journal
-        try:
-            return self._optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))
-        except Exception as error:  # whatever a file of another kind makes it raise
-            raise InputError(f"study {str(file)!r}: cannot be read as a search's trials ({error}).") from error
+        return self._optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))
 
     def run(
         self,
