@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +29,7 @@ from trio.tuning import Candidate, TuningReport, best_spec, parse_target, tune
 from trio.tuning.plot import draw
 from trio.tuning.space import Space
 from trio.tuning.study import Study, front
-from trio.tuning.trials import Found, Judge
+from trio.tuning.trials import Found, Judge, standard_error
 from trio.tuning.tune import choose, split
 from trio.zoo.evaluate import examples
 
@@ -89,9 +90,10 @@ def test_wrong_targets(texts: list[str], message: str) -> None:
 # Choosing ------------------------------------------------------------------------------------------------------------
 
 
-def candidate(trial: int, quality: float, flops: float, kl: float = 0.1) -> Candidate:
+def candidate(trial: int, quality: float, flops: float, kl: float = 0.1, error: float = 0.0) -> Candidate:
     values = {"agreement": quality, "answers": quality, "similarity": quality, "tokens": flops / 2, "flops": flops}
-    return Candidate(trial=trial, values=values, kl=kl, spec={})
+    errors = dict.fromkeys(("agreement", "answers", "similarity"), error)
+    return Candidate(trial=trial, values=values, errors=errors, kl=kl, spec={})
 
 
 TRIED = [candidate(0, 0.90, 0.30), candidate(1, 0.99, 0.50, 0.3), candidate(2, 0.99, 0.60, 0.1), candidate(3, 1.0, 0.9)]
@@ -109,6 +111,22 @@ TRIED = [candidate(0, 0.90, 0.30), candidate(1, 0.99, 0.50, 0.3), candidate(2, 0
 )
 def test_choice(target: list[str], best: int) -> None:
     assert choose(TRIED, parse_target(target)).trial == best
+
+
+def test_what_meets_a_target_by_a_margin_comes_first() -> None:
+    lucky, sure = candidate(0, 0.96, 0.3, error=0.02), candidate(1, 0.98, 0.5, error=0.02)
+    target = parse_target("agreement>=95%")
+    assert choose([lucky, sure], target) is sure
+    assert choose([lucky], target) is lucky
+    assert choose([lucky, sure], parse_target("flops<=30%")) is lucky
+
+
+def test_standard_errors_are_of_pictures() -> None:
+    apart = standard_error([1.0, 0.0] * 50, [str(i) for i in range(100)])
+    assert apart == pytest.approx((0.25 / 99) ** 0.5)
+    together = standard_error([float(i % 2) for i in range(10) for _ in range(10)], [str(i // 10) for i in range(100)])
+    assert together == pytest.approx((0.25 / 9) ** 0.5)
+    assert standard_error([1.0, 1.0], ["a", "b"]) == standard_error([1.0, 0.0], ["a", "a"]) == 0.0
 
 
 def test_a_target_that_nothing_meets_says_the_best_found() -> None:
@@ -253,7 +271,7 @@ def pretend(spec: PipelineSpec) -> Found:
     share = schedule.average(144, compressed=40) / 144
     quality = min(1.0, 0.5 + share)
     values = dict.fromkeys(("agreement", "answers", "similarity"), quality)
-    return Found({**values, "flops": share, "tokens": share}, 1 - quality)
+    return Found({**values, "flops": share, "tokens": share}, dict.fromkeys(values, 0.01), 1 - quality)
 
 
 def searched(space: Space, file: Path | None, trials: int, judge: Any = pretend, **options: Any) -> Any:
@@ -297,6 +315,9 @@ def test_the_file_of_another_search_is_refused(space: Space, tmp_path: Path) -> 
     searched(space, file, 2)
     with pytest.raises(InputError, match=r"study.*belongs to another search"):
         Study(file, {"what": "another"}, seed=0, sampler="tpe")
+    (tmp_path / "best.yaml").write_text("version: 1\n")
+    with pytest.raises(InputError, match=r"best\.yaml.*cannot be read as a search's trials"):
+        Study(tmp_path / "best.yaml", SETUP, seed=0, sampler="tpe")
 
 
 def test_optuna_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +360,7 @@ def test_the_search_measured_what_fidelity_measures(report: TuningReport) -> Non
     assert best.values["agreement"] == pytest.approx(row.agreement.top1.value)
     assert best.values["flops"] == pytest.approx(row.flops)
     assert best.values["tokens"] == pytest.approx(row.retention)
+    assert 0 < best.errors["agreement"] < 0.5 or best.values["agreement"] == 1.0
     assert best.kl == pytest.approx(row.agreement.kl.value, rel=1e-3, abs=1e-6)
 
 
@@ -424,3 +446,23 @@ def test_command_says_what_is_wrong(folder: Path, tmp_path: Path, options: list[
     result = trio_("tune", "tiny-llava", *given, *options)
     assert result.exit_code == 2
     assert message in result.stderr and result.stdout == ""
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_committed_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.measured import RESULTS, block
+
+    page = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8")
+    assert block("tune") in page
+    report = TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text())
+    assert f'--target "{report.target}" --trials {report.trials}' in page
+    assert (ROOT / "docs" / "tune-tiny-llava.png").is_file()
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(compile(code[1].replace("scenes=4", "scenes=2"), "docs/tune.md", "exec"), names)
+    assert names["pipeline"].spec == names["spec"]
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["name"].startswith("tuned-")
