@@ -1,7 +1,7 @@
 """The conformance suites: the promises of the runtime as functions that outsiders call on parts of their own.
 
-`check_adapter` runs the promises on a model, `check_scorer`, `check_selector` and `check_compressor` prove a new part
-with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
+`check_adapter` runs the promises on a model, `check_scorer`, `check_selector`, `check_compressor` and `check_tower`
+prove a new part with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
 """
 
 from trio.testing.adapters import check_adapter
@@ -12,6 +12,7 @@ from trio.testing.results import Check, Results
 from trio.testing.scorers import check_scorer
 from trio.testing.selectors import check_selector
 from trio.testing.tiny import TokenInputs, tiny_llava
+from trio.testing.towers import check_tower
 
 __all__ = [
     "PROMISES",
@@ -25,5 +26,6 @@ __all__ = [
     "check_compressor",
     "check_scorer",
     "check_selector",
+    "check_tower",
     "tiny_llava",
 ]
