@@ -75,6 +75,16 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+def test_who_stops_it_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trio.evaluation.runner.Runner.generate", stop)
+    result = trio_("--spec", "trio-11", "--limit", "1", "--out", tmp_path / "out", "--no-html")
+    assert result.exit_code == 130 and "goes on where it was" in result.stderr
+    assert (tmp_path / "out" / "header.json").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

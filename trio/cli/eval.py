@@ -86,20 +86,24 @@ def evaluate(
     network, processor = load_model(model, dtype=dtype.value, device=device)
     if asked is None:
         asked = _shapesvqa(network, data, limit, split, seed)
-    with _Progress(f"{model}: {len(asked.samples)} questions") as progress:
-        results = run(
-            network,
-            processor,
-            asked,
-            specs,
-            out=out,
-            name=model,
-            batch_size=batch_size,
-            baseline=baseline,
-            margin=margin,
-            speed_rounds=speed_rounds,
-            progress=progress.update,
-        )
+    try:
+        with _Progress(f"{model}: {len(asked.samples)} questions") as progress:
+            results = run(
+                network,
+                processor,
+                asked,
+                specs,
+                out=out,
+                name=model,
+                batch_size=batch_size,
+                baseline=baseline,
+                margin=margin,
+                speed_rounds=speed_rounds,
+                progress=progress.update,
+            )
+    except KeyboardInterrupt:
+        typer.echo("trio: stopped; give the same command again, and it goes on where it was.", err=True)
+        raise typer.Exit(130) from None
     written = _write(results, out)
     if html:
         from trio.evaluation.overlays import overlays

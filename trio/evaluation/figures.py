@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trio.errors import InputError
 from trio.evaluation.results import COUNTED, OVERALL, Results, RowResult
 
 __all__ = ["check_matplotlib", "retention_curve", "speed_curve"]
+
+Place = Callable[[RowResult], float | None]
 
 
 def check_matplotlib() -> None:
@@ -46,35 +49,19 @@ def speed_curve(results: Results) -> str:
     return _curve(results, place, "time to the first token of a batch, ms") if results.speed else ""
 
 
-def _curve(results: Results, place: Any, label: str) -> str:
+def _curve(results: Results, place: Place, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 6.0), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
-    for method, rows in _lines(results).items():
-        name = rows[0].name if len(rows) == 1 else method
-        kind = COUNTED if all(COUNTED in row.accuracy for row in rows) else OVERALL
-        found = [(x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None]
-        points = sorted(found, key=lambda point: point[0])
-        if not points:
-            continue
+    for number, (method, rows) in enumerate(_lines(results).items()):
         asked = not rows[0].control
-        means = [value.mean for _, value in points]
-        errors = [[max(0.0, v.mean - v.low) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
-        axes.errorbar(
-            [x for x, _ in points],
-            means,
-            yerr=errors,
-            label=name,
-            marker="o" if asked else "x",
-            markersize=5,
-            linewidth=1.6 if asked else 1.0,
-            linestyle="-" if asked else ":",
-            capsize=2,
-            elinewidth=0.8,
-        )
+        title: str | None = rows[0].name if len(rows) == 1 else method
+        for segment in _segments(rows):
+            _segment(axes, segment, place, f"C{number % 10}", title, asked)
+            title = None  # a legend names a method once
     for name in ("full", "no picture"):
         row = results.row(name)
         mean = row.accuracy.get(COUNTED, row.accuracy[OVERALL]).mean
@@ -87,6 +74,36 @@ def _curve(results: Results, place: Any, label: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
+
+
+def _segments(rows: Sequence[RowResult]) -> list[list[RowResult]]:
+    """Rows that one line joins: of a control those whose stages stand after the same layers."""
+    found: dict[str, list[RowResult]] = {}
+    for row in rows:
+        found.setdefault(row.schedule.partition(":")[0] if row.control else "", []).append(row)
+    return list(found.values())
+
+
+def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, label: str | None, asked: bool) -> None:
+    kind = COUNTED if all(COUNTED in row.accuracy for row in rows) else OVERALL
+    found = [(x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None]
+    if not found:
+        return
+    points = sorted(found, key=lambda point: point[0])
+    errors = [[max(0.0, v.mean - v.low) for _, v in points], [max(0.0, v.high - v.mean) for _, v in points]]
+    axes.errorbar(
+        [x for x, _ in points],
+        [value.mean for _, value in points],
+        yerr=errors,
+        label=label,
+        color=colour,
+        marker="o" if asked else "x",
+        markersize=5,
+        linewidth=1.6 if asked else 1.0,
+        linestyle="-" if asked else ":",
+        capsize=2,
+        elinewidth=0.8,
+    )
 
 
 def _lines(results: Results) -> dict[str, list[RowResult]]:
