@@ -187,9 +187,9 @@ def test_merging_in_the_tower_is_the_papers(name: str, form: str):
                 continue
             assert set(groups[number, own].tolist()) == {min(own)}
             expected = row.expand(len(own), -1)
-            torch.testing.assert_close(hidden[number, own], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(hidden[number, own], expected, atol=1e-5, rtol=1e-5)
         if tower.has_cls:
-            torch.testing.assert_close(reading.values[wanted[2]][number], rows[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(reading.values[wanted[2]][number], rows[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
