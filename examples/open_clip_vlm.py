@@ -1,7 +1,7 @@
 """A small vision-language model of one's own on an open_clip tower, run on all visual tokens and on 64 of them.
 
-No adapter knows it: a tower by `open_clip.create_model`, a linear projector, a Llama. Weights are random, so answers are
-noise; what counts is that the language model runs on the compressed features.
+No adapter knows it: a tower by `open_clip.create_model`, a linear projector, a Llama. Weights are random, so the
+answers are noise; what counts is that the language model runs on the compressed features.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from trio.encoders.tome import ToMe, grouped
 from trio.encoders.towers import tower_for
 from trio.errors import InputError, UnsupportedModelError
 from trio.origins import ImageTokens
+from trio.testing import TokenInputs, check_adapter, tiny_llava
 
 Attend = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -303,3 +304,11 @@ def test_what_cannot_merge_is_refused_by_name():
     module.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match=r"'flash_attention_2' takes none.*sdpa"):
         Reader(tower, [Signal("groups", -2)], keep=lambda n: 4).attach()
+
+
+def test_the_runtime_keeps_its_promises_around_it():
+    """All but one: flash-attention takes no bias, which is said when the pipeline is attached."""
+    results = check_adapter(tiny_llava(), TokenInputs(), compressor="tome", raise_on_failure=False)
+    assert len(results) > 50
+    (refused,) = results.failures
+    assert refused.name.startswith("flash-attention") and "takes none; load the tower with" in refused.detail

@@ -271,3 +271,32 @@ def test_modules_that_are_no_towers_are_refused():
     del module.encoder.layers[0].self_attn.q_proj
     with pytest.raises(UnsupportedModelError, match="not built as those known"):
         tower_for(module)
+
+
+@pytest.mark.parametrize("name", ["clip", "qwen2.5-vl"])
+def test_projections_under_lora_are_read_as_they_run(name: str):
+    """An adapter on the projections changes keys and attention; the reader sees what the tower computes with it."""
+    import peft
+
+    case = TOWERS[name]
+    module = case.make("sdpa")
+    plain = read(case, module)
+    targets = ["qkv"] if case.packed else ["q_proj", "k_proj"]
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(module, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted = read(case, wrapped)
+    merged = read(case, wrapped.merge_and_unload())
+    for signal in signals(case):
+        torch.testing.assert_close(adapted.values[signal], merged.values[signal], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(adapted.values[Signal("keys", -1)], plain.values[Signal("keys", -1)], atol=1e-3)
+
+
+def test_offloaded_towers_are_read():
+    import accelerate
+
+    case = TOWERS["clip"]
+    plain = read(case, case.make("sdpa"))
+    offloaded = accelerate.cpu_offload(case.make("sdpa"), execution_device=torch.device("cpu"))
+    assert next(offloaded.encoder.layers[0].self_attn.q_proj.parameters()).device.type == "meta"
+    found = read(case, offloaded)
+    assert all(torch.equal(found.values[signal], plain.values[signal]) for signal in signals(case))
