@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio.selectors.nms import NMS, suppress_at_once, suppress_in_blocks, unit_length
+from trio.selectors.soft_nms import SoftNMS
 from trio.selectors.top_k import TopK
 
 
@@ -128,6 +129,58 @@ def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
     assert centre != plain
 
 
+def naive_soft_nms(saliency: list[float], features: torch.Tensor, k: int, weight: float) -> list[int]:
+    """Straight from the description: always the largest relative saliency times distance to what is kept."""
+    low, top = min(0.0, min(saliency)), max(saliency)
+    span = top - low
+    kept: list[int] = []
+    while len(kept) < k:
+        best, value = -1, -1.0
+        for i in sorted(range(len(saliency)), key=lambda i: (-saliency[i], i)):
+            if i in kept:
+                continue
+            share = (saliency[i] - low) / span if span > 0 else 0.0
+            far = min((1 - _cosine(features[i], features[j]) for j in kept), default=2.0)
+            score = share**weight * max(far, 0.0)
+            if score > value + 1e-6:
+                best, value = i, score
+        kept.append(best)
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes, k = [60, 40, 1, 33], [20, 25, 1, 33]
+    groups = [((torch.randn(n, generator=generator) + seed).tolist(), clustered(n, seed + n)) for n in sizes]
+    got = chosen(SoftNMS(weight=weight), *batch(groups)[:2], k, batch(groups)[2])
+    for (saliency, features), count, indices in zip(groups, k, got, strict=True):
+        assert indices == naive_soft_nms(saliency, features, count, weight)
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("ties", [False, True])
+def test_soft_nms_on_degenerate_features(kind, ties):
+    n = 40
+    features = DEGENERATE[kind](n)
+    saliency = [0.5] * n if ties else torch.rand(n, generator=torch.Generator().manual_seed(1)).tolist()
+    for k in (0, 1, 7, 40):
+        (got,) = chosen(SoftNMS(), *batch([(saliency, features)])[:2], [k], batch([(saliency, features)])[2])
+        assert len(got) == len(set(got)) == k and got == sorted(got)
+    if kind == "two directions":
+        (got,) = chosen(SoftNMS(), *batch([(saliency, features)])[:2], [2], batch([(saliency, features)])[2])
+        assert {i % 2 for i in got} == {0, 1}  # one of each before any duplicate
+
+
+def test_soft_nms_of_features_at_right_angles_is_top_k():
+    saliency = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(3, 50, dtype=torch.bool)
+    arguments = (saliency, torch.eye(50).expand(3, -1, -1), [5, 11, 20], valid)
+    for weight in (0.25, 1.0):
+        assert chosen(SoftNMS(weight=weight), *arguments) == chosen(TopK(), *arguments)
+
+
 def test_nms_groups_do_not_see_each_other():
     groups = [([0.3, 0.9, 0.1], torch.eye(3)), ([0.2, 0.8, 0.5, 0.4], torch.ones(4, 3))]
     together = chosen(NMS(), *batch(groups)[:2], [2, 2], batch(groups)[2])
@@ -146,5 +199,5 @@ def test_top_k_ties_and_raggedness():
 def test_valid_tokens_with_infinite_saliency_come_before_padding():
     saliency = torch.full((1, 4), float("-inf"))
     valid = torch.tensor([[False, True, True, False]])
-    for selector in (TopK(), NMS()):
+    for selector in (TopK(), NMS(), SoftNMS()):
         assert chosen(selector, saliency, torch.eye(4)[None], [2], valid) == [[1, 2]]

@@ -427,5 +427,6 @@ _FORMULAS: dict[tuple[str, str], Callable[[ModelShape, Any], _Count]] = {
     ),
     ("scorer", "random"): lambda shape, part: lambda tokens, visual, keep: 0,
     ("selector", "nms"): lambda shape, part: lambda tokens, visual, keep: flops.nms_flops(shape, visual, keep),
+    ("selector", "soft-nms"): lambda shape, part: lambda tokens, visual, keep: flops.nms_flops(shape, visual, visual),
     ("selector", "top-k"): lambda shape, part: lambda tokens, visual, keep: 0,
 }

@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {name: Family(recipe) for name, recipe in RECIPES.
         build_qwen_processor,
         build_qwen_tokenizer,
         warm_start=qwen_start,
+        source="tiny-llava",
         parts=qwen_parts,
         tower={"patches": MergedPatches, "eyes": EYES, "batch_size": 16},
         language={"batch_size": 8, "rate": 1e-3},
