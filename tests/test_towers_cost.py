@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
+from open_clip.transformer import VisionTransformer
 from support.memory import flops, peak_bytes
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from trio.encoders.attention import received
 from trio.encoders.base import Signal
@@ -57,6 +61,57 @@ def test_peak_memory_at_2880_patches_is_at_most_a_tenth_more(setting: str):
     """Of what a call allocates; the weights, which do not change, are not counted."""
     name, side, pictures = SETTINGS[setting]
     alone, read = reading(tower(name, side), torch.randn(pictures, 3, side * 2, side * 2))
+    without, with_reader = peak_bytes(alone), peak_bytes(read)
+    assert with_reader <= 1.1 * without, f"{with_reader / without:.3f} times the memory"
+
+
+def qwen() -> tuple[Any, Any]:
+    config = Qwen2_5_VLVisionConfig(
+        depth=LAYERS,
+        hidden_size=512,
+        intermediate_size=1366,
+        num_heads=8,
+        out_hidden_size=512,
+        fullatt_block_indexes=[0, 1],
+        patch_size=4,
+        window_size=32,
+    )
+    pixels = torch.randn(54 * 54, 3 * 2 * 4 * 4)
+    images = {"pixel_values": pixels, "grid_thw": torch.tensor([[1, 54, 54]])}
+    return modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(config), images
+
+
+def vit(side: int, pictures: int, **extra: Any) -> tuple[Any, Any]:
+    shape = {"patch_size": 2, "embed_dim": 512, "depth": LAYERS, "num_heads": 8}
+    module = timm.create_model("vit_base_patch16_224", img_size=side * 2, **shape, **extra)
+    return module, torch.randn(pictures, 3, side * 2, side * 2)
+
+
+# Fused and hidden projections, rotated and not, one picture and five.
+OTHERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "Qwen2.5-VL": qwen,
+    "timm": lambda: vit(24, 5),
+    "timm, no class token": lambda: vit(54, 1, class_token=False, global_pool="avg"),
+    "open_clip": lambda: (VisionTransformer(48, 2, 512, LAYERS, 8, 4.0), torch.randn(5, 3, 48, 48)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_peak_memory_of_other_towers(name: str, dtype: torch.dtype):
+    module, images = OTHERS[name]()
+    bound = tower_for(module.to(dtype).eval())
+    given = images.to(dtype) if isinstance(images, torch.Tensor) else images
+
+    def alone() -> None:
+        with torch.no_grad():
+            bound.run(given)
+
+    def read() -> None:
+        with torch.no_grad(), Reader(bound, VisionZip().reads()) as reader:
+            bound.run(given)
+            reader.take()
+
     without, with_reader = peak_bytes(alone), peak_bytes(read)
     assert with_reader <= 1.1 * without, f"{with_reader / without:.3f} times the memory"
 

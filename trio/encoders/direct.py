@@ -35,7 +35,7 @@ def compress(
 
     Args:
         tower: a vision tower of transformers, open_clip or timm, or a model that holds one; see docs/towers.md. It runs
-            as it is, in the caller's grad mode.
+            as it is; features carry no gradients back to it (they do to `project`).
         images: pixels ``(pictures, 3, height, width)`` as the tower takes them, or its own arguments by name (Qwen:
             `pixel_values` and `grid_thw`).
         compressor: a name with the number of tokens (``"visionzip-64"``), a name, a mapping with `name`, `keep` and
