@@ -28,8 +28,11 @@ SCAN = {"name": "scan", "window": 4, "local_layer": 1, "global_layer": -2}
 console = Console()
 
 
-def three_stages(scorer: Any = "objective-gradient", selector: Any = "nms") -> list[dict[str, Any]]:
-    """Stages at the depths and ratios of `trio-11`, for a budget."""
+PUBLISHED = {"name": "nms", "threshold": 0.8}
+
+
+def three_stages(scorer: Any = "objective-gradient", selector: Any = "soft-nms") -> list[dict[str, Any]]:
+    """Stages at the depths and ratios of `trio-11`, for a budget; the default's parts."""
     keeps: tuple[Any, ...] = ("auto", {"share": "58.7%", "of": "current"}, {"share": "40.7%", "of": "current"})
     return [
         {"after_layer": depth, "keep": keep, "scorer": scorer, "selector": selector}
@@ -46,7 +49,12 @@ def at_budget(name: str, **fields: Any) -> Iterator[dict[str, Any]]:
 def methods() -> Iterator[dict[str, Any]]:
     """Every shipped method; the default comes first, so that the others of its budget are compared with it."""
     yield from at_budget("TRIO", stages=three_stages())
+    yield from at_budget("TRIO with nms, as published", stages=three_stages(selector=PUBLISHED))
     yield from at_budget("gradient + top-k", stages=three_stages(selector="top-k"))
+    for name, selector in (("TRIO at the input", "soft-nms"), ("TRIO with nms at the input", PUBLISHED)):
+        for label, share in SHARES.items():
+            stage = {"after_layer": 0, "keep": share, "selector": selector}
+            yield {"version": 1, "name": f"{name}, {label}%", "stages": [stage], "budget": {"average": share}}
     for name, compressor in (
         ("visionzip", {"name": "visionzip"}),
         ("scan", SCAN),
@@ -78,29 +86,32 @@ def methods() -> Iterator[dict[str, Any]]:
         yield {"version": 1, "name": f"last-token-attention, {label}%", "stages": [attention]}
 
 
+#: What the slower models are asked with; the controls of every schedule take most of the time.
+BRIEF = ("TRIO", "TRIO with nms, as published", "gradient + top-k", "TRIO at the input", "visionzip", "divprune")
+
+
 def parts() -> Iterator[dict[str, Any]]:
     """The default with one part varied."""
     yield from at_budget("TRIO", stages=three_stages())
     released = {"name": "objective-gradient", "rows": "released"}
     yield from at_budget("rows as released", stages=three_stages(released))
-    for rows in (1, 8):
-        scorer = {"name": "objective-gradient", "positions": rows}
-        yield from at_budget(f"{rows} rows" if rows > 1 else "1 row", stages=three_stages(scorer))
-    for threshold in (0.6, 0.7, 0.9):
-        selector = {"name": "nms", "threshold": threshold}
-        yield from at_budget(f"threshold {threshold}", stages=three_stages(selector=selector))
-    for threshold in (0.6, 0.8):
-        selector = {"name": "nms", "threshold": threshold, "centre": True}
-        yield from at_budget(f"centred, threshold {threshold}", stages=three_stages(selector=selector))
-    for quantile in (0.7, 0.9):
-        selector = {"name": "nms", "quantile": quantile}
-        yield from at_budget(f"quantile {quantile}", stages=three_stages(selector=selector))
+    one = {"name": "objective-gradient", "positions": 1}
+    yield from at_budget("1 row", stages=three_stages(one))
+    for weight in (0.0, 0.1, 0.5):
+        selector: dict[str, Any] = {"name": "soft-nms", "weight": weight}
+        yield from at_budget(f"soft-nms, weight {weight}", stages=three_stages(selector=selector))
+    for threshold in (0.7, 0.8, 0.9):
+        yield from at_budget(f"nms, {threshold}", stages=three_stages(selector={"name": "nms", "threshold": threshold}))
+    selector = {"name": "nms", "threshold": 0.8, "centre": True}
+    yield from at_budget("nms, centred", stages=three_stages(selector=selector))
+    yield from at_budget("nms, quantile 0.9", stages=three_stages(selector={"name": "nms", "quantile": 0.9}))
 
 
 def main(
     name: Annotated[str, typer.Argument(help="Zoo model.")],
     scenes: Annotated[int, typer.Option(help="Scenes.")] = 150,
     varied: Annotated[bool, typer.Option("--parts", help="Vary the default's parts, on the validation split.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Only the methods that matter most.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
     speed_rounds: Annotated[int, typer.Option(help="Rounds of measuring times; 0: none.")] = 0,
@@ -110,6 +121,7 @@ def main(
     model, processor = zoo.load(name)
     task = shapesvqa("validation" if varied else "test", limit=scenes, canvas=canvas_for(model))
     specs = list(parts() if varied else methods())
+    specs = [spec for spec in specs if not brief or spec["name"].rpartition(",")[0] in BRIEF]
     if varied and "original" in _positions(model):
         specs += [
             {**spec, "name": f"original positions, {spec['name'][6:]}", "positions": "original"} for spec in specs[:3]

@@ -222,7 +222,7 @@ def test_list() -> None:
 
 def test_list_json_and_patterns() -> None:
     everything = json.loads(trio_("list", "--json").stdout)
-    assert set(everything) == {"scorers", "selectors", "compressors", "adapters", "specs", "models"}
+    assert set(everything) == {"scorers", "selectors", "compressors", "adapters", "towers", "specs", "models"}
     assert all(row["source"] for rows in everything.values() for row in rows)
     (nms,) = [row for row in everything["selectors"] if row["name"] == "nms"]
     assert nms["parameters"]["threshold"]["default"] == "0.8"

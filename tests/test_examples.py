@@ -85,7 +85,7 @@ def test_the_values_that_concepts_shows() -> None:
         for expression, value in re.findall(r"^([a-z][^=#\n]*?)  # ((?:[\[(\d]|torch).*)$", code, re.MULTILINE):
             assert repr(eval(expression, names)) == value, expression
             shown += 1
-    assert shown == 7
+    assert shown == 8
 
 
 def test_my_scorer_is_found_by_name_and_passes(capsys: pytest.CaptureFixture[str]) -> None:

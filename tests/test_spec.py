@@ -158,7 +158,7 @@ def test_parts_as_names_mappings_objects_and_classes() -> None:
         spec.check_parts()
     mine = Mine(weight=2.0)
     for given_, built in ((mine, mine), (Mine, Mine()), ({"name": Mine, "weight": 3.0}, Mine(weight=3.0))):
-        stage = trio.Stage(after_layer="50%", keep="11.1%", scorer=given_, selector="nms")
+        stage = trio.Stage(after_layer="50%", keep="11.1%", scorer=given_, selector="soft-nms")
         assert trio.SCORERS.build(stage.scorer) == built
         assert stage.scorer.name == "Mine"
         PipelineSpec(stages=[stage]).check_parts()
@@ -168,7 +168,7 @@ def test_defaults() -> None:
     spec = one()
     assert (spec.version, spec.name, spec.positions, spec.budget, spec.compressor) == (1, "custom", "auto", None, None)
     (stage,) = spec.stages
-    assert (stage.scorer.name, stage.selector.name, stage.if_fewer) == ("objective-gradient", "nms", "keep-all")
+    assert (stage.scorer.name, stage.selector.name, stage.if_fewer) == ("objective-gradient", "soft-nms", "keep-all")
     spec.check_parts()
 
 

@@ -380,7 +380,7 @@ class StageSpec(_Model):
         default="keep-all", description="where an image has fewer tokens than the count: keep them all, or raise"
     )
     scorer: PartSpec = Field(default=PartSpec(name="objective-gradient"), description=f"rates the tokens: {PART_HELP}")
-    selector: PartSpec = Field(default=PartSpec(name="nms"), description=f"chooses by the rating: {PART_HELP}")
+    selector: PartSpec = Field(default=PartSpec(name="soft-nms"), description=f"chooses by the rating: {PART_HELP}")
 
     def __init__(self, **fields: Any) -> None:
         """Validate the fields; `keep`, `scorer` and `selector` take every form that a spec file allows, and objects.

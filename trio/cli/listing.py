@@ -19,6 +19,7 @@ class Kind(StrEnum):
     selectors = "selectors"
     compressors = "compressors"
     adapters = "adapters"
+    towers = "towers"
     specs = "specs"
     models = "models"
 
@@ -28,12 +29,12 @@ def list_parts(
     pattern: Annotated[str, typer.Option("--name", help='Only names that match, for example "*visionzip*".')] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """List scorers, selectors, compressors, adapters, specs and zoo models."""
+    """List scorers, selectors, compressors, adapters, vision towers, specs and zoo models."""
     from fnmatch import fnmatch
 
     from trio import zoo
     from trio.cli.common import print_json
-    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS, TOWERS
     from trio.spec import load_spec, shipped_specs
 
     registries: dict[str, Any] = {
@@ -41,6 +42,7 @@ def list_parts(
         "selectors": SELECTORS,
         "compressors": COMPRESSORS,
         "adapters": ADAPTERS,
+        "towers": TOWERS,
     }
     found: dict[str, list[dict[str, Any]]] = {}
     for name, registry in registries.items():
