@@ -61,6 +61,7 @@ def methods() -> Iterator[dict[str, Any]]:
         ("vispruner", {"name": "vispruner"}),
         ("divprune", {"name": "divprune"}),
         ("average-pool", {"name": "average-pool"}),
+        ("uniform-grid", {"name": "uniform-grid"}),
     ):
         for label, share in SHARES.items():
             budget = {"average": share}
@@ -87,7 +88,15 @@ def methods() -> Iterator[dict[str, Any]]:
 
 
 #: What the slower models are asked with; the controls of every schedule take most of the time.
-BRIEF = ("TRIO", "TRIO with nms, as published", "gradient + top-k", "TRIO at the input", "visionzip", "divprune")
+BRIEF = (
+    "TRIO",
+    "TRIO with nms, as published",
+    "gradient + top-k",
+    "TRIO at the input",
+    "visionzip",
+    "divprune",
+    "uniform-grid",
+)
 
 
 def parts() -> Iterator[dict[str, Any]]:
