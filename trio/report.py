@@ -172,10 +172,14 @@ class CompressedImage(_Record):
 
 
 class CompressorReport(_Record):
-    """What a compressor did to one sample, image by image."""
+    """What a compressor did to one sample, image by image.
+
+    `newlines` counts the newline tokens left, which are structure and in no other count.
+    """
 
     name: str
     images: list[CompressedImage]
+    newlines: Count = 0
 
     @property
     def tokens_in(self) -> int:
@@ -263,6 +267,13 @@ class SampleReport(_Record):
         counts = [sum(image.start for image in self.images)] * num_layers
         for stage in self.stages:
             counts[stage.after_layer :] = [stage.kept] * max(0, num_layers - stage.after_layer)
+        return counts
+
+    def newlines_by_layer(self, num_layers: int) -> list[int]:
+        """Newline tokens that each of the `num_layers` layers ran on."""
+        counts = [self.newlines if self.compressor is None else self.compressor.newlines] * num_layers
+        for stage in self.stages:
+            counts[stage.after_layer :] = [stage.newlines] * max(0, num_layers - stage.after_layer)
         return counts
 
     def average_kept(self, num_layers: int) -> float:

@@ -123,7 +123,7 @@ def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageT
             )
         )
         first += image.tokens
-    return CompressorReport(name=host.name, images=found)
+    return CompressorReport(name=host.name, images=found, newlines=host.newlines[sample] if host.newlines else 0)
 
 
 def _stage_report(

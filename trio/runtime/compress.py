@@ -175,8 +175,11 @@ class EncoderSide:
             visible = self._visible(torch.cat(features)).to(hidden)
             hidden = hidden.flatten(0, 1).index_put((torch.cat(columns),), visible).view_as(hidden)
         prefill.record.images = tuple(images)
-        prefill.record.compressed = CompressedRecord(self._bound.name, keep, owner, after, tuple(asked))
         prefill.sequence, remaining = drop(sequence, keep, after)
+        lines = prefill.sequence.newlines
+        prefill.record.compressed = CompressedRecord(
+            self._bound.name, keep, owner, after, tuple(asked), () if lines is None else lines.counts
+        )
         return hidden, remaining
 
     # Which patches, and how many tokens

@@ -41,6 +41,7 @@ class CompressedRecord:
             dropped.
         counts: tokens that each image has left.
         asked: the number asked for each image, None where the method decided.
+        newlines: newline tokens that each sample has left; empty in families without.
     """
 
     name: str
@@ -48,6 +49,7 @@ class CompressedRecord:
     owner: torch.Tensor
     counts: Counts
     asked: tuple[tuple[int | None, ...], ...]
+    newlines: tuple[int, ...] = ()
 
 
 @dataclass

@@ -69,10 +69,11 @@ def _counts(bench: Bench) -> str:
     with pipeline, torch.no_grad():
         out = bench.model(**inputs, use_cache=True)
     report = reduced(pipeline.report)
-    text = int(inputs["attention_mask"].sum()) - report.visual_tokens
-    by_layer = report.samples[0].visual_by_layer(report.num_layers)
+    sample = report.samples[0]
+    text = int(inputs["attention_mask"].sum()) - report.visual_tokens - sample.newlines
+    pairs = zip(sample.visual_by_layer(report.num_layers), sample.newlines_by_layer(report.num_layers), strict=True)
     held = [layer.keys.shape[-2] for layer in out.past_key_values.layers[: report.num_layers]]
-    expected = [text + visual for visual in by_layer]
+    expected = [text + visual + newlines for visual, newlines in pairs]
     require(report.layer_tokens[0] == expected, f"layer_tokens {report.layer_tokens[0]}, expected {expected}")
     full = [bench.adapter.window(layer) is None for layer in range(report.num_layers)]
     wrong = [n for n, whole in enumerate(full) if whole and held[n] != expected[n]]
