@@ -96,6 +96,7 @@ BRIEF = (
     "visionzip",
     "divprune",
     "uniform-grid",
+    "visionzip + TRIO",
 )
 
 
