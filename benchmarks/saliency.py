@@ -149,7 +149,7 @@ def _pictures(model: Any, inputs: Any, visual: torch.Tensor) -> torch.Tensor:
     pipeline = trio.Pipeline(model, stages=[trio.Stage(after_layer=0, keep="50%", scorer="random", selector="top-k")])
     with pipeline, torch.no_grad():
         model(**inputs, use_cache=False)
-    image = pipeline._records[-1].record.images[0][0]
+    image = pipeline.report.samples[0].images[0]
     if image.tokens == int(visual.sum()):
         return torch.arange(image.tokens)
     rows, columns = image.grids[-1]

@@ -275,14 +275,6 @@ class Pipeline:
                 f"{self.adapter_name!r} cannot give for this {model}; compressors that fit: "
                 f"{', '.join(fitting) or 'none'}"
             )
-        try:
-            if compressor.reads():
-                self.adapter.reader(compressor.reads(), keep=lambda tokens: tokens)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"compressor: {name!r} does not fit this {model}: {error}. Its parameters may name other blocks "
-                "(trio list compressors)"
-            ) from error
         if spec.split == "saliency" and not (self.adapter.whole_beside_tiles and "attention" in offers):
             raise UnsupportedModelError(
                 "compressor.split: saliency needs the whole picture beside its tiles and the tower's attention, which "

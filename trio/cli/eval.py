@@ -65,15 +65,11 @@ def evaluate(
     specs may be added to a finished one.
     """
     from trio.cli.common import load_model
-    from trio.errors import InputError
+    from trio.evaluation.protocol import check_baseline, named_specs
     from trio.evaluation.protocol import evaluate as run
-    from trio.evaluation.protocol import named_specs
 
     specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
-    if baseline is not None and baseline not in [one.name for one in specs]:
-        raise InputError(
-            f"--baseline {baseline!r}: it is none of the specs; give one of {', '.join(one.name for one in specs)}."
-        )
+    check_baseline(baseline, specs)
     if html:
         from trio.evaluation.figures import check_matplotlib
 

@@ -57,7 +57,8 @@ class VisualTokens:
         merged: int64 ``(s,)``, for each token of the start the one of the n that it went into, -1 where it was dropped.
         signals: what `Compressor.reads` asks for, first dimension n (but ``cls``: ``(D,)``).
         cls: ``(D,)``, the class token in the space of `features`; None where the tower has none, or nobody asked.
-        seed: a number made from the picture, the same in any batch.
+        seed: a number made from the prompt and the input's place in it (by `trio.encoders.compress`: from the pixels),
+            the same in any batch.
     """
 
     features: torch.Tensor
@@ -102,6 +103,8 @@ class Compressor(Part, ABC):
     space: ClassVar[Space] = "tower"
     #: True where the method decides the number itself; `compress` is then called with k = n.
     decides_count: ClassVar[bool] = False
+    #: True where it draws from `VisualTokens.seed`, so that another prompt about the picture keeps other tokens.
+    draws: ClassVar[bool] = False
 
     def reads(self) -> tuple[Signal, ...]:
         """What it reads off the tower."""

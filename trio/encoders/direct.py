@@ -79,7 +79,7 @@ def compress(
         )
     rows = output.pooler_output if merged else reading.values[hidden]
     class_rows = reading.values[cls] if with_cls else [None] * len(grids)
-    seeds = _seeds(images, counts)
+    seeds = _seeds(images, counts) if part.draws else [0] * len(counts)  # pixels are copied to the host for it
     results, first, per_token = [], 0, found.patches_per_token
     side = int(per_token**0.5)
     for number, (height, width) in enumerate(grids):

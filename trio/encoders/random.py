@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from trio.encoders.base import Compressor, VisualTokens
@@ -13,12 +15,14 @@ from trio.registry import COMPRESSORS
 class RandomTokens(Compressor):
     """Keeps tokens drawn at random, a floor that every method must beat, and a strong one (arXiv 2511.02650).
 
-    The draw comes from the picture's own seed, so that a picture keeps the same tokens in any batch, and the smaller of
+    The draw comes from `VisualTokens.seed`, so that a picture keeps the same tokens in any batch, and the smaller of
     two counts keeps a part of what the larger one keeps.
 
     Parameters:
         seed: another number gives another draw.
     """
+
+    draws: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -65,10 +65,7 @@ def evaluate(
         TrioError: a spec does not fit the model.
     """
     loaded = named_specs(specs)
-    if baseline is not None and baseline not in [spec.name for spec in loaded]:
-        raise InputError(
-            f"baseline {baseline!r}: it is none of the specs; give one of {', '.join(spec.name for spec in loaded)}."
-        )
+    check_baseline(baseline, loaded)
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return evaluate(
@@ -128,6 +125,17 @@ def evaluate(
         device=str(model.device),
         speed=measure(runner, possible, speed_rounds),
     )
+
+
+def check_baseline(baseline: str | None, specs: Sequence[PipelineSpec]) -> None:
+    """Refuse a baseline that is none of the specs.
+
+    Raises:
+        InputError: it is not.
+    """
+    names = [spec.name for spec in specs]
+    if baseline is not None and baseline not in names:
+        raise InputError(f"baseline {baseline!r}: it is none of the specs; give one of {', '.join(names)}.")
 
 
 def named_specs(specs: Sequence[SpecLike]) -> list[PipelineSpec]:

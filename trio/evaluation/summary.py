@@ -64,7 +64,7 @@ class Summary:
             margin: of non-inferiority, in points.
             draws: of the bootstrap.
         """
-        self._task, self._rows, self._schedules, self._answers = task, rows, schedules, answers
+        self._task, self._schedules, self._answers = task, schedules, answers
         self._baseline, self._margin = baseline, margin
         self.right = {name: right_of(task, given) for name, given in answers.items()}
         self._kind = np.asarray([sample.kind for sample in task.samples])

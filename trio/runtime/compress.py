@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from trio.encoders.base import Signal, VisualTokens
-from trio.errors import InputError
+from trio.errors import InputError, UnsupportedModelError
 from trio.origins import CLS, PATCH, ImageTokens
 from trio.runtime.backbone import Backbone, Patches
 from trio.runtime.record import CompressedRecord
@@ -86,7 +86,13 @@ class EncoderSide:
         if bound.split == "saliency":
             wanted.append(SPLIT_SIGNAL)
         self._signals = tuple(dict.fromkeys(wanted))
-        self._reader = backbone.reader(self._signals, keep=bound.keep_count) if self._signals else None
+        try:
+            self._reader = backbone.reader(self._signals, keep=bound.keep_count) if self._signals else None
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"compressor: {bound.name!r} does not fit this {type(backbone.model).__name__}: {error}. Its "
+                "parameters may name other blocks (trio list compressors)"
+            ) from error
         self._readings: dict[str, Reading] = {}
 
     def attach(self) -> None:

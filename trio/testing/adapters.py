@@ -11,6 +11,8 @@ from torch import nn
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
 from trio.errors import InputError, did_you_mean
+from trio.registry import COMPRESSORS
+from trio.spec import CompressorSpec
 from trio.testing.bench import AT_INPUT, TWO_STAGES, Bench, Setting
 from trio.testing.inputs import InputsFactory, as_factory
 from trio.testing.promises import PROMISES
@@ -99,9 +101,10 @@ def _settings(adapter: Adapter, stages: Sequence[Any] | None) -> tuple[Setting, 
 
 def _compressed(compressor: Mapping[str, Any] | str, stages: Sequence[Any] | None) -> tuple[Setting, ...]:
     given = {"name": compressor, "keep": "60%"} if isinstance(compressor, str) else dict(compressor)
-    if given["name"] == "random":
+    if COMPRESSORS.build(CompressorSpec.parse(given)).draws:
         raise InputError(
-            "compressor: random draws by the prompt, and a prompt with its answer is another one; give another method"
+            f"compressor: {given['name']!r} draws by the prompt, and a prompt with its answer is another one; give "
+            "another method"
         )
     behind = TWO_STAGES if stages is None else stages
     return (
