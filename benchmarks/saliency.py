@@ -23,9 +23,9 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import trio
-from benchmarks.statistics import Estimate
 from trio import zoo
 from trio.adapters import adapter_for
+from trio.evaluation.results import Estimate
 from trio.selectors.nms import centred, unit_length
 from trio.zoo.evaluate import any_size, examples, prompt
 
@@ -167,7 +167,7 @@ def mean(values: Sequence[tuple[float, int]]) -> Estimate:
     sums = np.array([[sum(v), len(v)] for v in totals.values()])
     chosen = sums[draws.integers(len(sums), size=(2000, len(sums)))].sum(1)
     low, high = np.quantile(chosen[:, 0] / chosen[:, 1], (0.025, 0.975))
-    return Estimate(float(sums[:, 0].sum() / sums[:, 1].sum()), float(low), float(high))
+    return Estimate(mean=float(sums[:, 0].sum() / sums[:, 1].sum()), low=float(low), high=float(high))
 
 
 def measure(name: str, scenes: int) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def measure(name: str, scenes: int) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "trio-vlm": trio.__version__,
         },
-        "means": {key: vars(mean(values)) for key, values in sorted(found.items())},
+        "means": {key: mean(values).model_dump() for key, values in sorted(found.items())},
     }
 
 

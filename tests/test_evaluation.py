@@ -15,7 +15,7 @@ import trio
 from trio import evaluation, zoo
 from trio.evaluation import rows as rows_module
 from trio.evaluation.answers import Answer, AnswerFiles
-from trio.evaluation.floors import Oracle, oracle_order, spread_order
+from trio.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
 from trio.evaluation.pictures import Counter, Shown, without_floor
 from trio.evaluation.protocol import named_specs, weights
 from trio.evaluation.results import Results
@@ -232,6 +232,25 @@ def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> 
         model(**runner.inputs([([samples[0].picture()], "?")], "own"))
 
 
+def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None:
+    runner = Runner(*loaded, task, 1)
+    sample = task.samples[0]
+    inputs = runner.inputs([([sample.picture()], sample.question)], "own")
+    kept = {}
+    for keep in (4, 16, 64):
+        stage = trio.Stage(after_layer=0, keep=keep, scorer=UniformGrid(), selector="top-k")
+        pipeline = trio.Pipeline(loaded[0], stages=[stage])
+        runner.generate(inputs, [sample], pipeline, 1)
+        kept[keep] = pipeline.report.samples[0].stages[0].groups[0].indices
+    assert set(kept[4]) < set(kept[16]) < set(kept[64])
+    for keep, quarter in ((4, 1), (16, 2)):  # every quarter of the picture has its share, give or take the axes
+        places = np.array([(i // 12 // 6, i % 12 // 6) for i in kept[keep]])
+        counts = np.bincount(places[:, 0] * 2 + places[:, 1], minlength=4)
+        assert counts.min() >= quarter
+    far = np.array([[(a // 12 - b // 12) ** 2 + (a % 12 - b % 12) ** 2 for a in kept[16]] for b in kept[16]])
+    assert np.sqrt(far[far > 0].min()) >= 2
+
+
 def test_oracles_of_tiled_pictures_find_a_thing_in_every_frame() -> None:
     image = ImageTokens.join([ImageTokens.from_grid(4, 4), ImageTokens.from_grid(8, 8)])
     item_map = np.zeros((80, 80), np.uint8)
@@ -303,6 +322,22 @@ def test_the_remembered_tower_gives_back_what_stood_there() -> None:
     with remembered(tower, []):
         tower(torch.ones(1, 2))
     assert vars(tower)["forward"] is own
+
+
+def test_the_remembered_tower_changes_no_answer(loaded: Loaded, task: Task, tmp_path: Path) -> None:
+    runner = Runner(*loaded, task, 8)
+    rows = [row for row in planned(loaded[0], SPEC)[0] if row.name in ("full", "ours")]
+    found = runner.run(rows, AnswerFiles(tmp_path, {}))
+    for row in rows:
+        pipeline = runner.pipeline(row) if row.spec is not None else None
+        for batch in runner.batches:
+            samples = [task.samples[i] for i in batch]
+            inputs = runner.inputs([([s.picture()], s.question) for s in samples], "own")
+            out = runner.generate(inputs, samples, pipeline, task.max_new_tokens)
+            texts = [text.strip() for text in loaded[1].batch_decode(out, skip_special_tokens=True)]
+            assert [found[row.name][i].text for i in batch] == texts
+    assert found["full"] != found["ours"]
+    assert "forward" not in vars(runner.adapter.vision_tower)
 
 
 @pytest.mark.parametrize(
