@@ -1,4 +1,4 @@
-"""``docs/results.md`` from results of `trio eval`; every sentence with a number in it is made from the numbers.
+"""``docs/results.md`` and the README's table; every sentence with a number in it is made from the numbers.
 
 ``python -m benchmarks.results`` reads ``benchmarks/results/eval-*.json`` (methods) and ``parts-*.json`` (the default
 with its parts varied): what `benchmarks.evaluate` wrote, or the ``results.json`` of any `trio eval` under such a name.
@@ -6,18 +6,18 @@ with its parts varied): what `benchmarks.evaluate` wrote, or the ``results.json`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.readme import MODEL, with_block
+from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
 from trio.evaluation import wording
 from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowResult
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-LEVEL = 0.05
 
 HEAD = """# Results: what the methods keep, on the small models of the zoo
 
@@ -79,14 +79,13 @@ def _summary(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
 def _pivot(results: Results) -> Iterator[str]:
     """A row a method, a column a budget."""
     compared = [one for one in results.comparisons if not results.row(one.row).control]
-    budgets = list(dict.fromkeys(one.baseline for one in compared))
+    baselines = list(dict.fromkeys(one.baseline for one in compared))
     cells: dict[str, dict[str, str]] = {}
     for one in compared:
-        method = re.sub(r", [\d.]+%$", "", one.row)
-        cells.setdefault(method, {})[one.baseline] = f"{one.difference.signed()} {verdict(one)}"
-    yield _header(["", *(f"against {budget}" for budget in budgets)])
-    for method, found in cells.items():
-        yield _row([method, *(found.get(budget, "") for budget in budgets)])
+        cells.setdefault(method(one.row), {})[one.baseline] = f"{one.difference.signed()} {verdict(one)}"
+    yield table_head(["", *(f"against {budget}" for budget in baselines)])
+    for name, found in cells.items():
+        yield table_row([name, *(found.get(budget, "") for budget in baselines)])
     yield ""
 
 
@@ -130,7 +129,7 @@ def _section(file: Path, results: Results) -> Iterator[str]:
     more = " --parts" if _varied(file) else ""
     yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{more}\n"
     yield from _gates(results)
-    for base, rows in _budgets(results):
+    for base, rows in budgets(results):
         yield from _budget(results, base, rows)
     yield from _by_kind(results)
     yield from _negative(results)
@@ -163,23 +162,15 @@ def _gates(results: Results) -> Iterator[str]:
         "A sub-task counts where the full model has 90% or more, 30 points more than without a picture, and 10 more "
         "than random at about 11% and than with all visual tokens dropped where the first reduction stands.\n"
     )
-    yield _header(header)
-    yield from (_row(row) for row in rows)
+    yield table_head(header)
+    yield from (table_row(row) for row in rows)
     yield ""
-
-
-def _budgets(results: Results) -> Iterator[tuple[RowResult, list[RowResult]]]:
-    """The baseline of each budget with the methods that are compared with it."""
-    others = {one.row: one.baseline for one in results.comparisons if not results.row(one.row).control}
-    for row in results.methods:
-        if row.name not in others:
-            yield row, [row, *(one for one in results.methods if others.get(one.name) == row.name)]
 
 
 def _budget(results: Results, base: RowResult, methods: Sequence[RowResult]) -> Iterator[str]:
     assert base.average is not None
     yield f"### {base.average:.1f} of {results.model['visual_tokens']} visual tokens on average\n"
-    yield _header(
+    yield table_head(
         ["", "tokens", "accuracy", "retained", "- random", "- default", "default non-inferior", "GFLOPs", "1st token"]
     )
     compared = {(one.row, one.baseline): one for one in results.comparisons}
@@ -202,11 +193,11 @@ def _budget(results: Results, base: RowResult, methods: Sequence[RowResult]) -> 
 
 def _line(results: Results, row: RowResult, floor: str, default: Comparison | None) -> str:
     if row.refused:
-        return _row([row.name, "not applicable", *[""] * 7])
+        return table_row([row.name, "not applicable", *[""] * 7])
     kind = COUNTED if COUNTED in row.accuracy else OVERALL
     speed = results.speed.get(row.name)
     power = "" if default is None else f"({100 * default.power:.0f}%, {default.scenes_for_90})"
-    return _row(
+    return table_row(
         [
             row.name,
             f"{row.average:.1f}",
@@ -225,8 +216,7 @@ def _flipped(one: Comparison | None) -> str:
     """A floor minus a method as the method minus the floor."""
     if one is None:
         return ""
-    gap = one.difference
-    return f"{-gap.mean:+z.1f} ({-gap.high:+z.1f} to {-gap.low:+z.1f}){_star(one)}"
+    return f"{flipped(one)}{_star(one)}"
 
 
 def _star(one: Comparison) -> str:
@@ -235,31 +225,25 @@ def _star(one: Comparison) -> str:
 
 def _by_kind(results: Results) -> Iterator[str]:
     """Accuracies by sub-task at the smallest budget."""
-    base, methods = list(_budgets(results))[-1]
+    base, methods = list(budgets(results))[-1]
     floors = [row.name for row in results.rows if row.control and row.schedule in (base.schedule, "")]
     yield "### By sub-task, smallest budget\n"
     yield "Accuracy in percent, all sub-tasks; intervals and other budgets stand in the results file.\n"
-    yield _header(["", *results.kinds])
+    yield table_head(["", *results.kinds])
     for name in [*(row.name for row in methods), *floors]:
         row = results.row(name)
         if not row.refused:
-            yield _row([row.name, *(f"{row.accuracy[kind].mean:.0f}" for kind in results.kinds)])
+            yield table_row([row.name, *(f"{row.accuracy[kind].mean:.0f}" for kind in results.kinds)])
     yield ""
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _header(cells: Sequence[str]) -> str:
-    return f"{_row(cells)}\n{_row(['---'] + ['---:'] * (len(cells) - 1))}"
-
-
 def main() -> None:
-    """Writes docs/results.md."""
+    """Writes docs/results.md and the README's table."""
     files = measured()
     (ROOT / "docs" / "results.md").write_text(page(files), encoding="utf-8")
-    Console().print(f"wrote docs/results.md from {len(files)} files")
+    readme, shown = ROOT / "README.md", Results.load(RESULTS / f"eval-{MODEL}.json")
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
+    Console().print(f"wrote docs/results.md and the table in README.md from {len(files)} files")
 
 
 if __name__ == "__main__":

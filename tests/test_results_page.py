@@ -1,14 +1,17 @@
-"""`docs/results.md`: made from the committed results, and its sentences follow from the numbers."""
+"""Pages made from the committed results, the README's table among them: their sentences follow from the numbers."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trio
-from benchmarks.results import measured, page, verdict
+from benchmarks import readme, saliency
+from benchmarks.results import RESULTS, measured, page, verdict
+from benchmarks.tables import budgets
 from trio import zoo
 from trio.evaluation.protocol import weights
 from trio.evaluation.results import Comparison, Estimate, Gate, Results, RowResult
@@ -19,6 +22,102 @@ DOCS = Path(trio.__file__).parent.parent / "docs"
 
 def test_the_page_is_made_from_the_committed_results() -> None:
     assert page(measured()) == (DOCS / "results.md").read_text()
+
+
+def test_the_saliency_page_is_made_from_the_committed_results() -> None:
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("saliency-*.json"))]
+    assert saliency.page(found) == saliency.PAGE.read_text()
+
+
+@pytest.fixture(scope="module")
+def shown() -> Results:
+    """What the README shows."""
+    return Results.load(RESULTS / f"eval-{readme.MODEL}.json")
+
+
+def table(results: Results) -> dict[str, list[str]]:
+    """The README's rows: the cells behind each label."""
+    lines = [line.strip("| ").split(" | ") for line in readme.block(results).splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def without(results: Results, *names: str) -> Results:
+    """The results had these rows not been there."""
+    rows = [row for row in results.rows if row.name not in names]
+    compared = [one for one in results.comparisons if not {one.row, one.baseline} & set(names)]
+    return results.model_copy(update={"rows": rows, "comparisons": compared})
+
+
+def test_the_readme_is_made_from_the_committed_results(shown: Results) -> None:
+    text = (DOCS.parent / "README.md").read_text()
+    assert readme.with_block(text, shown) == text
+    with pytest.raises(SystemExit, match=r"README\.md: put the lines"):
+        readme.with_block(text.replace(readme.END, ""), shown)
+
+
+def test_the_readme_shows_the_default_and_its_controls(shown: Results) -> None:
+    bases = readme.defaults(shown)
+    assert list(bases) == ["33%", "22%", "11%"]
+    assert bases == {base.name.split(", ")[-1]: base for base, compared in budgets(shown) if len(compared) > 1}
+    rows = table(shown)
+    assert list(rows.values())[2] == [str(base.accuracy["counted"]) for base in bases.values()]
+    assert list(rows)[2] + ", 33%" == shown.methods[0].name
+    random = [shown.row(f"random, {base.schedule}") for base in bases.values()]
+    assert rows["random, at the default's layers (mean of 5 draws)"] == [str(r.accuracy["counted"]) for r in random]
+    for label in ("uniform grid, at the default's layers", "nothing, from the default's first layer", "no picture"):
+        assert len(rows[label]) == 3 and all(rows[label])
+    assert rows["everything"] == [str(shown.row("full").accuracy["counted"])] * 3
+
+
+def test_the_readme_leaves_out_what_was_not_measured(shown: Results) -> None:
+    less = without(shown, *(row.name for row in shown.rows if row.name.startswith("visionzip, ")), "divprune, 22%")
+    before, after = table(shown), table(less)
+    assert before.keys() - after.keys() == {"visionzip (compressor)"}
+    was = before.pop("divprune (compressor)")
+    assert after.pop("divprune (compressor)") == [was[0], "", was[2]]
+    assert all(before[label] == cells for label, cells in after.items())
+
+
+@pytest.mark.parametrize(
+    ("mean", "p", "said"),
+    [
+        (-4.0, 0.01, "significantly above random tokens"),
+        (4.0, 0.01, "significantly **below** random tokens"),
+        (-4.0, 0.2, "not told apart from random tokens"),
+    ],
+)
+def test_the_readme_says_what_the_numbers_say(mean: float, p: float, said: str, shown: Results) -> None:
+    base = readme.defaults(shown)["11%"]
+    random = f"random, {base.schedule}"
+    rest = [one for one in shown.comparisons if (one.row, one.baseline) != (random, base.name)]
+    changed = shown.model_copy(update={"comparisons": [*rest, compared(random, base.name, mean, p, 0.5)]})
+    text = readme.block(changed)
+    assert f"At 11% the default is {said}" in text
+    assert f"{-mean:+.1f} ({-mean - 1:+.1f} to {-mean + 1:+.1f}) points" in text
+
+
+def test_the_readme_says_which_sub_tasks_count(shown: Results) -> None:
+    def closed(*layers: int) -> list[Gate]:
+        """At every layer all sub-tasks count, at these ones all but one."""
+        return [
+            shown.gates[0].model_copy(
+                update={"kind": kind, "first": first, "passes": kind != last or first not in layers}
+            )
+            for first in range(shown.model["layers"])
+            for kind in shown.kinds
+        ]
+
+    *others, last = shown.kinds
+    late = shown.row("divprune, 22%").model_copy(update={"schedule": "after 7: 22.2%"})
+    rows = [late if row.name == late.name else row for row in shown.rows]
+    changed = shown.model_copy(update={"rows": rows})
+    for layers, said in (
+        ((), None),
+        (range(8), f"Of {len(shown.kinds)} sub-tasks, the {len(others)} that pass"),
+        ((7,), "not the same ones in all rows"),
+    ):
+        text = readme.block(changed.model_copy(update={"gates": closed(*layers)}))
+        assert ("ub-tasks" in text) == (said is not None) and (said or "") in text
 
 
 def test_committed_results_are_of_what_ships() -> None:

@@ -1,0 +1,139 @@
+"""The README's short table, from the results of `trio eval`; `python -m benchmarks.results` writes it.
+
+The default is the first spec of the results file. The other methods are looked up by name in each of its budgets: a row
+that the file does not have is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
+from trio.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from trio.evaluation.rows import none_name
+
+BEGIN, END = "<!-- results: python -m benchmarks.results -->", "<!-- end of results -->"
+MODEL = "tiny-llava"
+#: Methods beside the default.
+METHODS = ("TRIO with nms, as published", "gradient + top-k", "divprune", "visionzip")
+Found = dict[str, RowResult | None]
+
+
+def block(results: Results) -> str:
+    """The block with the lines that mark it.
+
+    Args:
+        results: of the model that the README shows.
+    """
+    bases = defaults(results)
+    rows = list(_rows(results, bases))
+    task, total = results.task, results.model["visual_tokens"]
+    lines = [
+        BEGIN,
+        "",
+        f"{task['questions']} questions about {task['scenes']} drawn scenes that the zoo's trained "
+        f"`{results.model['name']}` has never seen: percent",
+        "answered right, with 95% intervals bootstrapped over scenes. What is kept is averaged over the layers; the",
+        "first row is the default. It shows how the methods compare on a small model, and ranks nothing else",
+        "([every method, control and model](docs/results.md)).",
+        *_counted(results, [one for _, found in rows for one in found.values() if one is not None]),
+        "",
+        table_head(["kept", *(f"{share}: {base.average:.1f} of {total}" for share, base in bases.items())]),
+        *(table_row([label, *(_cell(found[share]) for share in bases)]) for label, found in rows),
+        "",
+        *_gain(results, bases),
+        "",
+        END,
+    ]
+    return "\n".join(lines)
+
+
+def with_block(readme: str, results: Results) -> str:
+    """The README with its table renewed.
+
+    Args:
+        readme: its text, with the lines `BEGIN` and `END`.
+        results: of the model that it shows.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise SystemExit(f"README.md: put the lines {BEGIN!r} and {END!r} where the table should stand")
+    return readme[: readme.index(BEGIN)] + block(results) + readme[readme.index(END) + len(END) :]
+
+
+def defaults(results: Results) -> dict[str, RowResult]:
+    """The default's rows by their budget, as its specs' names give it: ``33%`` of ``TRIO, 33%``."""
+    bases = [base for base, _ in budgets(results)]
+    name = method(bases[0].name)
+    return {base.name.removeprefix(f"{name}, "): base for base in bases if method(base.name) == name}
+
+
+def _rows(results: Results, bases: dict[str, RowResult]) -> Iterator[tuple[str, Found]]:
+    """Label, and the row of each budget; rows that no budget has are left out."""
+    by_name = {one.name: one for one in results.rows}
+
+    def controls(control: str) -> Found:
+        return {share: results.control(control, base.schedule) for share, base in bases.items()}
+
+    def named(name: str) -> Found:
+        return {share: by_name.get(f"{name}, {share}") for share in bases}
+
+    default, random = method(next(iter(bases.values())).name), controls("random")
+    draws = max(len(one.draws) for one in random.values() if one is not None)
+    nothing = {share: by_name.get(none_name(_first(base))) for share, base in bases.items()}
+    found = [
+        *((_label(name, named(name)), named(name)) for name in dict.fromkeys((default, *METHODS))),
+        ("uniform grid, at the default's layers", controls("uniform")),
+        (f"random, at the default's layers (mean of {draws} draws)", random),
+        ("lower resolution", controls("lower resolution")),
+        ("oracle, at the default's layers", controls("oracle")),
+        ("nothing, from the default's first layer", nothing),
+        ("no picture", controls("no picture")),
+        ("everything", controls("full")),
+    ]
+    return ((label, cells) for label, cells in found if any(cells.values()))
+
+
+def _label(name: str, cells: Found) -> str:
+    """Whether the method works on the encoder side alone is said beside its name."""
+    specs = [one.spec for one in cells.values() if one is not None and one.spec is not None]
+    alone = any(spec.get("compressor") and not spec.get("stages") for spec in specs)
+    return f"{name} (compressor)" if alone else name
+
+
+def _first(one: RowResult) -> int:
+    """Layers before the first reduction of a row of a schedule, as the schedule's label says."""
+    found = re.match(r"after (\d+)", one.schedule)
+    assert found is not None, one.schedule
+    return int(found[1])
+
+
+def _cell(one: RowResult | None) -> str:
+    if one is None:
+        return ""
+    return "not applicable" if one.refused else str(one.accuracy.get(COUNTED, one.accuracy.get(OVERALL)))
+
+
+def _counted(results: Results, rows: list[RowResult]) -> Iterator[str]:
+    """Which sub-tasks the accuracies are over, where not all of them count."""
+    firsts = {_first(one) for one in rows if one.schedule}
+    kinds = {
+        first: tuple(gate.kind for gate in results.gates if gate.first == first and gate.passes) for first in firsts
+    }
+    if len(set(kinds.values())) > 1:
+        yield "Sub-tasks count that pass the validity gate at a row's first layer: not the same ones in all rows."
+    elif set(kinds.values()) != {tuple(results.kinds)}:
+        number = len(next(iter(kinds.values())))
+        yield f"Of {len(results.kinds)} sub-tasks, the {number} that pass the validity gate count."
+
+
+def _gain(results: Results, bases: dict[str, RowResult]) -> Iterator[str]:
+    """The default against random tokens at the smallest budget, in a sentence."""
+    share, base = min(bases.items(), key=lambda item: item[1].average or 0.0)
+    random = results.control("random", base.schedule)
+    for one in results.comparisons:
+        if random is not None and (one.row, one.baseline) == (random.name, base.name):
+            side = "above" if one.difference.mean < 0 else "**below**"
+            said = f"significantly {side}" if one.p_holm < LEVEL else "not told apart from"
+            yield f"At {share} the default is {said} random tokens with the same counts at the same layers:"
+            yield f"{flipped(one)} points on the same questions."
