@@ -16,28 +16,45 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+import trio
 from trio import zoo
 from trio.evaluation import evaluate, shapesvqa
 from trio.evaluation.shapes import canvas_for
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = {"33": "33.3%", "22": "22.2%", "11": "11.1%"}
-DEPTHS: tuple[Any, ...] = ("3.2%", "31.3%", "46.9%")  # of the shipped spec trio-11
+PUBLISHED = {
+    "scorer": {"name": "objective-gradient", "rows": "prompt-end", "positions": 4},
+    "selector": {"name": "nms", "threshold": 0.8},
+}
 #: The tower of the small models has too few blocks for scan's published ones.
 SCAN = {"name": "scan", "window": 4, "local_layer": 1, "global_layer": -2}
+COMPRESSORS: tuple[dict[str, Any], ...] = (
+    {"name": "visionzip"},
+    SCAN,
+    {"name": "vispruner"},
+    {"name": "prumerge"},
+    {"name": "divprune"},
+    {"name": "tome"},
+    {"name": "average-pool"},
+    {"name": "uniform-grid"},
+)
 console = Console()
 
 
-PUBLISHED = {"name": "nms", "threshold": 0.8}
+def two_stages(**parts: Any) -> list[dict[str, Any]]:
+    """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`)."""
+    return _stages({"3.2%": "auto", "50%": {"share": "60%", "of": "current"}}, parts)
 
 
-def three_stages(scorer: Any = "objective-gradient", selector: Any = "soft-nms") -> list[dict[str, Any]]:
-    """Stages at the depths and ratios of `trio-11`, for a budget; the default's parts."""
-    keeps: tuple[Any, ...] = ("auto", {"share": "58.7%", "of": "current"}, {"share": "40.7%", "of": "current"})
-    return [
-        {"after_layer": depth, "keep": keep, "scorer": scorer, "selector": selector}
-        for depth, keep in zip(DEPTHS, keeps, strict=True)
-    ]
+def three_stages(**parts: Any) -> list[dict[str, Any]]:
+    """Stages at the depths and with the ratios of `trio-11`, for a budget."""
+    current = ({"share": share, "of": "current"} for share in ("58.7%", "40.7%"))
+    return _stages(dict(zip(("3.2%", "31.3%", "46.9%"), ("auto", *current), strict=True)), parts)
+
+
+def _stages(keeps: dict[str, Any], parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"after_layer": depth, "keep": keep, **parts} for depth, keep in keeps.items()]
 
 
 def at_budget(name: str, **fields: Any) -> Iterator[dict[str, Any]]:
@@ -46,75 +63,75 @@ def at_budget(name: str, **fields: Any) -> Iterator[dict[str, Any]]:
         yield {"version": 1, "name": f"{name}, {label}%", **fields, "budget": {"average": share}}
 
 
+def at_input(name: str, **parts: Any) -> Iterator[dict[str, Any]]:
+    """One stage in front of the first layer, for each share."""
+    for label, share in SHARES.items():
+        yield {"version": 1, "name": f"{name}, {label}%", "stages": [{"after_layer": 0, "keep": share, **parts}]}
+
+
 def methods() -> Iterator[dict[str, Any]]:
     """Every shipped method; the default comes first, so that the others of its budget are compared with it."""
-    yield from at_budget("TRIO", stages=three_stages())
-    yield from at_budget("TRIO with nms, as published", stages=three_stages(selector=PUBLISHED))
-    yield from at_budget("gradient + top-k", stages=three_stages(selector="top-k"))
-    for name, selector in (("TRIO at the input", "soft-nms"), ("TRIO with nms at the input", PUBLISHED)):
+    yield from at_budget("TRIO", stages=two_stages())
+    yield from at_budget("TRIO as published", stages=three_stages(**PUBLISHED), positions="auto")
+    yield from at_budget("TRIO with nms", stages=two_stages(selector="nms"))
+    yield from at_budget("TRIO with top-k", stages=two_stages(selector="top-k"))
+    yield from at_budget("diversity without saliency", stages=two_stages(selector={"name": "soft-nms", "weight": 0.0}))
+    yield from at_input("TRIO at the input")
+    yield from at_input("TRIO with nms at the input", selector="nms")
+    for compressor in COMPRESSORS:
         for label, share in SHARES.items():
-            stage = {"after_layer": 0, "keep": share, "selector": selector}
-            yield {"version": 1, "name": f"{name}, {label}%", "stages": [stage], "budget": {"average": share}}
-    for name, compressor in (
-        ("visionzip", {"name": "visionzip"}),
-        ("scan", SCAN),
-        ("vispruner", {"name": "vispruner"}),
-        ("divprune", {"name": "divprune"}),
-        ("average-pool", {"name": "average-pool"}),
-        ("uniform-grid", {"name": "uniform-grid"}),
-    ):
-        for label, share in SHARES.items():
-            budget = {"average": share}
+            # prumerge decides its own count, by quartiles or, here, as a share of outliers with one token for the rest
+            count = {"share": float(share[:-1]) / 100 - 0.005} if compressor["name"] == "prumerge" else {"keep": share}
+            yield {"version": 1, "name": f"{compressor['name']}, {label}%", "compressor": {**compressor, **count}}
+    for compressor in ({"name": "visionzip"}, SCAN, {"name": "divprune"}):
+        for label, share in SHARES.items():  # the compressor in place of the default's first stage
             yield {
                 "version": 1,
-                "name": f"{name}, {label}%",
-                "compressor": {**compressor, "keep": share},
-                "budget": budget,
-            }
-    for name, compressor in (("visionzip + TRIO", {"name": "visionzip"}), ("scan + TRIO", SCAN)):
-        for label, share in SHARES.items():
-            average = float(share.rstrip("%"))
-            yield {
-                "version": 1,
-                "name": f"{name}, {label}%",
-                # the published shape: three times as many behind the encoder as after half of the layers
-                "compressor": {**compressor, "keep": f"{1.5 * average:.2f}%"},
-                "stages": [{"after_layer": "50%", "keep": f"{average / 2:.2f}%"}],
-                "budget": {"average": share},
+                "name": f"{compressor['name']} + TRIO, {label}%",
+                "compressor": {**compressor, "keep": f"{1.25 * float(share.rstrip('%')):.2f}%"},
+                "stages": [{"after_layer": "50%", "keep": {"share": "60%", "of": "current"}}],
             }
     for label, share in (("33", "23.8%"), ("22", "11.1%")):  # after one of eight layers no share averages 11%
-        attention = {"after_layer": 1, "keep": share, "scorer": "last-token-attention", "selector": "top-k"}
-        yield {"version": 1, "name": f"last-token-attention, {label}%", "stages": [attention]}
+        for scorer in ("last-token-attention", "objective-gradient"):
+            stage = {"after_layer": 1, "keep": share, "scorer": scorer, "selector": "top-k"}
+            yield {"version": 1, "name": f"{scorer} + top-k after layer 1, {label}%", "stages": [stage]}
 
 
 #: What the slower models are asked with; the controls of every schedule take most of the time.
 BRIEF = (
     "TRIO",
-    "TRIO with nms, as published",
-    "gradient + top-k",
+    "TRIO as published",
+    "TRIO with nms",
+    "TRIO with top-k",
+    "diversity without saliency",
     "TRIO at the input",
-    "visionzip",
-    "divprune",
-    "uniform-grid",
-    "visionzip + TRIO",
+    *(compressor["name"] for compressor in COMPRESSORS),
+    "divprune + TRIO",
 )
 
 
 def parts() -> Iterator[dict[str, Any]]:
     """The default with one part varied."""
-    yield from at_budget("TRIO", stages=three_stages())
-    released = {"name": "objective-gradient", "rows": "released"}
-    yield from at_budget("rows as released", stages=three_stages(released))
-    one = {"name": "objective-gradient", "positions": 1}
-    yield from at_budget("1 row", stages=three_stages(one))
-    for weight in (0.0, 0.1, 0.5):
+    yield from at_budget("TRIO", stages=two_stages())
+    for what, scorer in (
+        ("last 4 rows", {"rows": "prompt-end", "positions": 4}),
+        ("last 4 rows, as released", {"rows": "released", "positions": 4}),
+        ("last row", {"rows": "prompt-end", "positions": 1}),
+        ("8 rows after the picture", {"positions": 8}),
+        ("the question's own words", {"skip": 2}),  # "assistant :" comes behind them
+    ):
+        yield from at_budget(what, stages=two_stages(scorer={"name": "objective-gradient", **scorer}))
+    for weight in (0.0, 0.1, 0.5, 1.0):
         selector: dict[str, Any] = {"name": "soft-nms", "weight": weight}
-        yield from at_budget(f"soft-nms, weight {weight}", stages=three_stages(selector=selector))
+        yield from at_budget(f"soft-nms, weight {weight}", stages=two_stages(selector=selector))
     for threshold in (0.7, 0.8, 0.9):
-        yield from at_budget(f"nms, {threshold}", stages=three_stages(selector={"name": "nms", "threshold": threshold}))
+        yield from at_budget(f"nms, {threshold}", stages=two_stages(selector={"name": "nms", "threshold": threshold}))
     selector = {"name": "nms", "threshold": 0.8, "centre": True}
-    yield from at_budget("nms, centred", stages=three_stages(selector=selector))
-    yield from at_budget("nms, quantile 0.9", stages=three_stages(selector={"name": "nms", "quantile": 0.9}))
+    yield from at_budget("nms, centred", stages=two_stages(selector=selector))
+    yield from at_budget("nms, quantile 0.9", stages=two_stages(selector={"name": "nms", "quantile": 0.9}))
+    yield from at_budget("three stages", stages=three_stages())
+    yield from at_input("one stage, at the input")
+    yield from at_budget("renumbered positions", stages=two_stages(), positions="compact")
 
 
 def main(
@@ -131,11 +148,8 @@ def main(
     model, processor = zoo.load(name)
     task = shapesvqa("validation" if varied else "test", limit=scenes, canvas=canvas_for(model))
     specs = list(parts() if varied else methods())
-    specs = [spec for spec in specs if not brief or spec["name"].rpartition(",")[0] in BRIEF]
-    if varied and "original" in _positions(model):
-        specs += [
-            {**spec, "name": f"original positions, {spec['name'][6:]}", "positions": "original"} for spec in specs[:3]
-        ]
+    specs = [spec for spec in specs if varied or not brief or spec["name"].rpartition(",")[0] in BRIEF]
+    specs = [spec for spec in specs if _fits(spec, model)]
     kind = "parts" if varied else "eval"
     with Progress(console=console) as bar:
         job = bar.add_task(f"{name}, {len(specs)} specs")
@@ -153,12 +167,14 @@ def main(
     (RESULTS / f"{kind}-{name}.json").write_text(results.to_json() + "\n")
 
 
-def _positions(model: Any) -> frozenset[str]:
-    """Numberings that are not the model's default already."""
-    from trio.adapters import adapter_for
-
-    adapter = adapter_for(model)
-    return frozenset(adapter.allowed_positions - {adapter.default_positions})
+def _fits(spec: dict[str, Any], model: Any) -> bool:
+    """Whether the model has what a spec needs; a method that it cannot run is named."""
+    try:
+        trio.Pipeline.from_spec(spec, model)
+    except trio.UnsupportedModelError as error:
+        console.print(f"not applicable: {spec['name']}: {error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

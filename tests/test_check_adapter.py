@@ -67,7 +67,7 @@ def test_shifted_positions_break_decoding(monkeypatch):
 
     monkeypatch.setattr(ReducedLayer, "announce", forgetful)
     found = failures("decode")
-    assert "logits differ" in found["two stages, one picture"]
+    assert "logits differ" in found["positions compact, one picture"]
     assert not any("original" in name for name in found)  # where nothing is renumbered the count does not matter
 
 

@@ -66,7 +66,7 @@ def test_every_control_is_in_the_table(whole: tuple[Results, Path], task: Task) 
     assert average["none after layer 0"] == 0
     assert all(average[name] == 16 for name in names[3:4] + names[5:])
     accuracy = {row.name: row.accuracy["overall"].mean for row in results.rows}
-    assert accuracy["full"] > 90 > accuracy["ours"] > accuracy["no picture"]
+    assert accuracy["full"] >= accuracy["ours"] > 80 > accuracy["no picture"]
     assert accuracy[f"oracle, {label}"] > accuracy[f"random, {label}"]
     assert all(set(row.accuracy) >= {*task.kinds, "overall"} for row in results.rows)
     flops = {row.name: row.flops or 0 for row in results.rows}
@@ -122,7 +122,7 @@ def test_a_finished_folder_takes_more_specs_and_nothing_else(
     assert asked[0][1] - asked[0][0] == batches  # only the new row is asked
     assert {key: both.right[key] for key in results.right} == results.right
     assert [one.row for one in both.comparisons if one.row == "theirs"] == ["theirs"]
-    changed = {**SPEC, "positions": "original"}
+    changed = {**SPEC, "positions": "compact"}
     asked.clear()
     other = run(loaded, task, out, [changed], lambda done, total: asked.append((done, total)))
     assert asked[0][0] < asked[0][1]  # the same name, but another spec: asked anew
@@ -170,6 +170,16 @@ def test_specs_that_differ_in_their_parts_share_controls(loaded: Loaded) -> None
     assert list(schedules) == ["after 0: 11.1%", "after 2: 29.2%"]
     assert [row.name for row in rows if row.control == "none"] == ["none after layer 0", "none after layer 2"]
     assert sum(row.control == "oracle" for row in rows) == 2
+
+
+def test_controls_are_shared_up_to_a_token_where_that_holds_for_every_picture(loaded: Loaded) -> None:
+    def one(name: str, keep: Any, **fields: Any) -> dict[str, Any]:
+        return {"name": name, "stages": [{"after_layer": 0, "keep": keep}], **fields}
+
+    near, count = one("a token more", "11.8%"), one("as many here, not in larger pictures", 17)
+    two_more, renumbered = one("two more", "12.5%"), one("renumbered", "11.1%", positions="compact")
+    _, schedules = planned(loaded[0], SPEC, near, count, two_more, renumbered)
+    assert list(schedules) == ["after 0: 11.1%", "after 0: 11.8%", "after 0: 12.5%", "after 0: 11.1% #2"]
 
 
 def test_compressors_get_floors_that_drop_before_the_first_layer(loaded: Loaded) -> None:

@@ -126,7 +126,7 @@ def summary(right: dict[str, str], share: float = 0.111) -> Summary:
     )
     task = Task("made up", 1, samples, 1)
     spec = PipelineSpec.parse({"stages": [{"after_layer": 0, "keep": "11.1%"}]})
-    schedules = {"s": Schedule("s", 0, spec, share * 100, 100)}
+    schedules = {"s": Schedule("s", (0,), spec, share * 100, 100)}
     rows = [
         Row("full", "full", "full"),
         Row("no picture", "no picture", "no picture"),

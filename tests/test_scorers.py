@@ -19,16 +19,18 @@ def scores(model, batch, scorer, after=2):
     return trio.Pipeline(model, stages=[stage]).score(batch)[0]
 
 
-@pytest.mark.parametrize("rows", ["prompt-end", "released"])
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("rows", ["after-picture", "prompt-end", "released"])
 @pytest.mark.parametrize("probe_layer", ["next", "last"])
 @pytest.mark.parametrize("prompt", [[1, 5, "image", 7, 8, 9, 10, 11], [1, 5, "image"], ["image", 5, "image", 4]])
-def test_objective_gradient_in_a_forward(rows, probe_layer, prompt):
+def test_objective_gradient_in_a_forward(rows, probe_layer, prompt, skip):
     """Against autograd through the whole layer and head on the hidden states that the model itself gives."""
     model = llava(attention="eager")
     batch = inputs([prompt])
     with torch.no_grad():
         hidden = model(**batch, output_hidden_states=True).hidden_states[2]
-    got = scores(model, batch, {"name": "objective-gradient", "rows": rows, "probe_layer": probe_layer})[0]
+    scorer = {"name": "objective-gradient", "rows": rows, "positions": 4, "skip": skip, "probe_layer": probe_layer}
+    got = scores(model, batch, scorer)[0]
     text = model.model.language_model
     length = hidden.shape[1]
     leaf = hidden.detach().clone().requires_grad_(True)
@@ -36,8 +38,11 @@ def test_objective_gradient_in_a_forward(rows, probe_layer, prompt):
     rotary = text.rotary_emb(leaf, torch.arange(length)[None])
     layer = text.layers[2 if probe_layer == "next" else 1]
     logits = model.lm_head(text.norm(layer(leaf, attention_mask=mask, position_embeddings=rotary)))[0]
-    end = length - (rows == "released")
-    chosen = logits[end - 4 : end]
+    end = length - (rows == "released") - skip
+    ids = batch["input_ids"][0].tolist()
+    behind = length - 1 - max(i for i, token in enumerate(ids) if token == 99)
+    first = length - behind if rows == "after-picture" and behind else 0  # without text behind it: the prompt's end
+    chosen = logits[max(first, end - 4) : end]
     loss = torch.nn.functional.cross_entropy(chosen, chosen.argmax(-1))
     (gradient,) = torch.autograd.grad(loss, leaf)
     expected = gradient[0].norm(dim=-1)[batch["input_ids"][0] == 99]

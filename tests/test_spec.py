@@ -166,7 +166,8 @@ def test_parts_as_names_mappings_objects_and_classes() -> None:
 
 def test_defaults() -> None:
     spec = one()
-    assert (spec.version, spec.name, spec.positions, spec.budget, spec.compressor) == (1, "custom", "auto", None, None)
+    assert (spec.version, spec.name, spec.positions) == (1, "custom", "original")
+    assert (spec.budget, spec.compressor) == (None, None)
     (stage,) = spec.stages
     assert (stage.scorer.name, stage.selector.name, stage.if_fewer) == ("objective-gradient", "soft-nms", "keep-all")
     spec.check_parts()

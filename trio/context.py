@@ -33,7 +33,6 @@ class LayerContext:
         seeds: one 32-bit number for each sample, made from its prompt, the same in any batch.
         after_layer: decoder layers already run.
         num_layers: decoder layers of the model.
-        question: bool ``(B, S)``, True at the user's own words without the chat template; None where unknown.
     """
 
     hidden: torch.Tensor
@@ -47,7 +46,6 @@ class LayerContext:
     seeds: tuple[int, ...]
     after_layer: int
     num_layers: int
-    question: torch.Tensor | None = None
     probes: Mapping[ProbeName, Callable[[], Probe]] = field(default_factory=dict, repr=False)
 
     def probe(self, which: ProbeName = "next") -> Probe:
@@ -57,6 +55,15 @@ class LayerContext:
         run, applied once more to those hidden states. ``"ran"``: the layer that has just run, on its own inputs.
         """
         return self.probes[which]()
+
+    def after_pictures(self) -> torch.Tensor:
+        """Where the text behind a sample's last visual token stands: bool ``(B, S)``; all its tokens if there is none.
+
+        That is the question where pictures come first, and what the chat template puts behind it.
+        """
+        ahead = self.visual.flip(1).cumsum(1).flip(1)  # visual tokens at a column and behind it
+        text = self.valid & (ahead == 0)
+        return torch.where(text.any(1, keepdim=True), text, self.valid)
 
     def at_visual(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``(B, S)`` at the visual tokens: float32 ``(B, N)``, -inf where a sample has fewer."""

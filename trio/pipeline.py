@@ -55,7 +55,7 @@ class Pipeline:
         *,
         stages: Sequence[StageSpec | Mapping[str, Any]] = (),
         compressor: CompressorSpec | Mapping[str, Any] | str | None = None,
-        positions: Literal["auto", "compact", "original"] = "auto",
+        positions: Literal["auto", "compact", "original"] = "original",
         newlines: Literal["with-row", "always", "never"] = "with-row",
         budget: Budget | Mapping[str, Any] | None = None,
         name: str = "custom",
@@ -69,7 +69,8 @@ class Pipeline:
             model: a transformers vision-language model (or a PEFT wrapper around one), in evaluation mode.
             stages: reductions inside the language model, in order of their layers.
             compressor: the reduction on the encoder side.
-            positions: numbering of the survivors; ``auto`` follows the family's published code.
+            positions: numbering of the survivors: each its own, gapless, or (``auto``) as in the family's published
+                code.
             newlines: what happens to tokens that end the rows of a tiled picture.
             budget: a promise about the average that is checked.
             name: what reports call the pipeline.
@@ -141,6 +142,11 @@ class Pipeline:
     def attached(self) -> bool:
         """Whether the pipeline is attached."""
         return self._runtime.attached
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether its compressor has to see the vision tower at work: remembered features are then not enough."""
+        return self._runtime.reads_tower
 
     def __enter__(self) -> Self:
         """Attaches."""

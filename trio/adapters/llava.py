@@ -20,7 +20,7 @@ from trio.registry import ADAPTERS
 class LlavaAdapter(Adapter):
     """`LlavaForConditionalGeneration`: every picture becomes the same number of tokens, in raster order.
 
-    The survivors of a stage are renumbered (``compact``), as the released TRIO code for LLaVA does.
+    Under ``positions: auto`` survivors are renumbered (``compact``), as the released TRIO code for LLaVA does.
     """
 
     @classmethod

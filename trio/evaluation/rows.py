@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,21 +24,27 @@ GATE_SHARE, GATE_NEAR = 0.111, 0.015
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where tokens go and how many stay; specs that differ in nothing else share their controls.
+    """Where tokens go and how many stay; specs that differ in nothing else share their controls,
+    as do those whose counts differ by no more than a token in a typical picture.
 
     Attributes:
         label: for people: the layers, and the average share that stays.
-        first: decoder layers that run before the first stage.
+        layers: decoder layers that run before each stage.
         spec: stages with the numbers alone; scorers and selectors are to be replaced.
         average: visual tokens averaged over the layers, for a picture of `started` tokens.
         started: visual tokens of a typical picture.
     """
 
     label: str
-    first: int
+    layers: tuple[int, ...]
     spec: PipelineSpec = field(repr=False)
     average: float
     started: int
+
+    @property
+    def first(self) -> int:
+        """Decoder layers that run before the first stage."""
+        return self.layers[0]
 
     @property
     def share(self) -> float:
@@ -154,14 +159,14 @@ def _schedule(
     plain = PipelineSpec(
         name="schedule", stages=stages, positions=spec.positions, newlines=spec.newlines, budget=budget
     )
-    for one in known:
-        if _key(one.spec) == _key(plain):
-            return one
     resolved = resolve(plain, layers)
+    for one in known:
+        if _alike(one.spec, plain, layers, started):
+            return one
     average = resolved.average(started)
     label = f"after {', '.join(map(str, resolved.layers))}: {100 * average / started:.1f}%"
     taken = sum(one.label.partition(" #")[0] == label for one in known)
-    return Schedule(f"{label} #{taken + 1}" if taken else label, resolved.layers[0], plain, average, started)
+    return Schedule(f"{label} #{taken + 1}" if taken else label, tuple(resolved.layers), plain, average, started)
 
 
 _RANDOM = {"scorer": PartSpec(name="random"), "selector": PartSpec(name="top-k")}
@@ -171,8 +176,19 @@ def _share(count: float, started: int) -> str:
     return f"{100 * count / started:.4f}%"
 
 
-def _key(spec: PipelineSpec) -> str:
-    return json.dumps(spec.to_dict(), sort_keys=True)
+def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) -> bool:
+    """Whether two schedules drop at the same layers and leave as many, a token more or less in a typical picture."""
+    rules = [(spec.positions, spec.newlines, [(s.keep.per, s.if_fewer) for s in spec.stages]) for spec in (one, other)]
+    if rules[0] != rules[1]:
+        return False
+    both = [resolve(spec, layers) for spec in (one, other)]
+    if both[0].layers != both[1].layers:
+        return False
+    for times in (1, 2):  # a count and a share that agree on one size do not on the other
+        left = [resolved.stage_counts(times * started) for resolved in both]
+        if any(abs(a - b) > times for a, b in zip(*left, strict=True)):
+            return False
+    return True
 
 
 def _gate(like: Schedule, layers: int) -> Schedule:
@@ -180,7 +196,7 @@ def _gate(like: Schedule, layers: int) -> Schedule:
     stage = StageSpec(after_layer=like.first, keep=Keep.parse("11.1%"), **_RANDOM)
     spec = like.spec.model_copy(update={"stages": [stage], "budget": None})
     average = resolve(spec, layers).average(like.started)
-    return Schedule(f"after {like.first}: 11.1% there", like.first, spec, average, like.started)
+    return Schedule(f"after {like.first}: 11.1% there", (like.first,), spec, average, like.started)
 
 
 def none_name(first: int) -> str:

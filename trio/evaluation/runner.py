@@ -117,8 +117,7 @@ class Runner:
         self, row: Row, pipeline: Pipeline | None, batch: _Inputs
     ) -> tuple[list[str], list[int], list[float], float | None]:
         inputs = batch.inputs(row)
-        looks = row.spec is None or row.spec.compressor is None  # a compressor reads the tower while it runs
-        tower = self.adapter.vision_tower if looks else None
+        tower = None if pipeline is not None and pipeline.reads_tower else self.adapter.vision_tower
         with remembered(tower, batch.seen(row)) if tower is not None else nullcontext():
             out = self.generate(inputs, batch.samples, pipeline, self.task.max_new_tokens)
         texts = [text.strip() for text in self.processor.batch_decode(out, skip_special_tokens=True)]

@@ -95,6 +95,11 @@ class EncoderSide:
             ) from error
         self._readings: dict[str, Reading] = {}
 
+    @property
+    def reads_tower(self) -> bool:
+        """Whether it has to see the vision tower at work."""
+        return self._reader is not None
+
     def attach(self) -> None:
         """Puts the reader's hooks on the tower."""
         if self._reader is not None:

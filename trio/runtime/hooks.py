@@ -96,6 +96,11 @@ class Runtime:
         """Whether the hooks are on the model."""
         return bool(self._handles)
 
+    @property
+    def reads_tower(self) -> bool:
+        """Whether a compressor has to see the vision tower at work."""
+        return self._encoder is not None and self._encoder.reads_tower
+
     def attach(self) -> None:
         """Puts the hooks on the model.
 

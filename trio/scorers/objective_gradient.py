@@ -22,16 +22,25 @@ class ObjectiveGradient(Scorer):
     are computed, which gives the gradient of the whole layer exactly: a visual token reaches them only through its key
     and its value.
 
+    Which rows: the paper's four are mostly words of the chat template ("... assistant :"), which in the first layers
+    know nothing of the question yet. Supervising the text behind the picture as well kept more (docs/results.md), so
+    that is the default; specs named after published ones say ``positions: 4, rows: prompt-end``.
+
     Parameters:
-        positions: supervised rows, counted back from the end of the prompt (paper and code: 4).
-        rows: ``"prompt-end"`` supervises up to the last prompt token, the one that predicts the first answer token, as
-            the paper's figure shows; ``"released"`` leaves that one out, as the released LLaVA code does.
+        positions: supervised rows, at most, counted back from the end (paper and code: 4).
+        rows: ``"after-picture"`` supervises rows of the text behind the last picture only: the question, and what the
+            chat template puts behind it. ``"prompt-end"`` supervises up to the last prompt token, the one that predicts
+            the first answer token, as the paper's figure shows; ``"released"`` leaves that one out, as the released
+            LLaVA code does.
+        skip: last rows of the prompt to leave out: with the number of tokens that the chat template puts behind the
+            question, the question's own words are left.
         probe_layer: ``"next"`` runs the layer that comes after the stage (paper and LLaVA code), ``"last"`` applies
             the layer that has just run once more (released Qwen code); not after layer 0.
     """
 
-    positions: Annotated[int, Field(ge=1)] = 4
-    rows: Literal["prompt-end", "released"] = "prompt-end"
+    positions: Annotated[int, Field(ge=1)] = 16
+    rows: Literal["after-picture", "prompt-end", "released"] = "after-picture"
+    skip: Annotated[int, Field(ge=0)] = 0
     probe_layer: Literal["next", "last"] = "next"
 
     def required(self) -> frozenset[str]:
@@ -40,5 +49,6 @@ class ObjectiveGradient(Scorer):
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """See `Scorer.score`; the magnitudes are those of the loss's gradient."""
-        rows = rows_at_end(ctx.valid, self.positions, skip=int(self.rows == "released"))
+        columns = ctx.after_pictures() if self.rows == "after-picture" else ctx.valid
+        rows = rows_at_end(columns, self.positions, skip=self.skip + (self.rows == "released"))
         return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows))

@@ -94,7 +94,7 @@ def _settings(adapter: Adapter, stages: Sequence[Any] | None) -> tuple[Setting, 
         own = [Setting("the given stages", stages)]
         return tuple(own)
     settings = [Setting("two stages", TWO_STAGES), Setting("a stage at the input", AT_INPUT)]
-    other = adapter.allowed_positions - {adapter.default_positions}
+    other = adapter.allowed_positions - {"original"}
     settings += [Setting(f"positions {name}", TWO_STAGES, name) for name in sorted(other)]
     return tuple(settings)
 

@@ -44,7 +44,7 @@ class Setting:
 
     label: str
     stages: Sequence[Any]
-    positions: Literal["auto", "compact", "original"] = "auto"
+    positions: Literal["auto", "compact", "original"] = "original"
     compressor: Mapping[str, Any] | None = None
 
 
