@@ -214,7 +214,7 @@ def test_space_holds_what_fits(space: Space) -> None:
     assert space.layers == 8
     assert {"objective-gradient", "last-token-attention"} <= set(space.scorers)
     assert space.scorers["last-token-attention"] == 1  # it looks at a layer that has run
-    assert {"nms", "top-k"} <= set(space.selectors)
+    assert {"nms", "soft-nms", "top-k"} <= set(space.selectors)
     assert "visionzip" in space.compressors
     assert "random" not in {*space.scorers, *space.compressors}
     for part, reason in space.left_out.items():
@@ -249,11 +249,12 @@ def test_a_search_begins_with_the_default(space: Space) -> None:
     starts = space.starts(144)
     assert len(starts) == 3
     spec = space.draw(Dice(0, starts[0]))
-    default = resolve(load_spec("trio-11"), 8)
-    found = resolve(spec, 8)
-    assert found.layers == default.layers
-    assert found.stage_counts(144) == default.stage_counts(144)
-    assert spec.stages[0].scorer.as_mapping() == {"name": "objective-gradient", "positions": 4}
+    default = load_spec("trio-soft-11")
+    before, after = resolve(default, 8), resolve(spec, 8)
+    assert after.layers == before.layers
+    assert after.stage_counts(144) == before.stage_counts(144)
+    assert [(one.scorer, one.selector) for one in spec.stages] == [(s.scorer, s.selector) for s in default.stages]
+    assert spec.positions == default.positions == "original"
     averages = [resolve(space.draw(Dice(0, start)), 8).average(144) / 144 for start in starts]
     assert averages == pytest.approx([0.111, 0.222, 0.333], abs=0.005)
 
@@ -353,7 +354,7 @@ def test_the_verdict_is_on_pictures_that_the_search_has_not_seen(report: TuningR
     agreement, tokens = report.verdict()
     assert found.agreement.top1.percent() in agreement and "has not seen" in agreement
     assert f"{found.retention:.1%}" in tokens
-    assert [one.spec.name for one in report.unseen.results] == ["tuned", "trio-11"]
+    assert [one.spec.name for one in report.unseen.results] == ["tuned", "trio-soft-11"]
 
 
 def test_the_search_measured_what_fidelity_measures(report: TuningReport) -> None:

@@ -156,7 +156,7 @@ def print_report(report: TuningReport, out: Console) -> None:
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         tuned, default = found.results
         rows = (tuned.spec, tuned.floor, default.spec, default.floor)
-        for row, name in zip(rows, ("tuned", "  random", "trio-11", "  random"), strict=True):
+        for row, name in zip(rows, ("tuned", "  random", default.spec.name, "  random"), strict=True):
             table.add_row(
                 name,
                 row.agreement.top1.percent(),

@@ -51,7 +51,7 @@ class TuningReport(_Record):
         front: trials of which no other is better in quality and FLOPs, by rising FLOPs.
         best: the trial that was chosen.
         spec: the chosen spec, with its name and description.
-        search: fidelity of the chosen spec and of `trio-11` on the pictures of the search, each with its floor.
+        search: fidelity of the chosen spec and of the default on the pictures of the search, each with its floor.
         unseen: the same on the other pictures. Only this one says what to expect.
         notes: what a reader should know.
     """

@@ -20,8 +20,12 @@ LEAST, MOST = 0.05, 0.95
 NO = "none"
 #: Chance is what methods are compared with, and is no candidate.
 FLOOR = "random"
-#: Averages of the default spec that a search begins with.
+#: What a search begins with, at some averages, and what its result is compared with.
+DEFAULT = "trio-soft-11"
 STARTS = ("11.1%", "22.2%", "33.3%")
+#: What `objective-gradient` supervises: the default, and the paper's; rows at most.
+ROWS = ("after-picture", "prompt-end")
+POSITIONS = 16
 
 
 class Suggests(Protocol):
@@ -120,10 +124,13 @@ class Space:
         scorer: dict[str, Any] = {"name": trial.suggest_categorical("scorer", tuple(self.scorers))}
         low = self.scorers[scorer["name"]]
         if scorer["name"] == "objective-gradient":
-            scorer["positions"] = trial.suggest_int("positions", 1, 8)
+            scorer["rows"] = trial.suggest_categorical("rows", ROWS)
+            scorer["positions"] = trial.suggest_int("positions", 1, POSITIONS)
         selector: dict[str, Any] = {"name": trial.suggest_categorical("selector", self.selectors)}
         if selector["name"] == "nms":
             selector["threshold"] = round(trial.suggest_float("threshold", 0.5, 1.0), 2)
+        if selector["name"] == "soft-nms":
+            selector["weight"] = round(trial.suggest_float("weight", 0.0, 1.0), 2)
         depths = sorted({max(low, trial.suggest_int(f"layer.{i}", 0, self.layers - 1)) for i in range(count)})
         return [
             {
@@ -141,9 +148,11 @@ class Space:
         Args:
             tokens: visual tokens of a picture.
         """
-        if "objective-gradient" not in self.scorers or "nms" not in self.selectors:
+        default = load_spec(DEFAULT)
+        scorer, selector = (part.as_mapping() for part in (default.stages[0].scorer, default.stages[0].selector))
+        if scorer["name"] not in self.scorers or selector["name"] not in self.selectors:
             return []
-        default = load_spec("trio-11")
+        parts = {"scorer": scorer.pop("name"), "selector": selector.pop("name"), **scorer, **selector}
         found = []
         for average in STARTS:
             schedule = resolve(load_spec({**default.to_dict(), "budget": {"average": average}}), self.layers)
@@ -152,8 +161,7 @@ class Space:
                 continue
             shares = [after / before for before, after in zip((tokens, *kept), kept, strict=False)]
             params: dict[str, Any] = {"compressor": NO} if self.compressors else {}
-            params |= {"stages": len(kept), "scorer": "objective-gradient", "positions": 4}
-            params |= {"selector": "nms", "threshold": 0.8}
+            params |= {"stages": len(kept), **parts}
             params |= {f"layer.{i}": layer for i, layer in enumerate(schedule.layers)}
             params |= {f"keep.{i}": min(max(share, LEAST), MOST) for i, share in enumerate(shares)}
             found.append(params)

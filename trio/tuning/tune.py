@@ -13,13 +13,10 @@ from trio.fidelity import FidelityReport, Sample, measure
 from trio.fidelity.answering import Answerer
 from trio.spec import PipelineSpec, load_spec
 from trio.tuning.report import Candidate, TuningReport, cost_of, quality_of
-from trio.tuning.space import Space
+from trio.tuning.space import DEFAULT, Space
 from trio.tuning.study import Sampler, Study, front, optuna
 from trio.tuning.target import Target, parse_target
 from trio.tuning.trials import Judge
-
-#: What the tuned spec is compared with.
-DEFAULT = "trio-11"
 
 
 def tune(
@@ -41,10 +38,10 @@ def tune(
 ) -> TuningReport:
     """The best spec for a target, and what it does on pictures that the search has not seen.
 
-    The search holds quality against FLOPs, over layers, shares, scorer, selector, threshold and compressor. Of the
-    specs that meet the target (by a margin of one standard error of their quality, where there are such) the one with
-    the fewest FLOPs is chosen where the target is about quality, and else the one of the best quality (then of the
-    lowest KL). The pictures, not the prompts, are split, by a seeded draw.
+    The search holds quality against FLOPs, over layers, shares, scorer and selector with their parameters, and
+    compressor. Of the specs that meet the target (by a margin of one standard error of their quality, where there are
+    such) the one with the fewest FLOPs is chosen where the target is about quality, and else the one of the best
+    quality (then of the lowest KL). The pictures, not the prompts, are split, by a seeded draw.
 
     Args:
         model: a vision-language model of transformers, in evaluation mode.
@@ -80,7 +77,7 @@ def tune(
         "model": [called, str(model.dtype)],
         "samples": _fingerprint(seen),
         "search": [wanted.quality, wanted.timed, length, seed, sampler],
-        "space": [space.layers, space.compressors, dict(space.scorers), space.selectors],
+        "space": [DEFAULT, space.layers, space.compressors, dict(space.scorers), space.selectors],
     }
     search = Study(study, setup, seed=seed, sampler=sampler)
 
