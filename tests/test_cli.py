@@ -109,9 +109,9 @@ def test_run_json(model: Path, picture: Path) -> None:
     assert set(facts["answer"]) == {"full", "compressed"}
     assert facts["visual_tokens"] == 144
     assert abs(facts["average_kept"] - 16) <= 0.5
-    assert facts["kept"] == [34, 20, 8]
-    assert [stage["after_layer"] for stage in facts["stages"]] == [0, 2, 3]
-    assert facts["visual_by_layer"] == [34, 34, 20, 8, 8, 8, 8, 8]
+    assert facts["kept"] == [20, 12]
+    assert [stage["after_layer"] for stage in facts["stages"]] == [0, 4]
+    assert facts["visual_by_layer"] == [20] * 4 + [12] * 4
     assert facts["flops_reduction"] > 1
     assert facts["kv_reduction"] > 2
     assert facts["overlay"] is None
@@ -166,7 +166,7 @@ def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
     network = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = transformers.AutoProcessor.from_pretrained(model)
     inputs = inputs_for(processor, [load_picture(picture)], "what shape ?")
-    with trio.Pipeline.from_spec("trio-11", network):
+    with trio.Pipeline.from_spec("trio-soft-11", network):
         out = network.generate(**inputs, max_new_tokens=32, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert facts["answer"]["compressed"] == answer
@@ -180,7 +180,7 @@ def test_run_without_arguments() -> None:
     assert Path("trio-overlay.png").is_file()
     facts = json.loads(trio_("run", "--json").stdout)
     assert facts["model"] == "tiny-llava"
-    assert facts["spec"] == "trio-11"
+    assert facts["spec"] == "trio-soft-11"
     assert facts["answer"]["full"]
     assert abs(facts["average_kept"] - 0.111 * facts["visual_tokens"]) <= 0.5
 

@@ -42,7 +42,7 @@ def test_the_quick_start_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(blocks("quick-start.md", "python")[0], {})
     answer, *summary = capsys.readouterr().out.splitlines()
     assert answer.strip()
-    assert "trio-11" in summary[0]
+    assert "trio-soft-11" in summary[0]
 
 
 def test_the_error_of_the_page_is_the_real_one() -> None:

@@ -58,7 +58,7 @@ def read_spec_file(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, 
         found = "an empty file" if data is None else f"{type(data).__name__} {short(data)}"
         raise SpecError(
             f"{origin}: found {found}; a spec is a mapping of keys such as version, name and stages. `trio show "
-            "trio-11 "
+            "trio-soft-11 "
             "--yaml` prints one to start from."
         )
     if "version" not in data:

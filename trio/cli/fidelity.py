@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trio.cli.common import DType
+from trio.cli.common import DEFAULT_SPEC, DType
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ def fidelity(
     images: Annotated[Path, typer.Option("--images", "-i", help="Folder with pictures.")],
     spec: Annotated[
         list[str] | None,
-        typer.Option("--spec", "-s", help="Shipped spec or a YAML file; may be repeated. Default: trio-11."),
+        typer.Option("--spec", "-s", help=f"Shipped spec or a YAML file; may be repeated. Default: {DEFAULT_SPEC}."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -44,7 +44,8 @@ def fidelity(
     from trio.fidelity import measure, read_samples
     from trio.spec import load_spec
 
-    specs = [load_spec(one) for one in spec or ["trio-11"]]  # before the model: a wrong name should not cost a minute
+    # before the model: a wrong name should not cost a minute
+    specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
     samples = read_samples(images, prompts, limit=limit)
     if json_file is not None:
         writable(json_file, "--json")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trio.cli.common import DType
+from trio.cli.common import DEFAULT_SPEC, DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ def run(
     ] = None,
     spec: Annotated[
         str, typer.Option("--spec", "-s", help="Shipped spec or a YAML file; see `trio list`.")
-    ] = "trio-11",
+    ] = DEFAULT_SPEC,
     overlay: Annotated[
         Path | None,
         typer.Option("--overlay", "-o", help=f"Where to draw what was kept. Default: {OVERLAY}, none with --json."),

@@ -4,7 +4,7 @@
 from trio import evaluation
 
 task = evaluation.shapesvqa(limit=50)
-results = evaluation.evaluate(model, processor, task, ["trio-11"], out="runs/eval")
+results = evaluation.evaluate(model, processor, task, ["trio-soft-11"], out="runs/eval")
 ```
 
 `docs/evaluation.md` says what is measured and how, `docs/shapesvqa.md` what is asked. Names are resolved when they are

@@ -152,7 +152,7 @@ def named_specs(specs: Sequence[SpecLike]) -> list[PipelineSpec]:
             spec = spec.model_copy(update={"name": Path(source).stem})
         loaded.append(spec)
     if not loaded:
-        raise InputError("specs: none was given; name at least one, for example trio-11.")
+        raise InputError("specs: none was given; name at least one, for example trio-soft-11.")
     names = [spec.name for spec in loaded]
     for one in names:
         if names.count(one) > 1:

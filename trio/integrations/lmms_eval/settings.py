@@ -69,8 +69,8 @@ class Settings:
             )
         if arguments.get("spec") in (None, ""):
             raise InputError(
-                "model_args: `spec` is missing; name a shipped spec or a file (spec=trio-11, see `trio list specs`), "
-                "or spec=none for the full model."
+                "model_args: `spec` is missing; name a shipped spec or a file (spec=trio-soft-11, see `trio list "
+                "specs`), or spec=none for the full model."
             )
         checked = {name: _checked(name, value) for name, value in arguments.items()}
         if checked["spec"] == "none":
