@@ -35,6 +35,7 @@ class Recipe:
         layers: Its layers.
         tower_minutes: Default training time of the tower.
         language_minutes: Default training time of the projector and the language model.
+        seed: Default seed of weights and scenes.
     """
 
     name: str = "tiny-llava"
@@ -48,9 +49,10 @@ class Recipe:
     layers: int = 8
     tower_minutes: float = 14.0
     language_minutes: float = 60.0
+    seed: int = 0
 
 
-RECIPES: dict[str, Recipe] = {"tiny-llava": Recipe()}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (Recipe(), Recipe("tiny-llava-seed1", seed=1))}
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:

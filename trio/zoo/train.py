@@ -25,7 +25,7 @@ from trio.zoo.tower import train_tower
 def main(
     name: Annotated[str, typer.Argument(help="Name in the zoo.")] = "tiny-llava",
     out: Annotated[Path | None, typer.Option(help="Folder for checkpoints and the model; default runs/NAME.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and scenes; default: the model's own.")] = None,
     phase: Annotated[str, typer.Option(help="tower, language or both.")] = "both",
     minutes: Annotated[
         float | None, typer.Option(help="Minutes for the language phase (with --phase tower: the tower).")
@@ -45,9 +45,10 @@ def main(
     if phase not in ("tower", "language", "both"):
         raise typer.BadParameter(f"--phase is tower, language or both, not {phase!r}")
     torch.set_num_threads(threads)
-    torch.manual_seed(seed)
     family, out = FAMILIES[name], out or Path("runs") / name
     recipe, tokenizer = family.recipe, family.tokenizer()
+    seed = recipe.seed if seed is None else seed
+    torch.manual_seed(seed)
     model = family.model(recipe, tokenizer)
     if family.warm_start:
         family.warm_start(model)
