@@ -14,7 +14,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
+
+from trio.record import Document, Record
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -22,13 +24,7 @@ TokenKind = Literal["patch", "cls", "merged", "newline"]
 ReportLevel = Literal["counts", "full"]
 
 
-class _Record(BaseModel):
-    """Frozen, strict about unknown names: a report that was changed or misspelt is not a report."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Origins(_Record):
+class Origins(Record):
     """Where N visual tokens come from, as columns of equal length N (one Python object a column, not one a token).
 
     Attributes:
@@ -76,7 +72,7 @@ class Origins(_Record):
         )
 
 
-class GroupReport(_Record):
+class GroupReport(Record):
     """What one stage did to one group of visual tokens.
 
     Attributes:
@@ -97,7 +93,7 @@ class GroupReport(_Record):
     indices: list[Count]
     origins: Origins
     saliency: list[FiniteFloat] | None = None
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -114,7 +110,7 @@ class GroupReport(_Record):
         return self
 
 
-class StageReport(_Record):
+class StageReport(Record):
     """What one stage did to one sample; one entry in `groups` for each image, or one for all of them.
 
     `newlines` counts the newline tokens left, which are structure and in no other count.
@@ -125,7 +121,7 @@ class StageReport(_Record):
     selector: str
     groups: list[GroupReport]
     newlines: Count = 0
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def tokens_in(self) -> int:
@@ -138,7 +134,7 @@ class StageReport(_Record):
         return sum(group.kept for group in self.groups)
 
 
-class CompressedImage(_Record):
+class CompressedImage(Record):
     """What a compressor did to one image.
 
     Attributes:
@@ -171,7 +167,7 @@ class CompressedImage(_Record):
         return self
 
 
-class CompressorReport(_Record):
+class CompressorReport(Record):
     """What a compressor did to one sample, image by image.
 
     `newlines` counts the newline tokens left, which are structure and in no other count.
@@ -192,7 +188,7 @@ class CompressorReport(_Record):
         return sum(image.kept for image in self.images)
 
 
-class ImageReport(_Record):
+class ImageReport(Record):
     """One image of a sample.
 
     Attributes:
@@ -207,7 +203,7 @@ class ImageReport(_Record):
 
     tokens: Count
     grid: tuple[int, int] | None = None
-    grids: list[tuple[int, int]] = []
+    grids: list[tuple[int, int]] = Field(default_factory=list)
     placed: bool = True
     size_px: tuple[int, int] | None = None
     entered: Count | None = None
@@ -218,7 +214,7 @@ class ImageReport(_Record):
         return self.tokens if self.entered is None else self.entered
 
 
-class SampleReport(_Record):
+class SampleReport(Record):
     """One row of the batch: its images, what a compressor left of them and what each stage kept, in the order in which
     they ran; `compressor` is None where none ran or no picture lost a token.
 
@@ -229,7 +225,7 @@ class SampleReport(_Record):
     images: list[ImageReport]
     newlines: Count = 0
     compressor: CompressorReport | None = None
-    stages: list[StageReport] = []
+    stages: list[StageReport] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _stages_rise(self) -> Self:
@@ -281,7 +277,7 @@ class SampleReport(_Record):
         return sum(self.visual_by_layer(num_layers)) / num_layers if num_layers else 0.0
 
 
-class KVBytes(_Record):
+class KVBytes(Record):
     """Bytes of keys and values after the prefill, all layers and samples together, from the cache's own tensors.
 
     Attributes:
@@ -298,7 +294,7 @@ class KVBytes(_Record):
         return self.full_equivalent / self.measured if self.measured else 1.0
 
 
-class CompressionReport(_Record):
+class CompressionReport(Document):
     """What a pipeline did in one prefill.
 
     Attributes:
@@ -325,7 +321,7 @@ class CompressionReport(_Record):
     layer_lengths: list[Count]
     layer_tokens: list[list[Count]]
     positions: Literal["compact", "original"]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     level: ReportLevel = "counts"
     timing: dict[str, Seconds] | None = None
     kv_bytes: KVBytes | None = None
@@ -370,19 +366,6 @@ class CompressionReport(_Record):
         """The kept indices by stage, sample and image, in the form that `Pipeline.replay` takes."""
         stages = max((len(sample.stages) for sample in self.samples), default=0)
         return [[sample.kept_of_images(stage) for sample in self.samples] for stage in range(stages)]
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The report as one JSON object; `from_json` gives an equal report back."""
-        return self.model_dump_json(indent=indent)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> CompressionReport:
-        """Reads `to_json`'s text back.
-
-        Raises:
-            pydantic.ValidationError: the text is no such report.
-        """
-        return cls.model_validate_json(text)
 
     def summary(self) -> str:
         """A few plain lines for people: counts by sample and stage, then the notes."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from trio.cost import flops
 from trio.cost.encoder import compressor_flops, reading_flops
 from trio.cost.flops import Attention
 from trio.cost.shape import ModelShape
 from trio.errors import InputError
+from trio.record import Record
 from trio.report import CompressionReport, SampleReport
 from trio.schedule import Schedule, resolve
 from trio.spec import PipelineSpec, load_spec
@@ -36,11 +37,7 @@ class CountsFlops(Protocol):
         """
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FlopsByPart(_Record):
+class FlopsByPart(Record):
     """FLOPs of one prompt (one multiply-add is 2).
 
     Attributes:
@@ -72,7 +69,7 @@ class FlopsByPart(_Record):
         return self.tower + self.projector + self.compression + self.language
 
 
-class Cost(_Record):
+class Cost(Record):
     """One column of a prediction.
 
     Attributes:
@@ -89,7 +86,7 @@ class Cost(_Record):
     paper_flops: int
 
 
-class CostPrediction(_Record):
+class CostPrediction(Record):
     """The cost of a spec on a model, full beside compressed.
 
     Attributes:
@@ -112,7 +109,7 @@ class CostPrediction(_Record):
     attention: Attention
     full: Cost
     compressed: Cost
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def flops_reduction(self) -> float:
@@ -314,7 +311,7 @@ def _share(total: int, sizes: Sequence[int]) -> list[int]:
 def _compare(
     spec: PipelineSpec, shape: ModelShape, samples: Sequence[_Sample], new_tokens: int, attention: Attention
 ) -> CostPrediction:
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = Field(default_factory=dict)
     if shape.tower is not None and (crop := shape.tower.crop_tokens):
         for tokens in sorted({tokens for sample in samples for tokens in sample.images if tokens % crop}):
             crops, _ = shape.tower.crops(tokens)

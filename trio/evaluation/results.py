@@ -10,9 +10,10 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from trio.errors import InputError
+from trio.record import Record
 
 __all__ = ["Comparison", "Estimate", "Gate", "Results", "RowResult", "Speed"]
 
@@ -20,11 +21,7 @@ SCHEMA_VERSION = 1
 OVERALL, COUNTED = "overall", "counted"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(_Record):
+class Estimate(Record):
     """A mean with its 95% interval."""
 
     mean: float
@@ -40,7 +37,7 @@ class Estimate(_Record):
         return f"{self.mean:+z.1f} ({self.low:+z.1f} to {self.high:+z.1f})"
 
 
-class RowResult(_Record):
+class RowResult(Record):
     """One row of the table.
 
     Attributes:
@@ -63,16 +60,16 @@ class RowResult(_Record):
     schedule: str = ""
     spec: dict[str, Any] | None = None
     refused: str = ""
-    draws: list[str] = []
+    draws: list[str] = Field(default_factory=list)
     tokens: float | None = None
     average: float | None = None
     flops: float | None = None
-    accuracy: dict[str, Estimate] = {}
-    retained: dict[str, Estimate | None] = {}
+    accuracy: dict[str, Estimate] = Field(default_factory=dict)
+    retained: dict[str, Estimate | None] = Field(default_factory=dict)
     spread: tuple[float, float] | None = None
 
 
-class Gate(_Record):
+class Gate(Record):
     """Whether a sub-task measures the choice of tokens, at the first stage's layer of some specs.
 
     Attributes:
@@ -96,7 +93,7 @@ class Gate(_Record):
     passes: bool
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """A row minus the baseline on the questions that count for both, in points.
 
     Attributes:
@@ -130,7 +127,7 @@ class Comparison(_Record):
     scenes_for_90: int
 
 
-class Speed(_Record):
+class Speed(Record):
     """Seconds of one batch, medians over rounds in which all rows took turns.
 
     Attributes:
@@ -146,7 +143,7 @@ class Speed(_Record):
     batch: int
 
 
-class Results(_Record):
+class Results(Record):
     """One evaluation.
 
     Attributes:
@@ -173,11 +170,11 @@ class Results(_Record):
     rows: list[RowResult]
     gates: list[Gate]
     comparisons: list[Comparison]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     questions: dict[str, list[Any]]
     right: dict[str, str]
     device: str = "cpu"
-    speed: dict[str, Speed] = {}
+    speed: dict[str, Speed] = Field(default_factory=dict)
 
     def row(self, name: str) -> RowResult:
         """The row of that name."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from trio.record import Document, Record
 
 
-class _Record(BaseModel):
-    # A model that rules a token out has a KL of infinity, for which JSON has no number.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Estimate(_Record):
+class Estimate(Record):
     """A mean with its 95% interval, and how the interval was found (by a bootstrap over pictures, or Wilson's)."""
 
     value: float
@@ -37,7 +34,7 @@ class Estimate(_Record):
         return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
-class Times(_Record):
+class Times(Record):
     """Of one batch, from the call of `generate`: to the first token, and to the end of the answer.
 
     Seconds (medians over the batches), or ratios full / compressed (medians of the ratios of the same batch).
@@ -47,7 +44,7 @@ class Times(_Record):
     answer: float
 
 
-class Likenesses(_Record):
+class Likenesses(Record):
     """Agreement with the full model, or the difference of two agreements.
 
     Attributes:
@@ -63,7 +60,7 @@ class Likenesses(_Record):
     edit: Estimate
 
 
-class Row(_Record):
+class Row(Record):
     """One way of compressing.
 
     Attributes:
@@ -87,7 +84,7 @@ class Row(_Record):
     flops: float | None
     seconds: Times
     speedup: Times
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def retention(self) -> float:
@@ -95,7 +92,7 @@ class Row(_Record):
         return self.average_kept / self.visual_tokens if self.visual_tokens else 1.0
 
 
-class SpecFidelity(_Record):
+class SpecFidelity(Record):
     """A spec beside its floor: as many tokens, at the same places, drawn at random.
 
     Attributes:
@@ -109,7 +106,7 @@ class SpecFidelity(_Record):
     gain: Likenesses
 
 
-class Asked(_Record):
+class Asked(Record):
     """One sample: the answers of the full model and of each row, and the row's divergence and agreement."""
 
     picture: str
@@ -120,7 +117,7 @@ class Asked(_Record):
     kl: dict[str, float]
 
 
-class FidelityReport(_Record):
+class FidelityReport(Document):
     """How far compressed models answered as the full one did.
 
     Attributes:
@@ -150,25 +147,12 @@ class FidelityReport(_Record):
     full: Times
     results: list[SpecFidelity]
     asked: list[Asked]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     @property
     def samples(self) -> int:
         """Number of samples."""
         return len(self.asked)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The report as one JSON object; `from_json` gives an equal report back."""
-        return self.model_dump_json(indent=indent)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> FidelityReport:
-        """Reads `to_json`'s text back.
-
-        Raises:
-            pydantic.ValidationError: the text is no such report.
-        """
-        return cls.model_validate_json(text)
 
     def rows(self) -> list[Row]:
         """Every spec followed by its floor."""

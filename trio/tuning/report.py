@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from trio.fidelity.report import Estimate, FidelityReport, Row
+from trio.record import Document, Record
 from trio.tuning.target import Bound, parse_target
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Candidate(_Record):
+class Candidate(Record):
     """A spec that was tried.
 
     Attributes:
@@ -32,7 +29,7 @@ class Candidate(_Record):
     spec: dict[str, Any]
 
 
-class TuningReport(_Record):
+class TuningReport(Document):
     """A search and its verdict.
 
     Attributes:
@@ -73,24 +70,11 @@ class TuningReport(_Record):
     spec: dict[str, Any]
     search: FidelityReport
     unseen: FidelityReport
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     def candidate(self, trial: int) -> Candidate:
         """The candidate of a trial."""
         return next(one for one in self.candidates if one.trial == trial)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The report as one JSON object; `from_json` gives an equal report back."""
-        return self.model_dump_json(indent=indent)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> TuningReport:
-        """Reads `to_json`'s text back.
-
-        Raises:
-            pydantic.ValidationError: the text is no such report.
-        """
-        return cls.model_validate_json(text)
 
     def verdict(self) -> list[str]:
         """A line for each condition: whether it holds on the pictures that the search has not seen."""
