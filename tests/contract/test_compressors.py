@@ -57,7 +57,7 @@ def test_visionzip_equals_embeddings_put_together_by_hand(class_token):
     model, make = family("llava")
     inputs = make(QUESTION)
     zipper = {"name": "visionzip", "keep": 8, "contextual": 3, "class_token": class_token}
-    logits, report = run(model, inputs, zipper)
+    logits, report = run(model, inputs, zipper, positions="compact")
 
     hidden, attention = tower_features(model, inputs["pixel_values"])
     compressed = report.samples[0].compressor.images[0]
@@ -97,12 +97,19 @@ def by_hand(model, ids, visual, **more):
     return model.lm_head(model.model.language_model(inputs_embeds=embeds, **more).last_hidden_state)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2-vl", "qwen2.5-vl", "internvl"])
-def test_merged_features_stand_where_they_should(name):
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        *((name, "original") for name in ("llava", "qwen2-vl", "qwen2.5-vl", "internvl")),
+        ("llava", "compact"),
+        ("internvl", "compact"),
+    ],
+)
+def test_merged_features_stand_where_they_should(name, positions):
     """A mean of all of a picture's tokens, at the middle one: the language model sees it at that token's position."""
     model, make = family(name)
     inputs = make([Prompt("what is", 0, "here ?")])
-    logits, report = run(model, inputs, {"name": Middle(), "keep": 1})
+    logits, report = run(model, inputs, {"name": Middle(), "keep": 1}, positions=positions)
     ids = inputs["input_ids"]
     places = (ids[0] == IMAGE_TOKEN).nonzero().squeeze(1)
     middle = len(places) // 2
@@ -115,14 +122,17 @@ def test_merged_features_stand_where_they_should(name):
     with torch.no_grad():
         model(**inputs)
     handle.remove()
-    embeds, positions = held["inputs_embeds"], held.get("position_ids")
+    embeds, columns = held["inputs_embeds"], held.get("position_ids")
+    columns = torch.arange(ids.shape[1])[None] if columns is None else columns
     keep = [c for c in range(ids.shape[1]) if c not in places.tolist() or c == int(places[middle])]
     merged = embeds.clone()
     merged[0, places[middle]] = embeds[0, places].mean(0)
-    original = name.startswith("qwen")
     with torch.no_grad():
         hidden = model.model.language_model(
-            inputs_embeds=merged[:, keep], position_ids=positions[..., keep] if original else None, use_cache=False
+            inputs_embeds=merged[:, keep],
+            position_ids=columns[..., keep] if positions == "original" else None,
+            attention_mask=torch.ones(1, len(keep), dtype=torch.long),  # else gaps would read as packed sequences
+            use_cache=False,
         ).last_hidden_state
         expected = model.lm_head(hidden)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
