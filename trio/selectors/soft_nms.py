@@ -68,14 +68,18 @@ def visit(unit: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most:
         that exist before those that do not.
     """
     n = exists.shape[1]
-    distance = 1.0 - unit @ unit.transpose(1, 2)
+    distance = (1.0 - unit @ unit.transpose(1, 2)).clamp_min(0.0)  # rounding may make a duplicate's slightly negative
     near = torch.full_like(weights, 2.0)  # farther than any token can be: the first one kept is the best
-    rank = torch.where(exists, n, n + 1)
-    for step in range(most):
-        # Rounding may make a duplicate's distance slightly negative; kept ones and gaps come last.
-        score = torch.where(rank == n, weights * near.clamp_min(0.0), -1.0)
+    gone, picks = ~exists, []
+    for _ in range(most):  # few operations a step: on an accelerator each one is a launch
+        score = (weights * near).masked_fill(gone, -1.0)
         chosen = score.argmax(1, keepdim=True)
-        taken = rank.gather(1, chosen)
-        rank = rank.scatter(1, chosen, torch.where(taken == n, step, taken))
+        picks.append(chosen)
+        gone = gone.scatter(1, chosen, True)
         near = torch.minimum(near, distance.gather(1, chosen[..., None].expand(-1, 1, n)).squeeze(1))
+    rank = torch.where(exists, n, n + 1)
+    if picks:
+        step = torch.arange(most, device=rank.device).expand(len(rank), -1)
+        real = step < exists.sum(1, keepdim=True)  # a group that has run out picks something gone
+        rank = rank.scatter_reduce(1, torch.cat(picks, 1), torch.where(real, step, n + 1), reduce="amin")
     return rank.sort(dim=1, stable=True).indices
