@@ -311,7 +311,7 @@ def _share(total: int, sizes: Sequence[int]) -> list[int]:
 def _compare(
     spec: PipelineSpec, shape: ModelShape, samples: Sequence[_Sample], new_tokens: int, attention: Attention
 ) -> CostPrediction:
-    notes: dict[str, None] = Field(default_factory=dict)
+    notes: dict[str, None] = {}
     if shape.tower is not None and (crop := shape.tower.crop_tokens):
         for tokens in sorted({tokens for sample in samples for tokens in sample.images if tokens % crop}):
             crops, _ = shape.tower.crops(tokens)
