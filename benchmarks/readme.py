@@ -16,7 +16,7 @@ from trio.evaluation.rows import none_name
 BEGIN, END = "<!-- results: python -m benchmarks.results -->", "<!-- end of results -->"
 MODEL = "tiny-llava"
 #: Methods beside the default.
-METHODS = ("TRIO with nms, as published", "gradient + top-k", "divprune", "visionzip")
+METHODS = ("TRIO as published", "TRIO with top-k", "divprune", "visionzip", "uniform-grid")
 Found = dict[str, RowResult | None]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.evaluate import BRIEF, methods
+from benchmarks.findings import findings
 from benchmarks.readme import MODEL, with_block
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
 from trio.evaluation import wording
@@ -48,6 +50,7 @@ def page(files: Sequence[Path]) -> str:
     """
     lines, all_results = [HEAD], [(file, Results.load(file)) for file in files]
     lines += _summary(all_results)
+    lines += _findings(all_results)
     for file, results in all_results:
         lines += _section(file, results)
     return "\n".join(lines).rstrip() + "\n"
@@ -69,11 +72,24 @@ def _summary(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
         "where the default stands, significantly (Holm); **non-inferior**: it is shown to be not worse by the margin; "
         "**open**: neither is shown.\n"
     )
+    yield from (_in_a_line(results) for file, results in found if not _varied(file))
+    yield ""
     for file, results in found:
         what = "the default with one part varied" if _varied(file) else "every other method"
         yield f"**{results.model['name']}**: {what}, {results.task['questions']} questions.\n"
         yield from _pivot(results)
         yield from _power(results)
+
+
+def _in_a_line(results: Results) -> str:
+    """To how many methods the default is shown to be non-inferior, and above or below how many it stands."""
+    said = [verdict(one) for one in results.comparisons if not results.row(one.row).control]
+    shown, above, below = (sum(word in one for one in said) for word in ("non-inferior", "above", "BELOW"))
+    every, margin = "all" if shown == len(said) else f"{shown} of", results.settings["margin"]
+    return (
+        f"- **{results.model['name']}**, {results.task['scenes']} scenes: non-inferior by {margin:g} point in {every} "
+        f"{len(said)} comparisons (methods times budgets); significantly above in {above}, below in {below}."
+    )
 
 
 def _pivot(results: Results) -> Iterator[str]:
@@ -103,8 +119,29 @@ def _power(results: Results) -> Iterator[str]:
     )
 
 
+def _findings(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
+    """What each part is good for."""
+    yield "## What each part is good for\n"
+    yield (
+        "Differences between two rows that differ in that part alone, in points, on the same questions; a star: "
+        "p < 0.05 by sign flips over scenes, Holm-corrected over the table. The rows stand in the sections below.\n"
+    )
+    for file, results in found:
+        lines = list(findings(results))
+        if lines:
+            split = "split validation, for choosing" if _varied(file) else f"split {results.task['split']}"
+            yield f"**{results.model['name']}**, {results.task['questions']} questions, {split}.\n"
+            yield from [*lines, ""]
+
+
 def _varied(file: Path) -> bool:
     return file.name.startswith("parts-")
+
+
+def _brief(results: Results) -> bool:
+    """Whether only the methods that matter most were asked for."""
+    names = {method(row.name) for row in results.methods}
+    return not names & ({method(spec["name"]) for spec in methods()} - set(BRIEF))
 
 
 def verdict(one: Comparison) -> str:
@@ -126,7 +163,7 @@ def _section(file: Path, results: Results) -> Iterator[str]:
         f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
         f"{model['dtype']}; {versions}; weights `{model['weights'][:12]}`.\n"
     )
-    more = " --parts" if _varied(file) else ""
+    more = " --parts" if _varied(file) else " --brief" if _brief(results) else ""
     yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{more}\n"
     yield from _gates(results)
     for base, rows in budgets(results):

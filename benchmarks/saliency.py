@@ -3,9 +3,10 @@
 ``python -m benchmarks.saliency tiny-llava`` measures, ``python -m benchmarks.saliency --table`` writes
 ``docs/saliency.md`` from the committed results.
 
-At each depth, for each question: the layer-local saliency (of the default scorer, and with the rows of the released
-code), beside two references. The end-to-end gradient is that of the same loss at the same rows after all layers. Leave
-one out is how far the log-probability of the full model's first answer token falls when the token alone is dropped.
+At each depth, for each question: the layer-local saliency (of the default scorer, with the paper's four rows, and with
+those of the released code), beside two references. The end-to-end gradient is that of the same loss at the paper's rows
+after all layers. Leave one out is how far the log-probability of the full model's first answer token falls when the
+token alone is dropped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "saliency.md"
 THRESHOLD = 0.8
 ROWS = 4
+#: The saliencies that are compared: label and parameters.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "after-picture": ("default", {}),
+    "prompt-end": ("last 4 rows", {"rows": "prompt-end", "positions": ROWS}),
+    "released": ("released rows", {"rows": "released", "positions": ROWS}),
+}
 BEST = 16  # tokens whose overlap is reported
 DEPTHS = (0, 1, 2, 4)
 LEFT_OUT = (0, 2)  # depths at which each token is left out once, for every fourth question
@@ -128,8 +135,8 @@ def question(model: Any, inputs: Any, leave_out: bool) -> dict[str, float]:
     for depth in DEPTHS:
         end = held[depth].grad[0, visual].float().norm(dim=-1)
         local: dict[str, torch.Tensor] = {}
-        for way in ("prompt-end", "released"):
-            scorer = {"name": "objective-gradient", "rows": way}
+        for way, (_, parameters) in WAYS.items():
+            scorer = {"name": "objective-gradient", **parameters}
             stage = trio.Stage(after_layer=depth, keep=1, scorer=scorer)
             local[way] = trio.Pipeline(model, stages=[stage]).score(inputs)[0][0]
         places = _pictures(model, inputs, visual)
@@ -178,7 +185,7 @@ def measure(name: str, scenes: int) -> dict[str, Any]:
     asked = examples("test", SEED, scenes, varied=many)
     for number, example in enumerate(asked):
         inputs = processor(images=[example.image], text=[prompt(processor, example.question)], return_tensors="pt")
-        numbers = question(model, dict(inputs), leave_out=not many and number % 4 == 0)
+        numbers = question(model, dict(inputs), leave_out=number % 4 == 0)
         for key, value in numbers.items():
             found.setdefault(key, []).append((value, example.scene))
         console.print(f"{name}: question {number + 1} of {len(asked)}")
@@ -238,11 +245,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             "| ---: | --- | --- | ---: | ---: |",
         ]
         for depth in DEPTHS:
-            for way, label in (
-                ("prompt-end", "default"),
-                ("released", "released rows"),
-                ("end", "end-to-end gradient"),
-            ):
+            for way, label in (*((way, label) for way, (label, _) in WAYS.items()), ("end", "end-to-end gradient")):
                 for reference, title in (("gradient", "end-to-end gradient"), ("left out", "leave one out")):
                     key = f"{depth}/{way}/{reference}"
                     if f"{key}/rank" not in means:

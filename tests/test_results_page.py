@@ -10,8 +10,9 @@ import pytest
 
 import trio
 from benchmarks import readme, saliency
+from benchmarks.findings import PAIRS, findings
 from benchmarks.results import RESULTS, measured, page, verdict
-from benchmarks.tables import budgets
+from benchmarks.tables import budgets, flipped
 from trio import zoo
 from trio.evaluation.protocol import weights
 from trio.evaluation.results import Comparison, Estimate, Gate, Results, RowResult
@@ -242,3 +243,24 @@ def test_sentences_follow_from_the_numbers(results: Path) -> None:
 )
 def test_verdicts_are_about_the_baseline(mean: float, p: float, p_inferior: float, said: str) -> None:
     assert verdict(compared("a", "b", mean, p, p_inferior)) == said
+
+
+def test_findings_are_paired_differences_of_rows(shown: Results) -> None:
+    lines = [line.strip("| ").split(" | ") for line in "\n".join(findings(shown)).splitlines()]
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    bases = list(readme.defaults(shown).values())
+    assert len(cells["the default over random tokens"]) == len(bases) == 3
+    for cell, base in zip(cells["the default over random tokens"], bases, strict=True):
+        random = next(c for c in shown.comparisons if (c.row, c.baseline) == (f"random, {base.schedule}", base.name))
+        assert cell.removesuffix(" *") == flipped(random)
+    assert "nms over top-k" in cells and "16 rows of the text behind the picture over the prompt's last 4" not in cells
+    known = {one.what for one in PAIRS}
+    assert set(cells) <= known and len(known) == len(PAIRS)
+
+
+def test_findings_leave_out_what_was_not_measured(shown: Results) -> None:
+    less = without(shown, "TRIO with nms, 22%")
+    (line,) = [line for line in findings(less) if line.startswith("| nms over top-k")]
+    first, second, third = (cell.strip() for cell in line.split("|")[2:5])
+    assert first and not second and third
+    assert list(findings(less, budgets=("55",))) == []
