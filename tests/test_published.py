@@ -167,7 +167,7 @@ def test_nms(case: dict[str, Any]) -> None:
 def test_stage(case: dict[str, Any]) -> None:
     """A whole stage in a running forward: released rows, gradient norms, suppression, filling up."""
     model, batch = stage_model(case["seed"])
-    scorer = {"name": "objective-gradient", "rows": "released"}
+    scorer = {"name": "objective-gradient", "rows": "released", "positions": 4}
     stage = trio.Stage(after_layer=case["after_layer"], keep=case["keep"], scorer=scorer, selector="nms")
     pipeline = trio.Pipeline(model, stages=[stage])
     with pipeline, torch.no_grad():
