@@ -23,9 +23,10 @@ class ObjectiveGradient(Scorer):
     and its value.
 
     Which rows: the paper's four are mostly words of the chat template ("... assistant :"), which in the first layers
-    know nothing of the question yet. The default supervises the text behind the picture too. It was chosen on
-    validation scenes of `tiny-qwen2.5-vl`; on `tiny-llava` it makes no measured difference (docs/results.md). Specs
-    named after published ones say ``positions: 4, rows: prompt-end``.
+    know nothing of the question yet. The default supervises the text behind the picture too: on `tiny-qwen2.5-vl`, on
+    whose validation scenes it was chosen, the ranking comes much nearer to that of the end-to-end gradient
+    (docs/saliency.md); on `tiny-llava` answers do not measurably differ (docs/results.md). Specs named after published
+    ones say ``positions: 4, rows: prompt-end``.
 
     Parameters:
         positions: supervised rows, at most, counted back from the end (paper and code: 4).
