@@ -404,7 +404,7 @@ class PipelineSpec(_Model):
         compressor: the reduction on the encoder side, or None.
         stages: the reductions inside the language model, in the order of the layers.
         positions: `original` leaves each survivor its own, `compact` renumbers them, `auto` does as the family's
-            published code. Measured, original ones keep more (docs/results.md).
+            published code. On the zoo's tiny-llava original ones keep more (docs/results.md).
         budget: a promise about the average, checked; needed by `keep: auto`.
     """
 

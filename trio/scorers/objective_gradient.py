@@ -35,7 +35,7 @@ class ObjectiveGradient(Scorer):
             the first answer token, as the paper's figure shows; ``"released"`` leaves that one out, as the released
             LLaVA code does.
         skip: last rows of the prompt to leave out: with the number of tokens that the chat template puts behind the
-            question, the question's own words are left.
+            question, the question's own words are left. A prompt without any row left scores 0 everywhere.
         probe_layer: ``"next"`` runs the layer that comes after the stage (paper and LLaVA code), ``"last"`` applies
             the layer that has just run once more (released Qwen code); not after layer 0.
     """
