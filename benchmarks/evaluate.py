@@ -39,12 +39,25 @@ COMPRESSORS: tuple[dict[str, Any], ...] = (
     {"name": "average-pool"},
     {"name": "uniform-grid"},
 )
+#: Depths of the default's stages, and what they keep.
+TWO: dict[str, Any] = {"3.2%": "auto", "50%": {"share": "60%", "of": "current"}}
 console = Console()
 
 
-def two_stages(**parts: Any) -> list[dict[str, Any]]:
-    """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`)."""
-    return _stages({"3.2%": "auto", "50%": {"share": "60%", "of": "current"}}, parts)
+def soft(*, weight: float = 0.25, spread: float = 0.7) -> dict[str, Any]:
+    """The default's selector."""
+    return {"name": "soft-nms", "weight": weight, "spread": spread}
+
+
+def two_stages(*, selector: Any = None, **parts: Any) -> list[dict[str, Any]]:
+    """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`).
+
+    A `soft-nms` has its spread over the picture at the input alone.
+    """
+    chosen = selector or soft()
+    later = {**chosen, "spread": 0.0} if "spread" in chosen else chosen
+    stages = _stages(TWO, parts)
+    return [{**stage, "selector": one} for stage, one in zip(stages, (chosen, later), strict=True)]
 
 
 def three_stages(**parts: Any) -> list[dict[str, Any]]:
@@ -75,7 +88,7 @@ def methods() -> Iterator[dict[str, Any]]:
     yield from at_budget("TRIO as published", stages=three_stages(**PUBLISHED), positions="auto")
     yield from at_budget("TRIO with nms", stages=two_stages(selector="nms"))
     yield from at_budget("TRIO with top-k", stages=two_stages(selector="top-k"))
-    yield from at_budget("diversity without saliency", stages=two_stages(selector={"name": "soft-nms", "weight": 0.0}))
+    yield from at_budget("diversity without saliency", stages=two_stages(selector=soft(weight=0.0)))
     yield from at_input("TRIO at the input")
     yield from at_input("TRIO with nms at the input", selector="nms")
     for compressor in COMPRESSORS:
@@ -89,7 +102,7 @@ def methods() -> Iterator[dict[str, Any]]:
                 "version": 1,
                 "name": f"{compressor['name']} + TRIO, {label}%",
                 "compressor": {**compressor, "keep": f"{1.25 * float(share.rstrip('%')):.2f}%"},
-                "stages": [{"after_layer": "50%", "keep": {"share": "60%", "of": "current"}}],
+                "stages": two_stages()[1:],
             }
     for label, share in (("33", "23.8%"), ("22", "11.1%")):  # after one of eight layers no share averages 11%
         for scorer in ("last-token-attention", "objective-gradient"):
@@ -122,11 +135,13 @@ def parts() -> Iterator[dict[str, Any]]:
     ):
         yield from at_budget(what, stages=two_stages(scorer={"name": "objective-gradient", **scorer}))
     for weight in (0.0, 0.1, 0.5, 1.0):
-        selector: dict[str, Any] = {"name": "soft-nms", "weight": weight}
-        yield from at_budget(f"soft-nms, weight {weight}", stages=two_stages(selector=selector))
+        yield from at_budget(f"soft-nms, weight {weight}", stages=two_stages(selector=soft(weight=weight)))
+    for spread in (0.0, 0.35, 1.4):
+        yield from at_budget(f"soft-nms, spread {spread}", stages=two_stages(selector=soft(spread=spread)))
+    yield from at_budget("spread at both stages", stages=_stages(TWO, {"selector": soft()}))
     for threshold in (0.7, 0.8, 0.9):
         yield from at_budget(f"nms, {threshold}", stages=two_stages(selector={"name": "nms", "threshold": threshold}))
-    selector = {"name": "nms", "threshold": 0.8, "centre": True}
+    selector: dict[str, Any] = {"name": "nms", "threshold": 0.8, "centre": True}
     yield from at_budget("nms, centred", stages=two_stages(selector=selector))
     yield from at_budget("nms, quantile 0.9", stages=two_stages(selector={"name": "nms", "quantile": 0.9}))
     yield from at_budget("three stages", stages=three_stages())

@@ -338,7 +338,7 @@ class OneNumber(trio.Scorer):
 class NoFlags(trio.Selector):
     """A selector that forgets which of its indices count."""
 
-    def select(self, saliency, features, k, valid):
+    def select(self, saliency, features, k, valid, places):
         return torch.zeros(1, 4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
 
 

@@ -18,59 +18,61 @@ def test_every_registered_selector(selector):
 
 
 class Unsorted(TopK):
-    def select(self, saliency, features, k, valid):
-        indices, there = super().select(saliency, features, k, valid)
+    def select(self, saliency, features, k, valid, places):
+        indices, there = super().select(saliency, features, k, valid, places)
         return indices.flip(1), there.flip(1)
 
 
 class OneMore(TopK):
-    def select(self, saliency, features, k, valid):
-        return super().select(saliency, features, (k + 1).clamp_max(saliency.shape[1]), valid)
+    def select(self, saliency, features, k, valid, places):
+        return super().select(saliency, features, (k + 1).clamp_max(saliency.shape[1]), valid, places)
 
 
 class Padded(TopK):
     """Takes the last columns, padding or not."""
 
-    def select(self, saliency, features, k, valid):
-        return super().select(torch.arange(saliency.shape[1]).expand(saliency.shape).float(), features, k, valid | True)
+    def select(self, saliency, features, k, valid, places):
+        return super().select(
+            torch.arange(saliency.shape[1]).expand(saliency.shape).float(), features, k, valid | True, places
+        )
 
 
 class Floating(TopK):
-    def select(self, saliency, features, k, valid):
-        indices, there = super().select(saliency, features, k, valid)
+    def select(self, saliency, features, k, valid, places):
+        indices, there = super().select(saliency, features, k, valid, places)
         return indices.int(), there
 
 
 class Dice(TopK):
-    def select(self, saliency, features, k, valid):
-        return super().select(torch.rand(saliency.shape), features, k, valid)
+    def select(self, saliency, features, k, valid, places):
+        return super().select(torch.rand(saliency.shape), features, k, valid, places)
 
 
 class WholeBatch(TopK):
     """Centres the features of all groups together, padding included."""
 
-    def select(self, saliency, features, k, valid):
+    def select(self, saliency, features, k, valid, places):
         away = (features.float() - features.float().mean((0, 1))).norm(dim=-1)
-        return super().select(away.masked_fill(~valid, float("-inf")), features, k, valid)
+        return super().select(away.masked_fill(~valid, float("-inf")), features, k, valid, places)
 
 
 class Scribbler(TopK):
-    def select(self, saliency, features, k, valid):
-        out = super().select(saliency, features, k, valid)
+    def select(self, saliency, features, k, valid, places):
+        out = super().select(saliency, features, k, valid, places)
         features += 1
         return out
 
 
 class AtLeastOne(TopK):
-    def select(self, saliency, features, k, valid):
-        return super().select(saliency, features, k.clamp_min(1), valid)
+    def select(self, saliency, features, k, valid, places):
+        return super().select(saliency, features, k.clamp_min(1), valid, places)
 
 
 class Undecided(TopK):
     """Fewer than asked for, without saying that it decides the number."""
 
-    def select(self, saliency, features, k, valid):
-        return super().select(saliency, features, k // 2, valid)
+    def select(self, saliency, features, k, valid, places):
+        return super().select(saliency, features, k // 2, valid, places)
 
 
 class Decided(Undecided):

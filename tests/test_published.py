@@ -159,7 +159,8 @@ def test_tome(case: dict[str, Any]) -> None:
 def test_nms(case: dict[str, Any]) -> None:
     saliency, features = nms_inputs(case["seed"], case["n"])
     valid = torch.ones(1, case["n"], dtype=torch.bool)
-    kept, _ = NMS().select(saliency[None], features[None], torch.tensor([case["k"]]), valid)
+    places = torch.zeros(1, case["n"], 3)
+    kept, _ = NMS().select(saliency[None], features[None], torch.tensor([case["k"]]), valid, places)
     assert kept[0].tolist() == case["kept"]
 
 

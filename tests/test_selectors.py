@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import hypot, isnan
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,8 +46,10 @@ def batch(groups: list[tuple[list[float], torch.Tensor]]) -> tuple[torch.Tensor,
     return saliency, features, valid
 
 
-def chosen(selector, saliency, features, k, valid) -> list[list[int]]:
-    indices, there = selector.select(saliency, features, torch.tensor(k), valid)
+def chosen(selector, saliency, features, k, valid, places=None) -> list[list[int]]:
+    """What a selector keeps; without places all tokens lie at one."""
+    places = torch.full((*saliency.shape, 3), 0.5) if places is None else places
+    indices, there = selector.select(saliency, features, torch.tensor(k), valid, places)
     assert indices.dtype == torch.int64 and there.dtype == torch.bool and indices.shape == there.shape
     return [row[keep].tolist() for row, keep in zip(indices, there, strict=True)]
 
@@ -129,8 +133,16 @@ def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
     assert centre != plain
 
 
-def naive_soft_nms(saliency: list[float], features: torch.Tensor, k: int, weight: float) -> list[int]:
+def naive_soft_nms(
+    saliency: list[float], features: torch.Tensor, places: torch.Tensor, k: int, weight: float, spread: float
+) -> list[int]:
     """Straight from the description: always the largest relative saliency times distance to what is kept."""
+
+    def distance(i: int, j: int) -> float:
+        (y, x, picture), (other_y, other_x, other) = places[i].tolist(), places[j].tolist()
+        away = 1.0 if picture != other else 0.0 if isnan(y + other_y) else min(1.0, hypot(y - other_y, x - other_x))
+        return max(1 - _cosine(features[i], features[j]), 0.0) + spread * k / len(saliency) * away
+
     low, top = min(0.0, min(saliency)), max(saliency)
     span = top - low
     kept: list[int] = []
@@ -140,23 +152,39 @@ def naive_soft_nms(saliency: list[float], features: torch.Tensor, k: int, weight
             if i in kept:
                 continue
             share = (saliency[i] - low) / span if span > 0 else 0.0
-            far = min((1 - _cosine(features[i], features[j]) for j in kept), default=2.0)
-            score = share**weight * max(far, 0.0)
+            far = min((distance(i, j) for j in kept), default=9.0)
+            score = share**weight * far
             if score > value + 1e-6:
                 best, value = i, score
         kept.append(best)
     return sorted(kept)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.7, 5.0])
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, seed):
+def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     sizes, k = [60, 40, 1, 33], [20, 25, 1, 33]
     groups = [((torch.randn(n, generator=generator) + seed).tolist(), clustered(n, seed + n)) for n in sizes]
-    got = chosen(SoftNMS(weight=weight), *batch(groups)[:2], k, batch(groups)[2])
-    for (saliency, features), count, indices in zip(groups, k, got, strict=True):
-        assert indices == naive_soft_nms(saliency, features, count, weight)
+    places = torch.rand(len(groups), 60, 3, generator=generator)
+    places[..., 2] = (places[..., 2] * 2).floor()
+    places[:, ::9, :2] = float("nan")
+    got = chosen(SoftNMS(weight=weight, spread=spread), *batch(groups)[:2], k, batch(groups)[2], places)
+    for (saliency, features), where, count, indices in zip(groups, places, k, got, strict=True):
+        assert indices == naive_soft_nms(saliency, features, where, count, weight, spread)
+
+
+def test_soft_nms_keeps_what_looks_alike_where_it_is_far_apart():
+    """Two things that look the same, in two corners of one picture or on two pictures, and a background."""
+    features = torch.eye(2)[torch.tensor([0, 0, 0, 0, 1])][None]
+    saliency = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]])
+    row = torch.tensor([0.1, 0.1, 0.9, 0.1, 0.5])
+    places = torch.stack([row, row, torch.tensor([0.0, 0, 0, 1, 0])], 1)[None]
+    arguments = (saliency, features, [4], torch.ones(1, 5, dtype=torch.bool))
+    assert chosen(SoftNMS(spread=0.0), *arguments, places) == [[0, 1, 2, 4]]  # by saliency alone
+    assert chosen(SoftNMS(), *arguments, places) == [[0, 2, 3, 4]]
+    assert chosen(SoftNMS(), *arguments, torch.full_like(places, float("nan"))) == [[0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from trio.origins import ImageTokens
 
@@ -215,6 +216,17 @@ def groups(sequence: Sequence, images: Images, per: Literal["image", "sample"]) 
         current=tuple(now for _, _, now, _ in rows),
         per=per,
     )
+
+
+def places_of(images: Images) -> torch.Tensor:
+    """Where the tokens at the start lie, see `Selector.select`: float32 ``(B, N, 3)`` on the CPU, 0 at padding."""
+    samples = [
+        torch.cat([F.pad(image.place, (0, 1), value=float(number)) for number, image in enumerate(sample)])
+        if sample
+        else torch.zeros(0, 3)
+        for sample in images
+    ]
+    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
 
 def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor, sequence: Sequence) -> torch.Tensor:

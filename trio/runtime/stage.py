@@ -14,7 +14,7 @@ from trio.context import LayerContext, ProbeName
 from trio.errors import InputError
 from trio.probe import Probe
 from trio.runtime.record import PrefillRecord, StageRecord
-from trio.runtime.sequence import Groups, Sequence, drop, groups, kept_counts, ungroup
+from trio.runtime.sequence import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
 
 if TYPE_CHECKING:
     from trio.scorers.base import Scorer
@@ -132,7 +132,8 @@ def run_stage(
         counts = _counts(sequence, keep)
     elif saliency is not None and drops:
         with prefill.timed("selection", hidden.device):
-            keep, counts = _select(stage, group, asked, saliency, hidden, sequence)
+            places = places_of(prefill.record.images).to(hidden.device)
+            keep, counts = _select(stage, group, asked, saliency, hidden, places, sequence)
 
     prefill.record.stages[stage.index] = StageRecord(
         kept=_at_origin(keep, sequence),
@@ -186,12 +187,15 @@ def _select(
     asked: tuple[int, ...],
     saliency: torch.Tensor,
     hidden: torch.Tensor,
+    places: torch.Tensor,
     sequence: Sequence,
 ) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
     sample = group.sample[:, None]
     scores = saliency[sample, group.index].masked_fill(~group.valid, float("-inf"))
     features = hidden[sample, sequence.visual_index[sample, group.index]]
-    indices, chosen = stage.selector.select(scores, features, torch.tensor(asked, dtype=torch.int64), group.valid)
+    where = places[sample, sequence.origin[sample, group.index]]
+    k = torch.tensor(asked, dtype=torch.int64)
+    indices, chosen = stage.selector.select(scores, features, k, group.valid, where)
     if indices.shape != chosen.shape or indices.ndim != 2 or indices.shape[0] != len(asked):
         raise InputError(
             f"stage after layer {stage.after_layer}: the selector {type(stage.selector).__name__} gave indices of "

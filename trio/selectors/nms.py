@@ -37,7 +37,12 @@ class NMS(Selector):
     quantile: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
     def select(
-        self, saliency: torch.Tensor, features: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
+        self,
+        saliency: torch.Tensor,
+        features: torch.Tensor,
+        k: torch.Tensor,
+        valid: torch.Tensor,
+        places: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
         order = ranking(saliency, valid)

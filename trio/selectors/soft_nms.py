@@ -1,4 +1,4 @@
-"""Soft non-maximum suppression in feature space: no threshold, no running out of tokens."""
+"""Soft non-maximum suppression in feature space and on the picture: no threshold, no running out of tokens."""
 
 from __future__ import annotations
 
@@ -17,33 +17,52 @@ from trio.selectors.nms import unit_length
 class SoftNMS(Selector):
     """Greedy selection by saliency, weighed down near what is kept already.
 
-    The next token kept is always the one with the largest ``s ** weight * (1 - c)``, where s is its saliency relative
-    to the group's best and c its largest cosine similarity with a token kept so far; the first one is the best. That
-    is Soft-NMS (arXiv 1704.04503) with similarities of features in place of overlaps of boxes, and the max-min
-    diversity of DivPrune (arXiv 2503.02175) with saliencies as weights.
+    The next token kept is always the one with the largest ``s ** weight * d``, where s is its saliency relative to the
+    group's best, and d how far it is from the nearest token kept so far: ``1 - cosine similarity + spread * k / n *
+    distance on the picture``, with k of n tokens to keep. The first one is the best.
 
-    It is what we changed in TRIO (arXiv 2602.04657), whose `nms` drops duplicates at a fixed threshold. Where few
-    tokens differ by so much, as at the input of a language model, that runs out of tokens early, and duplicates of the
-    best ones fill up the budget. Saliencies below 0 are shifted to begin at 0.
+    With ``spread: 0`` that is Soft-NMS (arXiv 1704.04503) with similarities of features in place of overlaps of boxes,
+    and the max-min diversity of DivPrune (arXiv 2503.02175) with saliencies as weights. It is what we changed in TRIO
+    (arXiv 2602.04657), whose `nms` drops duplicates at a fixed threshold. Where few tokens differ by so much, as at the
+    input of a language model, that runs out of tokens early, and duplicates of the best ones fill up the budget.
+
+    The spread is ours as well: tokens that look alike far apart are not duplicates but two things, which matters to
+    whoever has to count them. It grows with the share that is kept, because few tokens have to be found by what they
+    show and many have room to be found by where they are. Saliencies below 0 are shifted to begin at 0.
 
     Parameters:
         weight: exponent of the saliency: 0 looks at diversity alone, large values at saliency alone (top-k). 0.25 was
             chosen on the zoo's validation scenes (docs/results.md).
+        spread: how much the distance on the picture counts: a whole side of the picture (or more, or another picture)
+            is worth as much as features at right angles where all but none are kept and the spread is 1. 0 looks at
+            features alone. A token whose place is not known is as near as can be to all others. 0.7 was chosen on the
+            zoo's validation scenes.
     """
 
     weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.25
+    spread: Annotated[float, Field(ge=0.0, le=10.0)] = 0.7
 
     def select(
-        self, saliency: torch.Tensor, features: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
+        self,
+        saliency: torch.Tensor,
+        features: torch.Tensor,
+        k: torch.Tensor,
+        valid: torch.Tensor,
+        places: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
         order = ranking(saliency, valid)
         exists = valid.gather(1, order)
         unit = unit_length(features)
         unit = unit.gather(1, order[..., None].expand_as(unit))
+        distance = (1.0 - unit @ unit.transpose(1, 2)).clamp_min(0.0)  # rounding may make a duplicate's negative
+        if self.spread:
+            there = places.gather(1, order[..., None].expand_as(places))
+            share = k.to(exists.device) / exists.sum(1).clamp_min(1)
+            distance = distance + (self.spread * share)[:, None, None] * on_the_picture(there)
         weights = relative(saliency.gather(1, order), exists) ** self.weight
         most = min(int(k.max()), order.shape[1]) if k.numel() else 0
-        return first_k(order.gather(1, visit(unit, weights, exists, most)), k)
+        return first_k(order.gather(1, visit(distance, weights, exists, most)), k)
 
 
 def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
@@ -54,11 +73,21 @@ def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
     return values / values.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def visit(unit: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most: int) -> torch.Tensor:
+def on_the_picture(places: torch.Tensor) -> torch.Tensor:
+    """Distances ``(G, N, N)`` between places ``(G, N, 3)``, see `Selector.select`, in sides of the picture.
+
+    At most 1, and 1 between different pictures; 0 where a place is not known. The distance on the picture alone, so
+    that the same place in two frames of a video is one place.
+    """
+    row, column, picture = (axis[:, :, None] - axis[:, None] for axis in places.unbind(-1))
+    return torch.where(picture == 0, torch.hypot(row, column).clamp_max(1.0), 1.0).nan_to_num(0.0)
+
+
+def visit(distance: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most: int) -> torch.Tensor:
     """The order in which tokens are kept.
 
     Args:
-        unit: float32 ``(G, N, D)`` of length 1 (or 0), best first.
+        distance: float32 ``(G, N, N)``, 0 or more, between tokens with the best first.
         weights: float32 ``(G, N)``, 0 to 1, falling.
         exists: bool ``(G, N)``.
         most: steps to take, at most N.
@@ -68,8 +97,7 @@ def visit(unit: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most:
         that exist before those that do not.
     """
     n = exists.shape[1]
-    distance = (1.0 - unit @ unit.transpose(1, 2)).clamp_min(0.0)  # rounding may make a duplicate's slightly negative
-    near = torch.full_like(weights, 2.0)  # farther than any token can be: the first one kept is the best
+    near = torch.full_like(weights, 2.0**32)  # farther than any token can be: the first one kept is the best
     gone, picks = ~exists, []
     for _ in range(most):  # few operations a step: on an accelerator each one is a launch
         score = (weights * near).masked_fill(gone, -1.0)

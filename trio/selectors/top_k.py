@@ -14,7 +14,12 @@ class TopK(Selector):
     """Keeps the k most salient tokens of each group; ties go to the lower index."""
 
     def select(
-        self, saliency: torch.Tensor, features: torch.Tensor, k: torch.Tensor, valid: torch.Tensor
+        self,
+        saliency: torch.Tensor,
+        features: torch.Tensor,
+        k: torch.Tensor,
+        valid: torch.Tensor,
+        places: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Selector.select`; features are not looked at."""
+        """See `Selector.select`; neither features nor places are looked at."""
         return first_k(ranking(saliency, valid), k)

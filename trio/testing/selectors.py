@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 
@@ -40,15 +40,20 @@ class _Groups:
     features: torch.Tensor
     k: torch.Tensor
     valid: torch.Tensor
+    places: torch.Tensor
 
     def take(self, groups: list[int]) -> _Groups:
-        return _Groups(self.saliency[groups], self.features[groups], self.k[groups], self.valid[groups])
+        return _Groups(*(tensor[groups] for tensor in self.tensors().values()))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, in the order of `Selector.select`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def alone(self, group: int) -> _Groups:
         """One group without its padding."""
         n = int(self.valid[group].sum())
         one = self.take([group])
-        return _Groups(one.saliency[:, :n], one.features[:, :n], one.k, one.valid[:, :n])
+        return _Groups(one.saliency[:, :n], one.features[:, :n], one.k, one.valid[:, :n], one.places[:, :n])
 
 
 #: Tokens and counts of the groups: all, none, some, one of one, and more tokens than a block of 64.
@@ -72,10 +77,16 @@ def _random(seed: int, *, dtype: torch.dtype = torch.float32, kind: str = "rando
         features = features.sign()
     valid = torch.arange(most)[None] < torch.tensor([n for n, _ in SIZES])[:, None]
     k = torch.tensor([k for _, k in SIZES])
-    return _Groups(saliency.masked_fill(~valid, float("-inf")), features.to(dtype), k, valid)
+    places = torch.rand((*shape[:2], 3), generator=generator)
+    places[..., 2] = (places[..., 2] * 2).floor()  # of two pictures
+    if kind == "one place":
+        places = torch.full_like(places, 0.5)
+    elif kind == "unknown places":
+        places[..., :2] = float("nan")
+    return _Groups(saliency.masked_fill(~valid, float("-inf")), features.to(dtype), k, valid, places)
 
 
-KINDS = ("random", "equal features", "zero features", "ties", "few levels")
+KINDS = ("random", "equal features", "zero features", "ties", "few levels", "one place", "unknown places")
 
 
 class _Suite:
@@ -97,7 +108,7 @@ class _Suite:
 
     def _select(self, groups: _Groups) -> list[list[int]]:
         """The chosen tokens of each group, checked for form."""
-        out = self.selector.select(groups.saliency, groups.features, groups.k, groups.valid)
+        out = self.selector.select(*groups.tensors().values())
         require(isinstance(out, tuple) and len(out) == 2, f"found {type(out).__name__}, expected indices and valid")
         indices, there = out
         require(indices.dtype == torch.int64, f"indices are {indices.dtype}, expected int64")
@@ -153,14 +164,15 @@ class _Suite:
         groups = _random(4)
         expected = self._select(groups)
         for filling in (0.0, 1e6, float("inf"), float("nan")):
-            features = groups.features.masked_fill(~groups.valid[..., None], filling)
-            found = self._select(_Groups(groups.saliency, features, groups.k, groups.valid))
-            require(found == expected, f"features {filling} at padding changed the choice")
+            for name in ("features", "places"):
+                filled = groups.tensors()[name].masked_fill(~groups.valid[..., None], filling)
+                found = self._select(replace(groups, **{name: filled}))
+                require(found == expected, f"{name} {filling} at padding changed the choice")
         return "the same tokens for 0, 1e6, inf and nan"
 
     def _empty(self) -> str:
         groups = _random(5)
-        nothing = _Groups(groups.saliency, groups.features, torch.zeros_like(groups.k), groups.valid)
+        nothing = replace(groups, k=torch.zeros_like(groups.k))
         require(not any(self._select(nothing)), "tokens were chosen where none was asked for")
         none = groups.take([])
         require(self._select(none) == [], "no group must give no row")
@@ -168,11 +180,10 @@ class _Suite:
 
     def _reads_only(self) -> str:
         groups = _random(6)
-        given = (groups.saliency, groups.features, groups.k, groups.valid)
-        before = [tensor.clone() for tensor in given]
+        before = {name: tensor.clone() for name, tensor in groups.tensors().items()}
         self._select(groups)
-        for name, tensor, copy in zip(("saliency", "features", "k", "valid"), given, before, strict=True):
-            require(torch.equal(tensor, copy), f"{name} was changed")
+        for name, tensor in groups.tensors().items():
+            require(torch.equal(tensor, before[name]), f"{name} was changed")
         return "nothing was changed"
 
     def _half(self) -> str:

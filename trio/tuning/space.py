@@ -129,15 +129,18 @@ class Space:
         selector: dict[str, Any] = {"name": trial.suggest_categorical("selector", self.selectors)}
         if selector["name"] == "nms":
             selector["threshold"] = round(trial.suggest_float("threshold", 0.5, 1.0), 2)
+        later = selector
         if selector["name"] == "soft-nms":
             selector["weight"] = round(trial.suggest_float("weight", 0.0, 1.0), 2)
+            later = {**selector, "spread": 0.0}  # deeper hidden states know their places
+            selector["spread"] = round(trial.suggest_float("spread", 0.0, 1.0), 2)
         depths = sorted({max(low, trial.suggest_int(f"layer.{i}", 0, self.layers - 1)) for i in range(count)})
         return [
             {
                 "after_layer": depth,
                 "keep": {"share": _percent(trial.suggest_float(f"keep.{i}", LEAST, MOST, log=True)), "of": "current"},
                 "scorer": scorer,
-                "selector": selector,
+                "selector": later if i else selector,
             }
             for i, depth in enumerate(depths)
         ]
