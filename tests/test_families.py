@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -13,7 +14,8 @@ from support.models import text_config
 import trio
 import trio.adapters
 from trio.adapters.tiles import best_resolution, tiled_image, unpadded
-from trio.origins import NEWLINE
+from trio.origins import CLS, NEWLINE, PATCH, ImageTokens
+from trio.selectors.top_k import TopK
 from trio.testing.inputs import Prompt
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
@@ -223,6 +225,64 @@ def _images(model, make, prompts):
     batch = make(prompts)
     layout = trio.adapters.adapter_for(model).layout(batch["input_ids"], {"image": batch})
     return [image.select(image.is_picture.nonzero().squeeze(1)) for sample in layout.images for image in sample]
+
+
+class Noting(TopK):
+    """Keeps the places that it is given."""
+
+    seen: list[torch.Tensor]
+
+    def select(self, saliency, features, k, valid, places):
+        self.seen.extend(row[there] for row, there in zip(places, valid, strict=True))
+        return super().select(saliency, features, k, valid, places)
+
+
+@pytest.mark.parametrize("per", ["image", "sample"])
+@pytest.mark.parametrize("compressor", [None, {"name": "uniform-grid", "keep": "80%"}], ids=["alone", "compressor"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_selectors_are_told_where_tokens_lie(name, compressor, per):
+    """Behind a compressor and a stage, in a batch with several pictures: what is left, at its own places."""
+    model, make = family(name)
+    noting = Noting(seen=[])
+    keeps = ({"share": "60%", "of": "current", "per": "image"}, {"share": "50%", "of": "current", "per": per})
+    both = [
+        trio.Stage(after_layer=after, keep=keep, selector=selector)
+        for after, keep, selector in zip((0, 2), keeps, ("soft-nms", noting), strict=True)
+    ]
+    with trio.Pipeline(model, stages=both, compressor=compressor) as pipeline, torch.no_grad():
+        model(**make(PROMPTS))
+    expected = []
+    for sample in pipeline.report.samples:
+        for group, image in zip(sample.stages[0].groups, sample.images, strict=True) if sample.images else ():
+            where = group.origins
+            grids = [image.grids[min(frame, len(image.grids) - 1)] for frame in where.frame]
+            rows = [
+                ((row + 0.5) / height, (column + 0.5) / width, float(group.image))
+                for row, column, (height, width) in zip(where.row, where.column, grids, strict=True)
+            ]
+            expected.append(torch.tensor(rows))
+            if not image.placed:  # InternVL's tiles, and what the generic adapter knows nothing of
+                expected[-1][:, :2] = float("nan")
+    if per == "sample":
+        expected = [expected[0], torch.cat(expected[1:])]
+    assert len(noting.seen) == len(expected)
+    for seen, wanted in zip(noting.seen, expected, strict=True):
+        torch.testing.assert_close(seen, wanted, equal_nan=True)
+        assert bool((((seen[:, :2] > 0) & (seen[:, :2] < 1)) | seen[:, :2].isnan()).all())
+    known = all(image.placed for sample in pipeline.report.samples for image in sample.images)
+    assert known == (name not in ("internvl", "smolvlm", "mistral3", "glm4v"))
+
+
+def test_places_on_the_picture():
+    grid = ImageTokens.from_grid(2, 4, frames=2)
+    middles = [[row, column] for _ in range(2) for row in (0.25, 0.75) for column in (0.125, 0.375, 0.625, 0.875)]
+    assert grid.place.tolist() == middles  # a second frame shows the same places
+    tiled = ImageTokens.join([ImageTokens.from_grid(1, 1), ImageTokens.from_grid(2, 2)])
+    assert tiled.place.tolist() == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    some = ImageTokens.from_grid(1, 1, leading_cls=True).with_newlines()
+    for kind, known in ((PATCH, True), (CLS, False), (NEWLINE, False)):
+        assert bool((some.place[some.kind == kind].isfinite() == known).all()) and bool((some.kind == kind).any())
+    assert bool(dataclasses.replace(grid, placed=False).place.isnan().all())
 
 
 # Qwen
