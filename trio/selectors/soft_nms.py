@@ -34,8 +34,8 @@ class SoftNMS(Selector):
         weight: exponent of the saliency: 0 looks at diversity alone, large values at saliency alone (top-k). 0.25 was
             chosen on the zoo's validation scenes (docs/results.md).
         spread: how much the distance on the picture counts: a whole side of the picture (or more, or another picture)
-            is worth as much as features at right angles where all but none are kept and the spread is 1. 0 looks at
-            features alone. A token whose place is not known is as near as can be to all others. 0.7 was chosen on the
+            is worth as much as features at right angles where the spread is 1 and nearly all are kept. 0 looks at
+            features alone. A token whose place is not known is near to all others. 0.7 was chosen on the
             zoo's validation scenes.
     """
 
@@ -55,11 +55,11 @@ class SoftNMS(Selector):
         exists = valid.gather(1, order)
         unit = unit_length(features)
         unit = unit.gather(1, order[..., None].expand_as(unit))
-        distance = (1.0 - unit @ unit.transpose(1, 2)).clamp_min(0.0)  # rounding may make a duplicate's negative
+        distance = (unit @ unit.transpose(1, 2)).neg_().add_(1.0).clamp_min_(0.0)  # rounding may bring it below 0
         if self.spread:
             there = places.gather(1, order[..., None].expand_as(places))
             share = k.to(exists.device) / exists.sum(1).clamp_min(1)
-            distance = distance + (self.spread * share)[:, None, None] * on_the_picture(there)
+            distance += on_the_picture(there).mul_((self.spread * share)[:, None, None])
         weights = relative(saliency.gather(1, order), exists) ** self.weight
         most = min(int(k.max()), order.shape[1]) if k.numel() else 0
         return first_k(order.gather(1, visit(distance, weights, exists, most)), k)
@@ -79,8 +79,10 @@ def on_the_picture(places: torch.Tensor) -> torch.Tensor:
     At most 1, and 1 between different pictures; 0 where a place is not known. The distance on the picture alone, so
     that the same place in two frames of a video is one place.
     """
-    row, column, picture = (axis[:, :, None] - axis[:, None] for axis in places.unbind(-1))
-    return torch.where(picture == 0, torch.hypot(row, column).clamp_max(1.0), 1.0).nan_to_num(0.0)
+    row, column, picture = places.unbind(-1)
+    away = row[:, :, None] - row[:, None]  # in place from here: large pictures make these tensors large
+    away.hypot_(column[:, :, None] - column[:, None]).clamp_max_(1.0)
+    return away.masked_fill_(picture[:, :, None] != picture[:, None], 1.0).nan_to_num_(0.0)
 
 
 def visit(distance: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most: int) -> torch.Tensor:
