@@ -21,14 +21,13 @@ import trio
 from trio import zoo
 from trio.adapters import adapter_for
 from trio.cli import app
-from trio.cli.common import DEFAULT_SPEC
 from trio.errors import BudgetError, InputError, SpecError
 from trio.fidelity import Sample
 from trio.schedule import resolve
 from trio.spec import PipelineSpec, load_spec
 from trio.tuning import Candidate, TuningReport, best_spec, parse_target, tune
 from trio.tuning.plot import draw
-from trio.tuning.space import DEFAULT, Space
+from trio.tuning.space import Space
 from trio.tuning.study import Study, front
 from trio.tuning.trials import Found, Judge, standard_error
 from trio.tuning.tune import choose, split
@@ -250,13 +249,12 @@ def test_a_search_begins_with_the_default(space: Space) -> None:
     starts = space.starts(144)
     assert len(starts) == 3
     spec = space.draw(Dice(0, starts[0]))
-    default = load_spec("trio-soft-11")
+    default = load_spec(trio.DEFAULT_SPEC)
     before, after = resolve(default, 8), resolve(spec, 8)
     assert after.layers == before.layers
     assert after.stage_counts(144) == before.stage_counts(144)
     assert [(one.scorer, one.selector) for one in spec.stages] == [(s.scorer, s.selector) for s in default.stages]
     assert spec.positions == default.positions == "original"
-    assert DEFAULT == DEFAULT_SPEC == default.name
     averages = [resolve(space.draw(Dice(0, start)), 8).average(144) / 144 for start in starts]
     assert averages == pytest.approx([0.111, 0.222, 0.333], abs=0.005)
 

@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from trio.spec import StageSpec as Stage
 
 __version__ = "0.1.0"
+#: The shipped spec that the commands use where none is named.
+DEFAULT_SPEC = "trio-soft-11"
 
 __all__ = [
     "ADAPTERS",
     "COMPRESSORS",
+    "DEFAULT_SPEC",
     "SCORERS",
     "SELECTORS",
     "TOWERS",

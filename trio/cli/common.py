@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
-    "DEFAULT_SPEC",
     "DType",
     "console",
     "duration",
@@ -36,10 +35,6 @@ __all__ = [
     "times",
     "writable",
 ]
-
-
-#: The spec where none is named.
-DEFAULT_SPEC = "trio-soft-11"
 
 
 class DType(StrEnum):

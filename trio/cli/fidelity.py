@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trio.cli.common import DEFAULT_SPEC, DType
+from trio import DEFAULT_SPEC
+from trio.cli.common import DType
 
 if TYPE_CHECKING:
     from rich.console import Console

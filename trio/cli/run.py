@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trio.cli.common import DEFAULT_SPEC, DType
+from trio import DEFAULT_SPEC
+from trio.cli.common import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable

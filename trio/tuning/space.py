@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trio import DEFAULT_SPEC
 from trio.adapters.base import Adapter
 from trio.errors import InputError, TrioError, did_you_mean
 from trio.pipeline import Pipeline
@@ -20,8 +21,7 @@ LEAST, MOST = 0.05, 0.95
 NO = "none"
 #: Chance is what methods are compared with, and is no candidate.
 FLOOR = "random"
-#: What a search begins with, at some averages, and what its result is compared with.
-DEFAULT = "trio-soft-11"
+#: Averages of the default spec with which a search begins.
 STARTS = ("11.1%", "22.2%", "33.3%")
 #: What `objective-gradient` supervises: the default, and the paper's; rows at most.
 ROWS = ("after-picture", "prompt-end")
@@ -151,7 +151,7 @@ class Space:
         Args:
             tokens: visual tokens of a picture.
         """
-        default = load_spec(DEFAULT)
+        default = load_spec(DEFAULT_SPEC)
         scorer, selector = (part.as_mapping() for part in (default.stages[0].scorer, default.stages[0].selector))
         if scorer["name"] not in self.scorers or selector["name"] not in self.selectors:
             return []

@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from trio import DEFAULT_SPEC
 from trio.errors import BudgetError, InputError
 from trio.fidelity import FidelityReport, Sample, measure
 from trio.fidelity.answering import Answerer
 from trio.spec import PipelineSpec, load_spec
 from trio.tuning.report import Candidate, TuningReport, cost_of, quality_of
-from trio.tuning.space import DEFAULT, Space
+from trio.tuning.space import Space
 from trio.tuning.study import Sampler, Study, front, optuna
 from trio.tuning.target import Target, parse_target
 from trio.tuning.trials import Judge
@@ -77,7 +78,7 @@ def tune(
         "model": [called, str(model.dtype)],
         "samples": _fingerprint(seen),
         "search": [wanted.quality, wanted.timed, length, seed, sampler],
-        "space": [DEFAULT, space.layers, space.compressors, dict(space.scorers), space.selectors],
+        "space": [DEFAULT_SPEC, space.layers, space.compressors, dict(space.scorers), space.selectors],
     }
     search = Study(study, setup, seed=seed, sampler=sampler)
 
@@ -90,8 +91,9 @@ def tune(
     best = choose(tried.candidates, wanted)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "name": called}
     spec = load_spec({**best.spec, "name": "tuned"})
-    on_search = measure(model, processor, [spec, DEFAULT], seen, **options, progress=steps("pictures of the search"))
-    on_unseen = measure(model, processor, [spec, DEFAULT], unseen, **options, progress=steps("unseen pictures"))
+    both = [spec, load_spec(DEFAULT_SPEC)]
+    on_search = measure(model, processor, both, seen, **options, progress=steps("pictures of the search"))
+    on_unseen = measure(model, processor, both, unseen, **options, progress=steps("unseen pictures"))
     notes = [] if not judge.unknown else [f"FLOPs are not known, visual tokens are in their place: {judge.unknown}"]
     if not wanted.met(best.values, best.errors):
         notes.append("no spec met the target by a margin of one standard error; on other pictures it may well miss it")
