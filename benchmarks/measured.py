@@ -1,12 +1,13 @@
 """What the commands print, in the pages that explain them, from committed results.
 
 ``python -m benchmarks.measured`` puts the tables of `trio fidelity` and `trio tune` into docs/fidelity.md and
-docs/tune.md. The pages say how the results were made.
+docs/tune.md, and what half precision changes into docs/testing.md. The pages say how the results were made.
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,14 @@ def tune(out: Console) -> None:
     print_report(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), out)
 
 
-PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity, "tune": tune}
+def testing(out: Console) -> None:
+    """The table of `benchmarks.half`."""
+    from benchmarks.half import RESULT, table
+
+    out.print(table(json.loads(RESULT.read_text())))
+
+
+PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity, "tune": tune, "testing": testing}
 
 
 def block(name: str) -> str:

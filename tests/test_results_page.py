@@ -49,6 +49,15 @@ def without(results: Results, *names: str) -> Results:
     return results.model_copy(update={"rows": rows, "comparisons": compared})
 
 
+def test_what_half_precision_changes_is_shown_as_measured() -> None:
+    from benchmarks.half import RESULT
+    from benchmarks.measured import block
+
+    assert block("testing") in (DOCS / "testing.md").read_text()
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert all(0.9 < row["same"] / row["tokens"] <= 1 for row in rows) and len(rows) == 6
+
+
 def test_the_readme_is_made_from_the_committed_results(shown: Results) -> None:
     text = (DOCS.parent / "README.md").read_text()
     assert readme.with_block(text, shown) == text
