@@ -110,19 +110,6 @@ def methods() -> Iterator[dict[str, Any]]:
             yield {"version": 1, "name": f"{scorer} + top-k after layer 1, {label}%", "stages": [stage]}
 
 
-#: What the slower models are asked with; the controls of every schedule take most of the time.
-BRIEF = (
-    "TRIO",
-    "TRIO as published",
-    "TRIO with nms",
-    "TRIO with top-k",
-    "diversity without saliency",
-    "TRIO at the input",
-    *(compressor["name"] for compressor in COMPRESSORS),
-    "divprune + TRIO",
-)
-
-
 def parts() -> Iterator[dict[str, Any]]:
     """The default with one part varied."""
     yield from at_budget("TRIO", stages=two_stages())
@@ -153,7 +140,6 @@ def main(
     name: Annotated[str, typer.Argument(help="Zoo model.")],
     scenes: Annotated[int, typer.Option(help="Scenes.")] = 150,
     varied: Annotated[bool, typer.Option("--parts", help="Vary the default's parts, on the validation split.")] = False,
-    brief: Annotated[bool, typer.Option("--brief", help="Only the methods that matter most.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
     speed_rounds: Annotated[int, typer.Option(help="Rounds of measuring times; 0: none.")] = 0,
@@ -163,7 +149,6 @@ def main(
     model, processor = zoo.load(name)
     task = shapesvqa("validation" if varied else "test", limit=scenes, canvas=canvas_for(model))
     specs = list(parts() if varied else methods())
-    specs = [spec for spec in specs if varied or not brief or spec["name"].rpartition(",")[0] in BRIEF]
     specs = [spec for spec in specs if _fits(spec, model)]
     kind = "parts" if varied else "eval"
     with Progress(console=console) as bar:

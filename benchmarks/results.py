@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.evaluate import BRIEF, methods
 from benchmarks.findings import findings
 from benchmarks.readme import MODEL, with_block
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
@@ -138,12 +137,6 @@ def _varied(file: Path) -> bool:
     return file.name.startswith("parts-")
 
 
-def _brief(results: Results) -> bool:
-    """Whether only the methods that matter most were asked for."""
-    names = {method(row.name) for row in results.methods}
-    return not names & ({method(spec["name"]) for spec in methods()} - set(BRIEF))
-
-
 def verdict(one: Comparison) -> str:
     """What a comparison says about its baseline."""
     said = []
@@ -163,7 +156,7 @@ def _section(file: Path, results: Results) -> Iterator[str]:
         f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
         f"{model['dtype']}; {versions}; weights `{model['weights'][:12]}`.\n"
     )
-    more = " --parts" if _varied(file) else " --brief" if _brief(results) else ""
+    more = " --parts" if _varied(file) else ""
     yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{more}\n"
     yield from _gates(results)
     for base, rows in budgets(results):
