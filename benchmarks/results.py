@@ -19,6 +19,8 @@ from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowRe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+#: So few comparisons that show nothing are named in the short text.
+NAMED = 3
 
 HEAD = """# Results: what the methods keep, on the small models of the zoo
 
@@ -82,12 +84,15 @@ def _summary(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
 
 def _in_a_line(results: Results) -> str:
     """To how many methods the default is shown to be non-inferior, and above or below how many it stands."""
-    said = [verdict(one) for one in results.comparisons if not results.row(one.row).control]
+    verdicts = {one.row: verdict(one) for one in results.comparisons if not results.row(one.row).control}
+    said = list(verdicts.values())
     shown, above, below = (sum(word in one for one in said) for word in ("non-inferior", "above", "BELOW"))
+    others = [name for name, one in verdicts.items() if "non-inferior" not in one]
+    named = f", all but {' and '.join(others)}" if 0 < len(others) <= NAMED else ""
     every, margin = "all" if shown == len(said) else f"{shown} of", results.settings["margin"]
     return (
         f"- **{results.model['name']}**, {results.task['scenes']} scenes: non-inferior by {margin:g} point in {every} "
-        f"{len(said)} comparisons (methods times budgets); significantly above in {above}, below in {below}."
+        f"{len(said)} comparisons (methods times budgets){named}; significantly above in {above}, below in {below}."
     )
 
 
