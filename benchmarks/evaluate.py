@@ -89,6 +89,7 @@ def methods() -> Iterator[dict[str, Any]]:
     yield from at_budget("TRIO with nms", stages=two_stages(selector="nms"))
     yield from at_budget("TRIO with top-k", stages=two_stages(selector="top-k"))
     yield from at_budget("diversity without saliency", stages=two_stages(selector=soft(weight=0.0)))
+    yield from at_budget("soft-nms, spread 0.0", stages=two_stages(selector=soft(spread=0.0)))
     yield from at_input("TRIO at the input")
     yield from at_input("TRIO with nms at the input", selector="nms")
     for compressor in COMPRESSORS:

@@ -132,7 +132,7 @@ class Space:
         later = selector
         if selector["name"] == "soft-nms":
             selector["weight"] = round(trial.suggest_float("weight", 0.0, 1.0), 2)
-            later = {**selector, "spread": 0.0}  # deeper hidden states know their places
+            later = {**selector, "spread": 0.0}  # behind the first stage it gained nothing
             selector["spread"] = round(trial.suggest_float("spread", 0.0, 1.0), 2)
         depths = sorted({max(low, trial.suggest_int(f"layer.{i}", 0, self.layers - 1)) for i in range(count)})
         return [
