@@ -55,7 +55,7 @@ def two_stages(*, selector: Any = None, **parts: Any) -> list[dict[str, Any]]:
     A `soft-nms` has its spread over the picture at the input alone.
     """
     chosen = selector or soft()
-    later = {**chosen, "spread": 0.0} if "spread" in chosen else chosen
+    later = {**chosen, "spread": 0.0} if isinstance(chosen, dict) and "spread" in chosen else chosen
     stages = _stages(TWO, parts)
     return [{**stage, "selector": one} for stage, one in zip(stages, (chosen, later), strict=True)]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -78,6 +79,11 @@ class Prefill:
     uncached: torch.Tensor | None = None
     repeats: bool = False
 
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where the tokens at the start lie, behind the compressor: see `places_of`; the same at every stage."""
+        return places_of(self.record.images)
+
     @property
     def shorter(self) -> bool:
         """Whether some token has been dropped."""
@@ -132,7 +138,7 @@ def run_stage(
         counts = _counts(sequence, keep)
     elif saliency is not None and drops:
         with prefill.timed("selection", hidden.device):
-            places = places_of(prefill.record.images).to(hidden.device)
+            places = prefill.places.to(hidden.device)
             keep, counts = _select(stage, group, asked, saliency, hidden, places, sequence)
 
     prefill.record.stages[stage.index] = StageRecord(
