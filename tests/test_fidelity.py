@@ -289,7 +289,8 @@ def test_pairs_from_json_lines(folder: Path, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "line 1: no JSON"),
-        ('{"image": "a.jpg"}', "line 1: found"),
+        ('{"image": "a.jpg"}', "line 1: 'prompt' is missing"),
+        ('{"image": "a.jpg", "prompt": 3}', "line 1: 'prompt': found 3"),
         ('{"image": "a.jpg", "prompt": "x"}\n{"image": "z.png", "prompt": "x"}', "line 2: there is no picture"),
         ('{"image": "a.jpg", "prompt": " "}', "an empty one"),
         ("", "there is none"),
@@ -308,7 +309,7 @@ def test_wrong_files(folder: Path, tmp_path: Path) -> None:
     for images, prompts, message in (
         (tmp_path / "missing", None, "there is no such folder"),
         (tmp_path / "empty", None, "no picture in this folder"),
-        (folder, tmp_path / "missing.txt", "there is no such file"),
+        (folder, tmp_path / "missing.txt", "cannot be read .*No such file"),
         (folder, tmp_path / "empty.txt", "the file is empty"),
     ):
         with pytest.raises(InputError, match=message):
@@ -343,7 +344,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     [
         (["--spec", "trio-12"], "there is no shipped spec 'trio-12'"),
         (["--json", "missing/out.json"], "make it first"),
-        (["--prompts", "missing.txt"], "there is no such file"),
+        (["--prompts", "missing.txt"], "cannot be read (No such file or directory)"),
     ],
 )
 def test_command_says_what_is_wrong(folder: Path, options: list[str], message: str) -> None:

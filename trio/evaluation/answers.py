@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from trio.errors import InputError
+from trio.files import read_plain, replace_file
+from trio.jsonlines import Line, append_lines, cut_lines, read_lines
 
 __all__ = ["Answer", "AnswerFiles"]
 
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Answer:
     """What one row answered to one question.
 
@@ -28,11 +34,15 @@ class Answer:
         flops: of the prefill and the vision tower, counted; None where the formulas do not know the model.
     """
 
-    question: int
+    question: Count
     text: str
-    tokens: int
-    average: float
-    flops: float | None
+    tokens: Count
+    average: Amount
+    flops: Amount | None
+
+
+_SHAPE = TypeAdapter(Answer)
+_REMEDY = "remove that file to have the row asked again, or give another --out."
 
 
 class AnswerFiles:
@@ -53,10 +63,14 @@ class AnswerFiles:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if file.exists():
-                self._check(json.loads(file.read_text(encoding="utf-8")), header, folder)
-            else:
-                _replace(file, json.dumps(dict(header), indent=1, sort_keys=True) + "\n")
-        except (OSError, json.JSONDecodeError) as error:
+                self._check(_header(file), header, folder)
+                return
+            if any(self._folder.glob("*.jsonl")):
+                raise InputError(
+                    f"out {str(folder)!r}: it holds answers, but no header.json that says to what; give another --out."
+                )
+            replace_file(file, json.dumps(dict(header), indent=1, sort_keys=True) + "\n")
+        except OSError as error:
             raise InputError(f"out {str(folder)!r}: cannot be used ({error}); give another --out.") from error
 
     @staticmethod
@@ -70,47 +84,65 @@ class AnswerFiles:
             )
 
     def read(self, row: str, key: str, batches: Sequence[Sequence[int]]) -> tuple[list[Answer], int]:
-        """The answers of a row so far, and how many batches they are; half a batch is thrown away.
+        """The answers of a row so far, and how many batches they are; an unfinished batch at the end is cut off.
 
         Args:
             row: name of the row.
             key: what the row's answers depend on.
             batches: numbers of the questions, batch by batch.
+
+        Raises:
+            InputError: a line is damaged, or answers another question than the one whose turn it is.
         """
         file = self._file(row, key)
         if not file.exists():
             return [], 0
-        answers = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # the process ended within the line
-            answers.append(Answer(**json.loads(line)))
+        lines = list(read_lines(file, _SHAPE, what="answers", form=_REMEDY, torn=True))
         whole, done = 0, 0
         for batch in batches:
-            if [a.question for a in answers[whole : whole + len(batch)]] != list(batch):
+            if not _answers(lines[whole : whole + len(batch)], batch):
                 break
             whole, done = whole + len(batch), done + 1
-        if whole < len(answers) or not file.read_bytes().endswith(b"\n"):
-            _replace(file, "".join(_line(answer) for answer in answers[:whole]))
-        return answers[:whole], done
+        begun = batches[done][: len(lines) - whole] if done < len(batches) else []
+        if not _answers(lines[whole:], begun):
+            self._refuse(file, lines[whole:], begun)
+        cut_lines(file, lines[whole - 1].end if whole else 0)
+        return [line.value for line in lines[:whole]], done
+
+    @staticmethod
+    def _refuse(file: Path, lines: Sequence[Line[Answer]], wanted: Sequence[int]) -> None:
+        turns = [*wanted, *[None] * (len(lines) - len(wanted))]
+        line, turn = next((a, b) for a, b in zip(lines, turns, strict=True) if a.value.question != b)
+        due = "nothing more is asked" if turn is None else f"it is the turn of question {turn}"
+        raise InputError(
+            f"answers {str(file)!r}, line {line.number}: found an answer to question {line.value.question}, but {due}; "
+            f"{_REMEDY}"
+        )
 
     def add(self, row: str, key: str, answers: Sequence[Answer]) -> None:
-        """Appends a batch; when this returns, it survives the end of the process and of the machine."""
-        with self._file(row, key).open("a", encoding="utf-8") as file:
-            file.write("".join(_line(answer) for answer in answers))
-            file.flush()
-            os.fsync(file.fileno())
+        """Appends a batch; when this returns, it survives the end of the process and of the machine.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        append_lines(self._file(row, key), _SHAPE, answers)
 
     def _file(self, row: str, key: str) -> Path:
         mark = hashlib.sha256(f"{row}\n{key}".encode()).hexdigest()[:8]
         return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)[:80]}-{mark}.jsonl"
 
 
-def _line(answer: Answer) -> str:
-    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+def _answers(lines: Sequence[Line[Answer]], batch: Sequence[int]) -> bool:
+    """Whether the lines answer just these questions, in this order."""
+    return [line.value.question for line in lines] == list(batch)
 
 
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+def _header(file: Path) -> dict[str, Any]:
+    remedy = "give another --out."
+    try:
+        found = json.loads(read_plain(file, f"header {str(file)!r}", remedy))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"header {str(file)!r}: no JSON object; {remedy}")
+    return found

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from trio.errors import InputError
+from trio.evaluation.results import COUNTED, OVERALL
 from trio.inputs import load_picture
+from trio.jsonlines import read_lines
 
 __all__ = ["Sample", "Task", "jsonl", "normalise"]
+
+Text = Annotated[str, Field(pattern=r"\S")]
+_FORM = (
+    'a line is {"image": PATH, "question": TEXT, "answer": TEXT or [TEXT, ...]}, and may have "kind": TEXT; no text is '
+    "empty."
+)
+
+
+class _Line(BaseModel):
+    """A line of a file of questions."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    image: Text
+    question: Text
+    answer: Text | Annotated[list[Text], Field(min_length=1)]
+    kind: Text = "all"
+
+
+_SHAPE = TypeAdapter(_Line)
 
 
 @dataclass(frozen=True)
@@ -115,34 +140,23 @@ def jsonl(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 3
             line.
     """
     file = Path(file)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data {str(file)!r}: cannot be read ({error}); give a JSONL file.") from error
-    written = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+    lines = islice(read_lines(file, _SHAPE, what="data", form=_FORM), limit)
     scenes: dict[Path, int] = {}
-    samples = tuple(_sample(f"{file}:{number}", line, file.parent, scenes) for number, line in written)
+    samples = tuple(
+        _sample(f"data {str(file)!r}, line {line.number}", line.value, file.parent, scenes) for line in lines
+    )
     if not samples:
         raise InputError(f"data {str(file)!r}: it is empty; write one JSON object a line.")
     pictures = {str(path.name): path.stat().st_size for path in scenes}
     return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "pictures": pictures})
 
 
-def _sample(place: str, line: str, folder: Path, scenes: dict[Path, int]) -> Sample:
-    form = 'a line is {"image": PATH, "question": TEXT, "answer": TEXT or [TEXT, ...]}, and may have "kind": TEXT.'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"data {place}: no JSON ({error.msg}); {form}") from None
-    if not isinstance(row, dict) or (row.keys() - {"kind"}) != {"image", "question", "answer"}:
-        found = f"the keys {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"data {place}: found {found}; {form}")
-    answers: Sequence[Any] = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    texts = [row["image"], row["question"], row.get("kind", "all"), *answers]
-    if not answers or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError(f"data {place}: a value is empty or no text; {form}")
-    picture = folder / row["image"]
-    if not picture.is_file():
-        raise InputError(f"data {place}: there is no picture {str(picture)!r}; paths start at the file's folder.")
+def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> Sample:
+    picture = folder / row.image
+    if not os.path.isfile(picture):  # unlike Path's, False for a name that is too long
+        raise InputError(f"{place}: there is no picture {str(picture)!r}; paths start at the file's folder.")
+    if row.kind in (OVERALL, COUNTED):
+        raise InputError(f"{place}: the results use the name {row.kind!r} for several sub-tasks; give another `kind`.")
     scene = scenes.setdefault(picture.resolve(), len(scenes))
-    return Sample(picture.resolve(), row["question"], tuple(answers), row.get("kind", "all"), scene)
+    answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
+    return Sample(picture.resolve(), row.question, answers, row.kind, scene)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from trio.errors import InputError
+from trio.files import read_plain
 from trio.inputs import MAX_PIXELS, load_picture
+from trio.jsonlines import read_lines
 
 #: The prompt where none is given.
 DESCRIBE = "Describe this picture in one or two sentences."
@@ -79,38 +82,42 @@ def read_samples(
     return [Sample(file, text, file.name) for file, text in pairs if file in chosen]
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"prompts {str(file)!r}: there is no such file; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {str(file)!r}: cannot be read ({error}); give a text file in UTF-8.") from error
-
-
 def _lines(file: Path) -> list[str]:
-    lines = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    place = f"prompts {str(file)!r}"
+    data = read_plain(file, place, "give a text file with one prompt a line.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: cannot be read ({error}); give a text file in UTF-8.") from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
-        raise InputError(f"prompts {str(file)!r}: the file is empty; write one prompt a line.")
+        raise InputError(f"{place}: the file is empty; write one prompt a line.")
     return lines
+
+
+class _Pair(BaseModel):
+    """A line of a file of prompts; other keys, such as an answer, are left alone."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    image: str
+    prompt: str
+
+
+_SHAPE = TypeAdapter(_Pair)
+_FORM = 'write {"image": "a.png", "prompt": "What is this?"}.'
 
 
 def _pairs(images: Path, file: Path) -> list[tuple[Path, str]]:
     pairs = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"prompts {str(file)!r}, line {number}"
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{place}: no JSON ({error}); write one object a line.") from error
-        if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("image", "prompt")):
-            raise InputError(f'{place}: found {line[:60]!r}; write {{"image": "a.png", "prompt": "What is this?"}}.')
-        picture = images / data["image"]
-        if not picture.is_file():
-            raise InputError(f"{place}: there is no picture {str(picture)!r}; names count from the folder of --images.")
-        pairs.append((picture, data["prompt"]))
+    for line in read_lines(file, _SHAPE, what="prompts", form=_FORM):
+        picture = images / line.value.image
+        if not os.path.isfile(picture):  # unlike Path's, False for a name that is too long
+            raise InputError(
+                f"prompts {str(file)!r}, line {line.number}: there is no picture {str(picture)!r}; names count from "
+                "the folder of --images."
+            )
+        pairs.append((picture, line.value.prompt))
     return pairs
 
 
