@@ -23,7 +23,7 @@ def naive_saliency(adapter: Adapter, inputs: LayerInputs, rows: list[list[int]],
     for sample, chosen in enumerate(rows):
         columns = inputs.valid[sample].nonzero().squeeze(1)
         hidden = inputs.hidden[sample : sample + 1, columns].detach().clone().requires_grad_(True)
-        cos, sin = inputs.position_embeddings
+        cos, sin = inputs.rotary
         rotary = cos[sample : sample + 1, columns], sin[sample : sample + 1, columns]
         length = len(columns)
         mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
@@ -122,13 +122,13 @@ def test_past_keys_and_values_count():
     heads = (2, cut, -1, attention.head_dim)
     keys = attention.k_norm(attention.k_proj(hidden).view(heads)).transpose(1, 2)
     values = attention.v_proj(hidden).view(heads).transpose(1, 2)
-    cos, sin = (e[:, None, :cut] for e in whole.position_embeddings)
+    cos, sin = (e[:, None, :cut] for e in whole.rotary)
     half = keys.shape[-1] // 2
     keys = keys * cos + torch.cat([-keys[..., half:], keys[..., :half]], -1) * sin
     later = LayerInputs(
         whole.hidden[:, cut:],
         whole.valid[:, cut:],
-        tuple(e[:, cut:] for e in whole.position_embeddings),
+        tuple(e[:, cut:] for e in whole.rotary),
         Past(keys.detach(), values.detach(), whole.valid[:, :cut]),
     )
     rows = rows_at_end(whole.valid, 3)
@@ -154,7 +154,7 @@ def test_half_precision_picks_what_float32_picks(dtype):
     overlaps = []
     for seed in range(12):
         inputs = layer_inputs(half, [130, 130], dtype=dtype, seed=seed)
-        upcast = LayerInputs(inputs.hidden.float(), inputs.valid, tuple(e.float() for e in inputs.position_embeddings))
+        upcast = LayerInputs(inputs.hidden.float(), inputs.valid, tuple(e.float() for e in inputs.rotary))
         rows = rows_at_end(inputs.valid, 4)
         low = adapter_for(half).probe(LAYER, inputs).saliency(rows)[:, :120]
         high = adapter_for(full).probe(LAYER, upcast).saliency(rows)[:, :120]
@@ -197,7 +197,7 @@ def test_attention_rows_equal_eager_attention():
     with torch.no_grad():
         layer = adapter.layers[LAYER]
         _, weights = layer.self_attn(
-            layer.input_layernorm(inputs.hidden), inputs.position_embeddings, attention_mask=mask
+            layer.input_layernorm(inputs.hidden), inputs.rotary, attention_mask=mask
         )
     probe = adapter.probe(LAYER, inputs)
     assert isinstance(probe, RowProbe)

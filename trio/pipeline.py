@@ -79,10 +79,16 @@ class Pipeline:
             spec: a whole spec in place of the parts.
 
         Raises:
-            SpecError: parts that contradict each other or do not fit the model's depth.
+            SpecError: parts that contradict each other or do not fit the model's depth, or a spec and parts.
             UnsupportedModelError: no adapter takes the model, or a part needs what the model does not offer.
             UnknownNameError: a part of that name does not exist.
         """
+        given = (tuple(stages), compressor, positions, newlines, budget, name)
+        if spec is not None and given != ((), None, "original", "with-row", None, "custom"):
+            raise SpecError(
+                "pipeline: found a spec and parts (stages, compressor, positions, newlines, budget or name), which "
+                "would be ignored; give one or the other: spec.model_copy(update=...) changes a spec"
+            )
         if spec is None:
             fields: dict[str, Any] = {"stages": list(stages), "positions": positions, "newlines": newlines}
             fields["name"] = name
@@ -98,17 +104,18 @@ class Pipeline:
         self.positions = self._numbering()
         self._level: Literal["counts", "full"] = report
         self._bound = tuple(self._bind(index, stage) for index, stage in enumerate(spec.stages))
-        self._records: deque[_Kept] = deque(maxlen=REMEMBERED)
+        self._records: deque[PrefillRecord] = deque(maxlen=REMEMBERED)
         self._runtime = Runtime(
             self.adapter,
             self._bound,
-            owner=spec.name,
+            pipeline_name=spec.name,
             compact=self.positions == "compact",
             full_report=report == "full",
             newlines=spec.newlines,
             compressor=self._compressor,
-            on_prefill=self._remember,
-            on_decode=self._decoded,
+            # Neither holds the pipeline: one that nobody refers to goes, and takes its hooks along.
+            on_prefill=self._records.append,
+            on_decode=functools.partial(_decoded, self._records),
         )
 
     @classmethod
@@ -171,12 +178,12 @@ class Pipeline:
             raise InputError(
                 "report: nothing to report yet; run a forward with a picture while the pipeline is attached"
             )
-        return self._records[-1].report()
+        return self._report(self._records[-1])
 
     @property
     def reports(self) -> list[CompressionReport]:
         """What the last prefills did, oldest first (at most 64)."""
-        return [kept.report() for kept in self._records]
+        return [self._report(record) for record in self._records]
 
     # Without dropping, and with given tokens
 
@@ -191,7 +198,7 @@ class Pipeline:
         """
         with self._once(score_only=True), torch.no_grad():
             self.adapter.model(**inputs)
-        record = self._records.pop().record
+        record = self._records.pop()
         return [saliencies(record, stage.index) for stage in self._bound]
 
     @contextmanager
@@ -288,13 +295,14 @@ class Pipeline:
             )
 
     def _counter(self, index: int) -> Callable[[int, int], int]:
-        by_image = all(self.schedule.group(i) == "image" for i in range(len(self.spec.stages)))
-        check = functools.cache(self.schedule.check)
+        schedule = self.schedule
+        by_image = all(schedule.group(i) == "image" for i in range(len(self.spec.stages)))
+        check = functools.cache(schedule.check)
 
         def keep_count(started: int, current: int) -> int:
             if by_image:
                 check(started)
-            return self.schedule.keep_count(index, started, current)
+            return schedule.keep_count(index, started, current)
 
         return keep_count
 
@@ -311,19 +319,12 @@ class Pipeline:
         missing = sorted(needs - offers)
         if missing:
             fitting = [n for n in SCORERS.names() if _needs(n) <= offers]
+            reasons = "; ".join(dict.fromkeys(self.adapter.why_not(probed, need) for need in missing))
             raise UnsupportedModelError(
                 f"stages[{index}].scorer: {name!r} needs {', '.join(missing)}, which layer {probed} of this "
-                f"{type(self.adapter.model).__name__} does not offer (adapter {self.adapter_name!r}); scorers that "
-                f"fit: {', '.join(fitting)}"
+                f"{type(self.adapter.model).__name__} does not offer (adapter {self.adapter_name!r}): {reasons}. "
+                f"Scorers that fit: {', '.join(fitting)}"
             )
-
-    def _remember(self, record: PrefillRecord) -> None:
-        self._records.append(_Kept(self, record))
-
-    def _decoded(self, seconds: float) -> None:
-        if self._records:
-            times = self._records[-1].record.seconds
-            times["decode"] = times.get("decode", 0.0) + seconds
 
     def probe_notes(self) -> list[str]:
         """What a reader of reports should know about the probes: layers that run whole, of unknown anatomy."""
@@ -334,29 +335,38 @@ class Pipeline:
                 layer = stage.after_layer - 1 if "last" in needs else stage.after_layer
                 if self.adapter.probe_kind(layer) == "layer":
                     whole.append(layer)
-        return [f"layer {layer} is probed whole: its submodules are not the known ones" for layer in whole]
+        return [f"layer {layer} is probed whole: {self.adapter.why_whole(layer)}" for layer in whole]
 
-
-class _Kept:
-    """A record whose report is made when somebody asks."""
-
-    def __init__(self, pipeline: Pipeline, record: PrefillRecord) -> None:
-        self._pipeline = pipeline
-        self.record = record
-
-    def report(self) -> CompressionReport:
-        pipeline = self._pipeline
+    def _report(self, record: PrefillRecord) -> CompressionReport:
         return make_report(
-            self.record,
-            spec_name=pipeline.spec.name,
-            model=type(pipeline.adapter.model).__name__,
-            adapter=pipeline.adapter_name,
-            num_layers=len(pipeline.adapter.layers),
-            stages=pipeline._bound,
-            positions=pipeline.positions,
-            notes=pipeline.probe_notes(),
-            level=pipeline._level,
+            record,
+            spec_name=self.spec.name,
+            model=type(self.adapter.model).__name__,
+            adapter=self.adapter_name,
+            num_layers=len(self.adapter.layers),
+            stages=self._bound,
+            positions=self.positions,
+            notes=self.probe_notes(),
+            level=self._level,
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a pipeline is bound to one model.
+
+        Raises:
+            InputError: naming what to do instead.
+        """
+        raise InputError(
+            f"pipeline: {self.spec.name!r} is bound to its model and cannot be copied or pickled; keep its spec "
+            "(`pipeline.spec`, which can) and build another with trio.Pipeline.from_spec(spec, model)"
+        )
+
+
+def _decoded(records: deque[PrefillRecord], seconds: float) -> None:
+    """Adds the time of a decode step to the last prefill's record."""
+    if records:
+        times = records[-1].seconds
+        times["decode"] = times.get("decode", 0.0) + seconds
 
 
 def _reads(name: str) -> tuple[Signal, ...]:

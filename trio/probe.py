@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from trio.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,16 @@ class LayerInputs:
     Attributes:
         hidden: ``(B, S, D)`` hidden states.
         valid: bool ``(B, S)``, False at padding.
-        position_embeddings: what the model's rotary module gave for these positions.
+        rotary: what the model's rotary module gave for these positions.
         past: what the layer's cache holds from earlier turns, None at a first turn.
+        others: further arguments of the layer for these tokens, by name; empty in most families.
     """
 
     hidden: torch.Tensor
     valid: torch.Tensor
-    position_embeddings: Any
+    rotary: Any
     past: Past | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
@@ -171,14 +171,13 @@ def _detached(inputs: LayerInputs) -> LayerInputs:
             return type(value)(plain(item) for item in value)
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
-        if value is None:
-            return None
-        raise InputError(f"rotary embeddings: found {type(value).__name__}, expected tensors in tuples or dicts")
+        return value
 
     past = inputs.past
     return LayerInputs(
         hidden=inputs.hidden.detach().clone(),
         valid=plain(inputs.valid),
-        position_embeddings=plain(inputs.position_embeddings),
+        rotary=plain(inputs.rotary),
         past=None if past is None else Past(plain(past.keys), plain(past.values), plain(past.valid)),
+        others=plain(dict(inputs.others)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch import nn
 from trio.adapters.decoder import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
 from trio.adapters.patches import PatchMap
 from trio.errors import UnsupportedModelError
-from trio.masks import causal_mask
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Past, Probe, Rows
+from trio.runtime import upstream
+from trio.runtime.upstream import Role, Upstream
 
 if TYPE_CHECKING:
     from trio.encoders.base import Signal
@@ -57,7 +59,8 @@ class Adapter(ABC):
         """Binds the adapter to a model and checks its probes against the layers themselves (see `probe_kind`)."""
         self.model = model
         self._anatomies: dict[int, Anatomy | None] = {}
-        self._backwards: dict[int, bool] = {}
+        self._slow: dict[int, str] = {}
+        self._backwards: dict[int, str] = {}
 
     @classmethod
     @abstractmethod
@@ -110,10 +113,8 @@ class Adapter(ABC):
 
     def brings_pictures(self, call: Mapping[str, Any]) -> bool:
         """Whether a call of `multimodal` brings pictures or features of pictures; looks at no tensor's content."""
-        encoded = call.get("mm_encoder_outputs") or {}
-        return any(call.get(name) is not None for name in self.pixels) or any(
-            encoded.get(name) is not None for name in self.encoders
-        )
+        encoded = upstream.encoder_outputs(call)
+        return any(call.get(name) is not None for name in self.pixels) or any(name in encoded for name in self.encoders)
 
     def later_features(
         self, arguments: Mapping[str, Any], after_layer: int
@@ -195,6 +196,15 @@ class Adapter(ABC):
 
         return Reader(tower_for(self.vision_tower), signals, keep=keep)
 
+    @cached_property
+    def upstream(self) -> Upstream:
+        """How this release of transformers calls the model's parts.
+
+        Raises:
+            UnsupportedModelError: one of them is called in a way that is not known.
+        """
+        return Upstream.of(self.model, self.multimodal, self.language_model, self.layers)
+
     @property
     def text_config(self) -> Any:
         """The configuration of the language model."""
@@ -245,43 +255,61 @@ class Adapter(ABC):
 
     def offers(self, layer: int) -> frozenset[str]:
         """What scorers may need and this model gives at a decoder layer (see `Scorer.needs`)."""
-        offered = {"objective": self._has_backward(layer), "attention-rows": self.probe_kind(layer) == "rows"}
-        return frozenset(need for need, there in offered.items() if there)
+        return frozenset(need for need in ("objective", "attention-rows") if not self.why_not(layer, need))
+
+    def why_not(self, layer: int, need: str) -> str:
+        """Why a decoder layer does not give what a scorer needs; empty where it does."""
+        if need == "objective":
+            return self._without_backward(layer)
+        return self.why_whole(layer) if need == "attention-rows" else ""
+
+    def why_whole(self, layer: int) -> str:
+        """Why a layer is probed whole instead of by rows; empty where it is not."""
+        self._checked_anatomy(layer)
+        return self._slow[layer]
 
     def _checked_anatomy(self, layer: int) -> Anatomy | None:
         if layer not in self._anatomies:
             anatomy = self.anatomy(layer)
-            agrees = anatomy is not None and self._agrees(layer, anatomy)
-            self._anatomies[layer] = anatomy if agrees else None
+            reason = "its submodules are not the known ones" if anatomy is None else self._disagrees(layer, anatomy)
+            self._anatomies[layer] = None if reason else anatomy
+            self._slow[layer] = reason
         return self._anatomies[layer]
 
-    def _agrees(self, layer: int, anatomy: Anatomy) -> bool:
-        """Whether the rows of a random input equal the layer's own output."""
+    def _disagrees(self, layer: int, anatomy: Anatomy) -> str:
+        """How the rows of a random input differ from the layer's own output; empty where they do not."""
         inputs = self._random_inputs(layer)
         hidden = inputs.hidden
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             index = torch.arange(hidden.shape[1], device=hidden.device)[None]
             rows = Rows(index, torch.ones_like(index, dtype=torch.bool))
             try:
                 ours = RowProbe(anatomy, inputs, self.logits, self.window(layer)).output_rows(rows).float()
-            except (RuntimeError, TypeError, AttributeError):
-                return False  # submodules of these names that mean something else
-            theirs = self._run_layer(layer, inputs).float()
+            except (RuntimeError, TypeError, AttributeError) as error:
+                return f"its submodules have known names but another meaning ({_first_line(error)})"
+            try:
+                theirs = self._run_layer(layer, inputs).float()
+            except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+                return f"it cannot be run on nine random tokens ({_first_line(error)})"
+        if not bool(torch.isfinite(theirs).all()):
+            return "its output on random tokens is not finite: its weights hold nan or inf, or overflow in their dtype"
         tolerance = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
-        error = (ours - theirs).norm() / (theirs - hidden.float()).norm().clamp_min(1e-12)
-        return bool(error < tolerance)
+        off = float((ours - theirs).norm() / (theirs - hidden.float()).norm().clamp_min(1e-12))
+        return "" if off < tolerance else f"its rows differ from its own output by {off:.1e}, allowed {tolerance:.0e}"
 
-    def _has_backward(self, layer: int) -> bool:
-        """Whether gradients come through the layer: some quantised kernels have no backward, and would give zeros."""
+    def _without_backward(self, layer: int) -> str:
+        """Why no gradients come through the layer: some quantised kernels have no backward, and would give zeros."""
         if layer not in self._backwards:
             inputs = self._random_inputs(layer)
             last = torch.full((1, 1), inputs.hidden.shape[1] - 1, device=inputs.hidden.device)
             rows = Rows(last, torch.ones_like(last, dtype=torch.bool))
             try:
-                gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
-                self._backwards[layer] = bool((gradient > 0).any())
-            except (RuntimeError, NotImplementedError):
-                self._backwards[layer] = False
+                with torch.autocast(inputs.hidden.device.type, enabled=False):
+                    gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
+            except (RuntimeError, NotImplementedError, TypeError, KeyError, ValueError, AttributeError) as error:
+                self._backwards[layer] = f"no gradient comes through it ({_first_line(error)})"
+            else:
+                self._backwards[layer] = _judged(gradient)
         return self._backwards[layer]
 
     def _random_inputs(self, layer: int) -> LayerInputs:
@@ -297,7 +325,7 @@ class Adapter(ABC):
             return LayerInputs(
                 hidden=hidden,
                 valid=torch.ones(1, length, dtype=torch.bool, device=device),
-                position_embeddings=self.rotary(hidden, self._check_positions(length, device)),
+                rotary=self.rotary(hidden, self._check_positions(length, device)),
             )
 
     def _check_positions(self, length: int, device: torch.device) -> torch.Tensor:
@@ -311,23 +339,39 @@ class Adapter(ABC):
             valid = torch.cat([inputs.past.valid, valid], dim=1)
             cache = _one_layer_cache(layer, inputs.past)
         past = valid.shape[1] - inputs.valid.shape[1]
-        mask = causal_mask(self.text_config, inputs.hidden, valid, past=past, layer=layer, window=self.window(layer))
-        output = self.layers[layer].forward(
-            inputs.hidden,
-            attention_mask=mask,
-            position_embeddings=inputs.position_embeddings,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        window = self.window(layer)
+        mask = upstream.causal_mask(self.text_config, inputs.hidden, valid, past=past, layer=layer, window=window)
+        call = self.upstream.layers[layer]
+        given: dict[str, Any] = {
+            **inputs.others,
+            call.hidden: inputs.hidden,
+            call.mask: mask,
+            call.rotary: inputs.rotary,
+            call.cache: cache,
+        }
+        if Role.USE_CACHE in call.names:
+            given[call.names[Role.USE_CACHE]] = cache is not None
+        output = self.layers[layer].forward(**given)
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
 
+def _first_line(error: Exception) -> str:
+    """An error's kind and what it says, on one line."""
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _judged(gradient: torch.Tensor) -> str:
+    """What is wrong with a gradient; empty where nothing is."""
+    if not bool(torch.isfinite(gradient).all()):
+        return "its gradient on random tokens is not finite: its weights hold nan or inf, or overflow in their dtype"
+    return "" if bool((gradient > 0).any()) else "no gradient comes through it: a kernel without a backward gives zeros"
+
+
 def _one_layer_cache(layer: int, past: Past) -> Any:
     """A cache that holds the past of one layer and nothing else."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = upstream.dynamic_cache()
     for index in range(layer + 1):
         held = slice(None) if index == layer else slice(0, 0)
         cache.update(past.keys[:, :, held], past.values[:, :, held], index)

@@ -165,9 +165,9 @@ class RowProbe(Probe):
         """Attention probabilities of the rows over past and present columns, float32 ``(B, heads, R, P + S)``."""
         a = self._anatomy
         keys = self._heads(a.key(hidden), a.key_norm)
-        keys = a.rotate(keys, inputs.position_embeddings)
+        keys = a.rotate(keys, inputs.rotary)
         queries = self._heads(a.query(take_rows(hidden, rows.index)), a.query_norm)
-        queries = a.rotate(queries, take_positions(inputs.position_embeddings, rows.index))
+        queries = a.rotate(queries, take_positions(inputs.rotary, rows.index))
         columns = torch.arange(hidden.shape[1], device=hidden.device)
         seen = inputs.valid[:, None] & (columns <= rows.index[..., None])  # (B, R, S)
         if inputs.past is not None:

@@ -10,10 +10,15 @@ from torch import nn
 
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Probe
+from trio.runtime.upstream import Upstream
 
 if TYPE_CHECKING:
     from trio.encoders.base import Signal
     from trio.encoders.reader import Reader
+
+
+#: Beside an encoder method's arguments: a tuple with the feature rows of each image that it gave, where that is known.
+FEATURE_COUNTS = "__features__"
 
 
 class PictureLayout(Protocol):
@@ -64,6 +69,10 @@ class Backbone(Protocol):
     @property
     def layers(self) -> Sequence[nn.Module]:
         """The decoder layers."""
+
+    @property
+    def upstream(self) -> Upstream:
+        """How this release of transformers calls the model's parts."""
 
     @property
     def text_config(self) -> Any:

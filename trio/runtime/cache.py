@@ -5,12 +5,50 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from trio.errors import CacheError
+from trio.runtime.upstream import Cache, DynamicLayer, plain_length
 
 
-class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types
+class _WholeCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types
+    """A layer of a cache that is cropped as a whole or not at all.
+
+    A cache crops its layers one after another. The first one asks all of them before any is changed.
+
+    Attributes:
+        peers: all layers of the cache, where this is the first; else None.
+    """
+
+    peers: list[Any] | None = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes tokens off the end.
+
+        Raises:
+            CacheError: some of them came before the last reduction, in this layer or in one behind it.
+        """
+        reduced = [layer for layer in self.peers or () if isinstance(layer, ReducedLayer)]
+        for layer in reduced:
+            layer.check_crop(tokens_to_remove)
+        if tokens_to_remove > 0 and reduced:  # newer releases take a number to remove only
+            tokens_to_remove = -max(reduced[0].outer - tokens_to_remove, 0)
+        if tokens_to_remove:
+            super().crop(tokens_to_remove)
+
+
+class FirstLayer(_WholeCacheLayer):
+    """The first layer of a cache whose later layers are reduced; it holds every token, as a `DynamicLayer` does."""
+
+    @classmethod
+    def of(cls, layer: DynamicLayer, peers: list[Any]) -> FirstLayer:
+        """A plain layer with what it holds, as the first of `peers`."""
+        first = cls()  # type: ignore[no-untyped-call]  # transformers gives no types
+        vars(first).update(vars(layer))
+        first.peers = peers
+        return first
+
+
+class ReducedLayer(_WholeCacheLayer):
     """The cache of a decoder layer behind a stage.
 
     It replaces a `DynamicLayer` within the cache, so that all that transformers does with caches works on it:
@@ -18,7 +56,7 @@ class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     generation and position ids want it; `get_mask_sizes` the keys that are really there, as masks want it.
 
     Attributes:
-        owner: which pipeline reduced it; another one must not go on with it.
+        pipeline_name: which pipeline reduced it; another one must not go on with it.
         valid: bool ``(B, n)``, one column for each key that is there, False at padding.
         dropped: int64 ``(B,)``, visual tokens dropped so far in each sample.
         outer: tokens of the conversation so far, padding included.
@@ -26,10 +64,10 @@ class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         ragged: False where `valid` is known to be all True.
     """
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, pipeline_name: str) -> None:
         """An empty layer."""
         super().__init__()  # type: ignore[no-untyped-call]  # transformers gives no types
-        self.owner = owner
+        self.pipeline_name = pipeline_name
         self.valid: torch.Tensor | None = None
         self.dropped: torch.Tensor | None = None
         self.outer = 0
@@ -55,15 +93,21 @@ class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         """Appends keys and values.
 
         Raises:
-            CacheError: no pipeline announced them, so nobody has built the masks and positions that they need.
+            CacheError: no pipeline announced them, so nobody has built the masks and positions that they need; or
+                another number than the announced one came.
         """
         if self._announced is None:
             raise CacheError(
-                f"cache: it was compressed by the pipeline {self.owner!r}, which is not attached any more; "
+                f"cache: it was compressed by the pipeline {self.pipeline_name!r}, which is not attached any more; "
                 "attach that pipeline to go on with this conversation, or start one with a fresh cache"
             )
         valid, dropped, tokens, ragged, reduced = self._announced
         self._announced = None
+        if self.held + key_states.shape[-2] != valid.shape[1]:
+            raise CacheError(
+                f"cache: the layer holds {self.held} keys and was given {key_states.shape[-2]}, but {valid.shape[1]} "
+                "in all were planned, so masks and positions would not fit: report this with what `trio doctor` prints"
+            )
         keys, values = super().update(key_states, value_states)
         self.valid, self.dropped, self.ragged = valid, dropped, ragged
         self.outer += tokens
@@ -83,20 +127,38 @@ class ReducedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         """Length and offset of the keys that attention will see."""
         return self.held + query_length, 0
 
+    @property
+    def pending(self) -> bool:
+        """Whether keys and values were announced that never came."""
+        return self._announced is not None
+
+    def _removed(self, tokens: int) -> int:
+        """How many tokens a call of `crop` takes off: a number below 0, or what is to be left."""
+        return abs(tokens) if tokens <= 0 else max(self.outer - tokens, 0)
+
+    def check_crop(self, tokens: int) -> None:
+        """Refuses a crop that would need tokens back which came before the last reduction.
+
+        Raises:
+            CacheError: naming how many can be taken off.
+        """
+        remove = self._removed(tokens)
+        if remove > self.tail:
+            raise CacheError(
+                f"cache: asked to take {remove} tokens off the end, but only the last {self.tail} came after visual "
+                "tokens were dropped; crop fewer, or start again with a fresh cache"
+            )
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes tokens off the end.
 
         Raises:
             CacheError: some of them came before the last reduction.
         """
-        remove = abs(tokens_to_remove) if tokens_to_remove <= 0 else max(self.outer - tokens_to_remove, 0)
+        remove = self._removed(tokens_to_remove)
         if remove == 0:
             return
-        if remove > self.tail:
-            raise CacheError(
-                f"cache: asked to take {remove} tokens off the end, but only the last {self.tail} came after visual "
-                "tokens were dropped; crop fewer, or start again with a fresh cache"
-            )
+        self.check_crop(tokens_to_remove)
         super().crop(-remove)
         if self.valid is not None:
             self.valid = self.valid[:, :-remove]
@@ -142,14 +204,59 @@ def layer_of(cache: Cache, index: int) -> DynamicLayer | None:
     return layer
 
 
-def check_can_shrink(cache: Any, first: int, num_layers: int, owner: str) -> None:
+def tokens_in(cache: Any, num_layers: int) -> int:
+    """Tokens of the conversation that a cache stands for; 0 without one. Plain integers: nothing waits for a device.
+
+    Raises:
+        CacheError: its layers do not agree, so that some would answer with keys that others do not have.
+    """
+    lengths: dict[int, int] = {}
+    for index, layer in enumerate(() if cache is None else cache.layers[:num_layers]):
+        length = layer.outer if isinstance(layer, ReducedLayer) else plain_length(layer)
+        if length is not None:
+            lengths.setdefault(length, index)
+    if len(lengths) > 1:
+        (one, first), (other, second) = list(lengths.items())[:2]
+        raise CacheError(
+            f"cache: layer {first} stands for {one} tokens of the conversation, layer {second} for {other}; it was "
+            "cropped or filled in part: start again with a fresh cache"
+        )
+    return next(iter(lengths), 0)
+
+
+def check_filled(cache: Any, num_layers: int, tokens: int) -> None:
+    """Refuses a cache that a forward has not filled as planned.
+
+    Args:
+        cache: the forward's cache, behind its last layer.
+        num_layers: decoder layers of the model.
+        tokens: of the conversation, that every layer must stand for now.
+
+    Raises:
+        CacheError: a layer got other keys than were planned, or none.
+    """
+    layers = cache.layers[:num_layers]
+    waiting = [n for n, layer in enumerate(layers) if isinstance(layer, ReducedLayer) and layer.pending]
+    if waiting or tokens_in(cache, num_layers) != tokens:
+        what = (
+            f"layers {', '.join(map(str, waiting))} got no keys"
+            if waiting
+            else f"its layers stand for {tokens_in(cache, num_layers)} tokens"
+        )
+        raise CacheError(
+            f"cache: the forward brings the conversation to {tokens} tokens, but {what}: the keys went somewhere else, "
+            "and later tokens would be answered wrongly; report this with the output of `trio doctor`"
+        )
+
+
+def check_can_shrink(cache: Any, first: int, num_layers: int, pipeline_name: str) -> None:
     """Refuses caches whose layers cannot hold different numbers of tokens.
 
     Args:
         cache: the cache of a forward, or None.
         first: the first layer that will hold fewer tokens.
         num_layers: decoder layers of the model.
-        owner: the pipeline that is about to reduce.
+        pipeline_name: the pipeline that is about to reduce.
 
     Raises:
         CacheError: naming the cache and what to use.
@@ -164,29 +271,29 @@ def check_can_shrink(cache: Any, first: int, num_layers: int, owner: str) -> Non
     for index in range(first, min(len(cache.layers), num_layers)):
         layer = cache.layers[index]
         if isinstance(layer, ReducedLayer):
-            if layer.owner != owner:
+            if layer.pipeline_name != pipeline_name:
                 raise CacheError(
-                    f"cache: it was compressed by the pipeline {layer.owner!r}, but {owner!r} is attached; "
-                    "go on with the first, or start with a fresh cache"
+                    f"cache: it was compressed by the pipeline {layer.pipeline_name!r}, but {pipeline_name!r} is "
+                    "attached; go on with the first, or start with a fresh cache"
                 )
-        elif type(layer) is not DynamicLayer:
+        elif type(layer) not in (DynamicLayer, FirstLayer):
             raise _cannot_hold(cache, type(layer))
 
 
 def _cannot_hold(cache: Cache, layer: type) -> CacheError:
     return CacheError(
         f"cache: {type(cache).__name__} has layers of type {layer.__name__}, which cannot hold a different number of "
-        "tokens in each layer; pass past_key_values=transformers.DynamicCache(), without a config"
+        "tokens in each layer; pass a transformers.DynamicCache(), without a config"
     )
 
 
-def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor, ragged: bool) -> ReducedLayer:
+def reduced_layer(cache: Cache, index: int, pipeline_name: str, past_valid: torch.Tensor, ragged: bool) -> ReducedLayer:
     """The cache's layer as a `ReducedLayer`, taking over what it already holds.
 
     Args:
         cache: the cache, already checked by `check_can_shrink`.
         index: the decoder layer.
-        owner: the pipeline that reduces.
+        pipeline_name: the pipeline that reduces.
         past_valid: bool ``(B, past)``, padding among what the layer holds.
         ragged: False where `past_valid` is known to be all True.
     """
@@ -195,14 +302,18 @@ def reduced_layer(cache: Cache, index: int, owner: str, past_valid: torch.Tensor
     layer: Any = cache.layers[index]
     if isinstance(layer, ReducedLayer):
         return layer
-    new = ReducedLayer(owner)
+    new = ReducedLayer(pipeline_name)
     if layer.is_initialized and layer.get_seq_length():
-        new.keys, new.values, new.is_initialized = layer.keys, layer.values, True
-        new.dtype, new.device = layer.keys.dtype, layer.keys.device
+        vars(new).update(vars(layer))  # whatever else a release keeps there
         new.outer = new.held
     new.valid, new.ragged = past_valid, ragged
     new.dropped = torch.zeros(past_valid.shape[0], dtype=torch.int64, device=past_valid.device)
     cache.layers[index] = new
+    first: Any = cache.layers[0]
+    if isinstance(first, ReducedLayer):
+        first.peers = cache.layers
+    elif type(first) is DynamicLayer:
+        cache.layers[0] = FirstLayer.of(first, cache.layers)
     return new
 
 

@@ -22,14 +22,14 @@ class Segment:
         ragged: False where `valid` is known to be all True.
         dropped: int64 ``(B,)``, tokens dropped so far in the conversation.
         mask: the attention mask in the backend's form.
-        position_embeddings: the rotary embeddings of the tokens that are there.
+        rotary: the rotary embeddings of the tokens that are there.
     """
 
     valid: torch.Tensor
     ragged: bool
     dropped: torch.Tensor
     mask: Any
-    position_embeddings: Any
+    rotary: Any
 
 
 @dataclass
@@ -41,11 +41,17 @@ class Forward:
         thread: the thread that runs it.
         call: arguments of the multimodal module, by name.
         pictures: whether the call brings pictures.
+        reached: whether the language model was called.
         modalities: what was encoded within this forward.
         features: visual features to be added in front of a layer, ``(B, N, D)``.
         begin: when the language model started, in seconds.
-        attention_mask: of the whole conversation, bool or int ``(B, past + S)``, or None.
+        mask: of the whole conversation, bool or int ``(B, past + S)``, or None.
         position_ids: as the language model got them.
+        asks_cache: whether keys and values are to be kept, so that every layer must meet a cache.
+        cache: the cache of this forward, as soon as it was seen.
+        past: tokens of the conversation in that cache before this forward.
+        brought: tokens of the conversation that this forward brings, the dropped ones included.
+        visited: calls of decoder layers from the first reduction on.
         prefill: the stages' state, where the forward brings visual tokens.
         active: whether decoder layers need anything of the runtime.
         segments: by number of stages passed.
@@ -56,11 +62,17 @@ class Forward:
     thread: int
     call: Mapping[str, Any] = field(default_factory=dict)
     pictures: bool = False
+    reached: bool = False
     modalities: set[str] = field(default_factory=set)
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     begin: float = 0.0
-    attention_mask: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    asks_cache: bool = False
+    cache: Any = None
+    past: int = 0
+    brought: int = 0
+    visited: int = 0
     prefill: Prefill | None = None
     active: bool = False
     segments: dict[int, Segment] = field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,26 +14,34 @@ from torch import nn
 
 from trio.context import ProbeName
 from trio.errors import AttachError, InputError, NonFiniteError
+from trio.hooking import Hook, MethodPatch, patches_on, remove_hooks
 from trio.probe import LayerInputs, Probe
-from trio.runtime.backbone import Backbone
-from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink
+from trio.runtime.backbone import FEATURE_COUNTS, Backbone
+from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
 from trio.runtime.compress import BoundCompressor, EncoderSide, merged_features
 from trio.runtime.forward import Forward
-from trio.runtime.generate import GuardedGenerate
-from trio.runtime.methods import NotedEncoder, StandIn
+from trio.runtime.methods import GuardedGenerate, NotedEncoder
 from trio.runtime.prefill import Selection, Uncached, given_tokens, start_prefill
 from trio.runtime.record import PrefillRecord
 from trio.runtime.sequence import NewlinePolicy
 from trio.runtime.sequence import Sequence as Tokens
 from trio.runtime.shrink import Shrinker
 from trio.runtime.stage import BoundStage, Prefill, now, run_stage
+from trio.runtime.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
 
 
 class Runtime:
     """Attaches stages to a model and takes them off again.
 
-    The model's classes, modules and weights stay as they are: only hooks are added, and a guard around `generate` that
-    refuses the ways of generating that cannot work.
+    The model's classes, modules and weights stay as they are: only hooks are added, and patches around `generate` and
+    the encoder methods. They hold the runtime weakly: one that is garbage takes them with it.
+
+    Attributes:
+        live: whether the hooks do anything; set last in `attach` and taken back first in `detach`, so that whatever an
+            interrupt leaves on the model has no effect.
+        pipeline_name: for messages.
+        forced: tokens to keep in place of scored ones.
+        score_only: score, but drop nothing.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class Runtime:
         backbone: Backbone,
         stages: Sequence[BoundStage],
         *,
-        owner: str,
+        pipeline_name: str,
         compact: bool,
         full_report: bool,
         newlines: NewlinePolicy = "with-row",
@@ -52,15 +62,19 @@ class Runtime:
         Args:
             backbone: the model, through its adapter.
             stages: in order of their layers.
-            owner: name of the pipeline; it is written on the caches that it reduces.
+            pipeline_name: it is written on the caches that are reduced.
             compact: whether survivors are renumbered.
             full_report: keep saliencies, measure times and bytes.
             newlines: what happens to tokens that end the rows of a picture.
             compressor: works on the encoder side, in front of the first decoder layer.
             on_prefill: told after each forward that brought visual tokens.
             on_decode: told the seconds of each other forward, where `full_report` is set.
+
+        Raises:
+            UnsupportedModelError: this release of transformers calls the model's parts in a way that is not known.
         """
         self._backbone = backbone
+        self._upstream = backbone.upstream
         self._stages = {stage.after_layer: stage for stage in stages}
         self._encoder = None if compressor is None else EncoderSide(backbone, compressor)
         reductions = sorted({*self._stages, *(() if compressor is None else (0,))})
@@ -68,33 +82,35 @@ class Runtime:
         self._needs_ran = {
             stage.after_layer - 1 for stage in stages if "ran" in stage.scorer.required() and stage.after_layer > 0
         }
-        self._name = owner
+        self.pipeline_name = pipeline_name
         # Pipelines of one name may differ: what is written on caches also says where the stages stand.
         layers = ", ".join(map(str, self._stages)) or "none"
         before = "" if compressor is None else f"compressor {compressor.name}, "
         numbering = "compact" if compact else "original"
-        self._owner = f"{owner} ({before}stages after layers {layers}, positions {numbering})"
-        self._shrinker = Shrinker(backbone, reductions, owner=self._owner, compact=compact)
+        self._signature = f"{pipeline_name} ({before}stages after layers {layers}, positions {numbering})"
+        self._shrinker = Shrinker(backbone, reductions, pipeline_name=self._signature, compact=compact)
         self._full = full_report
         self._newlines = newlines
         self._on_prefill = on_prefill
         self._on_decode = on_decode
-        self._handles: list[Any] = []
-        self._stand_ins: list[StandIn] = []
+        self._token = _Token(pipeline_name)
         self._encoded: dict[str, Mapping[str, Any]] = {}
+        self._generating = False
+        self._encoded_ahead: str | None = None
         self._lock = threading.Lock()
         self._forward: Forward | None = None
         self._uncached: Uncached | None = None
-        self._signature = inspect.signature(backbone.multimodal.forward)
+        self.live = False
         self.forced: Selection | None = None
         self.score_only = False
+        weakref.finalize(self, _left_behind, weakref.ref(backbone.model), self._token, self._encoder).atexit = False
 
     # Attaching
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on the model."""
-        return bool(self._handles)
+        """Whether the hooks are on the model and at work."""
+        return self.live
 
     @property
     def reads_tower(self) -> bool:
@@ -108,11 +124,11 @@ class Runtime:
             AttachError: this or another pipeline is attached already, or the model is in training mode.
         """
         model = self._backbone.model
-        there = GuardedGenerate.on(model)
-        if there is not None:
-            other = "this pipeline" if there.owner is self else f"the pipeline {there.name!r}"
+        other = self if self.live else GuardedGenerate.of_attached(model)
+        if other is not None:
+            name = "this pipeline" if other is self else f"the pipeline {other.pipeline_name!r}"
             raise AttachError(
-                f"attach: {other} is already attached to this {type(model).__name__}; detach it first "
+                f"attach: {name} is already attached to this {type(model).__name__}; detach it first "
                 "(a `with` block does so at its end)"
             )
         if model.training:
@@ -120,159 +136,207 @@ class Runtime:
                 f"attach: this {type(model).__name__} is in training mode; call model.eval() first: "
                 "compression is for inference"
             )
-        multimodal = self._backbone.multimodal
-        self._stand_ins = [
-            GuardedGenerate(model, owner=self, name=self._name),
-            *(
-                NotedEncoder(
-                    multimodal,
-                    name,
-                    pixels=self._backbone.pixels,
-                    note=self._noting(modality),
-                    done=self._encoding_done(modality),
-                )
-                for modality, name in self._backbone.encoders.items()
-            ),
-        ]
+        _take_off(model, lambda token: isinstance(token, _Token))  # what an interrupt left, of any pipeline
         try:
             self._hook(model, self._before_model)
+            multimodal = self._backbone.multimodal
             self._hook(multimodal, self._before_multimodal, after=True)
             self._hook(self._backbone.language_model, self._before_language_model, after=True)
             for index, layer in enumerate(self._backbone.layers):
                 if index >= self._first or index in self._needs_ran:
-                    self._hook(layer, self._layer_hook(index))
-            for stand_in in self._stand_ins:
-                stand_in.install()
+                    self._hook(layer, self._before_layer, index)
+            for patch in self._patches(model, multimodal):
+                patch.install()
             if self._encoder is not None:
                 self._encoder.attach()
+            self._token.attached = self.live = True
         except BaseException:
-            self.detach()
+            self._release()
             raise
 
     def detach(self) -> None:
-        """Takes everything off again; does nothing where nothing is attached."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for stand_in in self._stand_ins:
-            stand_in.remove()
-        self._stand_ins = []
+        """Takes everything off again; does nothing where nothing is attached.
+
+        Raises:
+            InputError: the model is in the middle of a forward.
+        """
+        if self._forward is not None and _is_running(self._forward):
+            raise InputError(
+                "detach: the model is in the middle of a forward, whose cache and masks the pipeline serves; detach "
+                "when the forward has ended"
+            )
+        self._release()
+
+    def _release(self) -> None:
+        self._token.attached = self.live = False
+        token = self._token
+        _take_off(self._backbone.model, lambda owner: owner is token)
         if self._encoder is not None:
             self._encoder.detach()
         self._forward = None
         self._uncached = None
         self._encoded.clear()
+        self._generating, self._encoded_ahead = False, None
         if self._lock.locked():
             self._lock.release()
 
-    def _hook(self, module: nn.Module, before: Callable[..., Any], *, after: bool = False) -> None:
-        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    def _hook(self, module: nn.Module, before: Callable[..., Any], *bound: Any, after: bool = False) -> None:
+        module.register_forward_pre_hook(Hook(before, *bound, owner=self._token), with_kwargs=True)
         if after:
-            self._handles.append(module.register_forward_hook(self._after, always_call=True))
+            module.register_forward_hook(Hook(self._after, owner=self._token), always_call=True)
+
+    def _patches(self, model: nn.Module, multimodal: nn.Module) -> list[MethodPatch]:
+        backbone = self._backbone
+        return [
+            GuardedGenerate(model, listener=self, owner=self._token),
+            *(
+                NotedEncoder(
+                    multimodal, name, modality=modality, pixels=backbone.pixels, listener=self, owner=self._token
+                )
+                for modality, name in backbone.encoders.items()
+            ),
+        ]
 
     # Around the model
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.live:
+            return
         if module.training:
             raise InputError(
                 f"forward: the {type(module).__name__} was put into training mode; call model.eval(), "
                 "or detach the pipeline to train"
             )
-        if kwargs.get("labels") is not None:
+        call = self._upstream.model
+        given = call.given(args, kwargs)
+        if call.read(Role.LABELS, given) is not None:
             raise InputError(
                 "labels: dropped tokens have no logits, so a loss against labels would be misaligned; "
                 "detach the pipeline to compute losses"
             )
-        if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+        if isinstance(call.read(Role.LOGITS_TO_KEEP, given), torch.Tensor):
             raise InputError(
                 "logits_to_keep: found a tensor of columns, which would count dropped tokens; pass a number of last "
                 "columns instead"
             )
 
     def _before_multimodal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.live:
+            return
         forward = self._enter(module)
-        call = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        call.update(call.pop("kwargs", {}))
-        forward.call = call
-        forward.pictures = self._backbone.brings_pictures(call)
-        if call.get("input_ids") is None and (forward.pictures or call.get("inputs_embeds") is not None):
+        call = self._upstream.multimodal
+        forward.call = call.given(args, kwargs)
+        forward.pictures = self._backbone.brings_pictures(forward.call)
+        ahead, self._encoded_ahead = self._encoded_ahead, None
+        if ahead is not None and not forward.pictures:
+            raise unsupported(
+                f"{call.where}.forward",
+                f"the {ahead} features that `generate` had encoded",
+                f"a call with {', '.join(name for name, value in forward.call.items() if value is not None)}",
+            )
+        ids, embeddings = call.read(Role.IDS, forward.call), call.read(Role.EMBEDDINGS, forward.call)
+        if ids is None and (forward.pictures or embeddings is not None):
             raise InputError(
                 "inputs_embeds: without input_ids nobody can tell which embeddings are visual tokens; "
                 "pass input_ids and pixels, or detach the pipeline"
             )
 
-    def _noting(self, modality: str) -> Callable[[Mapping[str, Any]], None]:
-        def note(arguments: Mapping[str, Any]) -> None:
-            if self._encoder is not None:
-                self._encoder.begin()
-            self._encoded[modality] = arguments
-            forward = self._forward
-            if forward is not None and forward.thread == threading.get_ident():
-                forward.modalities.add(modality)
+    def encoding(self, modality: str, arguments: Mapping[str, Any]) -> None:
+        """See `Listener`."""
+        if self._encoder is not None:
+            self._encoder.begin()
+        self._encoded[modality] = arguments
+        forward = self._forward
+        if forward is not None and forward.thread == threading.get_ident():
+            forward.modalities.add(modality)
+        elif self._generating:
+            self._encoded_ahead = modality
 
-        return note
+    def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
+        """See `Listener`."""
+        if counts is not None:
+            self._encoded[modality] = {**self._encoded[modality], FEATURE_COUNTS: counts}
+        if self._encoder is not None:
+            self._encoder.encoded(modality)
 
-    def _encoding_done(self, modality: str) -> Callable[[], None]:
-        def done() -> None:
-            if self._encoder is not None:
-                self._encoder.encoded(modality)
-
-        return done
+    def generating(self, running: bool) -> None:
+        """See `Listener`."""
+        self._generating, self._encoded_ahead = running, None
 
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.live:
+            return None
         forward = self._enter(module)
-        hidden = kwargs.get("inputs_embeds")
-        mask = kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
-        layers = getattr(cache, "layers", ())
-        reduced = any(isinstance(layer, ReducedLayer) for layer in layers)
+        forward.reached = True
+        call, depth = self._upstream.language_model, len(self._backbone.layers)
+        given = call.given(args, kwargs)
+        hidden, mask = call.read(Role.EMBEDDINGS, given), call.read(Role.MASK, given)
+        cache = call.read(Role.CACHE, given)
+        reduced = any(isinstance(layer, ReducedLayer) for layer in getattr(cache, "layers", ()))
         if forward.pictures or reduced:
+            stray = call.stray_cache(given)
+            if stray is not None:
+                raise unsupported(f"{call.where}.forward", f"the {Role.CACHE} as `{call.names[Role.CACHE]}`", stray)
+            check_can_shrink(cache, self._first, depth, self._signature)
             if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-                check_can_shrink(cache, self._first, len(self._backbone.layers), self._owner)
                 raise InputError(
-                    "attention_mask: found a prepared mask that is not 2-D, which cannot shrink with the tokens; "
-                    "pass the (batch, length) mask of the processor"
+                    f"{call.names[Role.MASK]}: found a prepared mask that is not 2-D, which cannot shrink with the "
+                    "tokens; pass the (batch, length) mask of the processor"
                 )
-            check_can_shrink(cache, self._first, len(self._backbone.layers), self._owner)
-        forward.attention_mask = mask
-        forward.position_ids = kwargs.get("position_ids")
+            forward.past = tokens_in(cache, depth)
+        forward.mask = mask
+        forward.position_ids = call.read(Role.POSITIONS, given)
+        forward.cache = cache
+        forward.asks_cache = cache is not None or uses_cache(call, given, self._backbone.text_config)
         if forward.pictures and hidden is not None:
-            uncached = cache is None and not _uses_cache(kwargs, self._backbone.text_config)
-            forward.prefill = self._start(forward, hidden, uncached)
-        elif hidden is None and not forward.call and kwargs.get("input_ids") is None:
+            forward.prefill = self._start(forward, hidden, not forward.asks_cache)
+        elif hidden is None and not forward.call and call.read(Role.IDS, given) is None:
             raise InputError("forward: the language model got neither input_ids nor inputs_embeds")
         forward.active = reduced or forward.prefill is not None
         if self._full:
-            forward.begin = now(_device(hidden, kwargs))
+            forward.begin = now(_device(hidden, given))
         prefill = forward.prefill
-        later = None if prefill is None else self._backbone.later_features(kwargs, self._first)
+        later = None if prefill is None else self._backbone.later_features(given, self._first)
         if prefill is None or later is None:
             return None
         kwargs, features = later
         forward.features = {layer: _by_sample(flat, prefill) for layer, flat in features.items()}
-        return args, kwargs
+        return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._forward
-        if forward is None or forward.thread != threading.get_ident():
+        if not self.live or forward is None or forward.thread != threading.get_ident():
             return
         failed = output is None
         try:
             if not failed and module is self._backbone.language_model:
                 self._finish(forward, output)
+            elif not failed and forward.pictures and not forward.reached:
+                raise unsupported(
+                    type(module).__name__,
+                    f"a call of its {type(self._backbone.language_model).__name__} as a module",
+                    "none, so that no token was dropped",
+                )
+        except BaseException:
+            failed = True
+            raise
         finally:
             if module is forward.entry or failed:
                 self._forward = None
-                self._lock.release()
+                if self._lock.locked():
+                    self._lock.release()
 
     def _enter(self, module: nn.Module) -> Forward:
         """The running forward, or a new one; a second thread is refused."""
         me = threading.get_ident()
         running = self._forward
         if running is not None and running.thread == me:
-            return running
+            if running.entry is not module:
+                return running
+            self._forward = Forward(entry=module, thread=me)  # an interrupted forward never ended
+            return self._forward
         if not self._lock.acquire(blocking=False):
             raise InputError(
                 "forward: another thread is running this model; an attached pipeline serves one thread at a time: "
@@ -302,9 +366,11 @@ class Runtime:
 
     def _finish(self, forward: Forward, output: Any) -> None:
         prefill = forward.prefill
-        device = output[0].device if isinstance(output, tuple) else output.last_hidden_state.device
+        if forward.active:
+            self._verify(forward)
+        device = hidden_of(output, self._upstream.language_model.where).device if self._full or forward.active else None
         if prefill is None:
-            if self._full:
+            if self._full and device is not None:
                 self._on_decode(now(device) - forward.begin)
             return
         if prefill.finite:
@@ -313,14 +379,32 @@ class Runtime:
         self._uncached = None
         record.fill_layers(prefill.num_layers, self._first)
         if self._full:
+            assert device is not None
             record.seconds["prefill"] = now(device) - forward.begin
-            cache = output[1] if isinstance(output, tuple) and len(output) > 1 else output.get("past_key_values")
-            record.cache_bytes = bytes_of(cache)
+            record.cache_bytes = bytes_of(forward.cache)
         if prefill.uncached is not None and not prefill.score_only and self.forced is None:
             kept = {index: stage.kept for index, stage in record.stages.items()}
             self._uncached = Uncached(prefill.input_ids, prefill.uncached, kept, prefill.seeds)
         if not prefill.repeats:
             self._on_prefill(record)
+
+    def _verify(self, forward: Forward) -> None:
+        """Compares what ran with what was planned: plain integers that the host has anyway.
+
+        Raises:
+            UnsupportedModelError: a decoder layer was left out or called twice.
+            CacheError: a layer's keys went somewhere else.
+        """
+        depth = len(self._backbone.layers)
+        if forward.visited != depth - self._first:
+            raise unsupported(
+                type(self._backbone.language_model).__name__,
+                f"one call of each of its decoder layers {self._first} to {depth - 1}",
+                f"{forward.visited} calls",
+            )
+        if forward.cache is not None and not (forward.prefill is not None and forward.prefill.score_only):
+            brought = forward.brought
+            check_filled(forward.cache, depth, forward.past + brought)
 
     @staticmethod
     def _check_finite(prefill: Prefill) -> None:
@@ -336,28 +420,56 @@ class Runtime:
 
     # Decoder layers
 
-    def _layer_hook(self, index: int) -> Callable[..., Any]:
-        def before_layer(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            forward = self._forward
-            if forward is None or not forward.active or forward.thread != threading.get_ident():
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            changed = self._at_layer(forward, index, hidden, kwargs)
-            if changed is None:
-                return None
-            hidden, kwargs = changed
-            return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self._forward
+        if forward is None or not forward.active or forward.thread != threading.get_ident():
+            return None
+        call = self._upstream.layers[index]
+        given = call.given(args, kwargs)
+        hidden = given.get(call.hidden)
+        if not isinstance(hidden, torch.Tensor):
+            raise unsupported(
+                f"{call.where}.forward", f"the {Role.HIDDEN} as `{call.hidden}`", f"a call with {', '.join(given)}"
+            )
+        self._meet_cache(forward, call, given)
+        changed = self._at_layer(forward, index, hidden, given)
+        if changed is None:
+            return None
+        hidden, given = changed
+        given.pop(call.hidden, None)
+        return ((hidden,), given) if args else ((), {**given, call.hidden: hidden})
 
-        return before_layer
+    @staticmethod
+    def _meet_cache(forward: Forward, call: LayerCall, given: Mapping[str, Any]) -> None:
+        """Takes the cache that a layer was given for the forward's.
+
+        Raises:
+            UnsupportedModelError: the forward keeps keys and values, but the layer got no cache under a known name.
+            InputError: another cache than before.
+        """
+        cache = call.read(Role.CACHE, given)
+        if cache is None:
+            if forward.asks_cache:
+                there = [name for name, value in given.items() if value is not None]
+                raise unsupported(
+                    f"{call.where}.forward", f"the {Role.CACHE} as `{call.cache}`", f"a call with {', '.join(there)}"
+                )
+            return
+        check_one_cache(forward.cache, cache)
+        forward.cache = cache
 
     def _at_layer(
-        self, forward: Forward, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]] | None:
-        prefill, cache = forward.prefill, kwargs.get("past_key_values")
+        prefill, cache = forward.prefill, forward.cache
         stage = self._stages.get(index)
         arrived = hidden
+        if index >= self._first:
+            forward.visited += 1
+        if forward.visited <= 1:
+            forward.brought = forward.tokens(hidden)
         if prefill is not None and index == 0 and self._encoder is not None and not prefill.score_only:
             hidden = self._compress(self._encoder, forward, prefill, hidden, cache)
         if prefill is not None:
@@ -365,29 +477,29 @@ class Runtime:
         if prefill is not None and index in forward.features:
             hidden = _added(hidden, forward.features[index], prefill.sequence)
         if prefill is not None and stage is not None:
-            check_can_shrink(cache, index, len(self._backbone.layers), self._owner)
-            inputs = self._shrinker.inputs(forward, index, hidden, kwargs)
+            check_can_shrink(cache, index, len(self._backbone.layers), self._signature)
+            inputs = self._shrinker.inputs(forward, index, hidden, given)
             columns = run_stage(stage, prefill, hidden, self._probes(forward, index, inputs))
             if columns is not None:
                 forward.segments.clear()
                 hidden = hidden.gather(1, columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
         forward.ran = None
-        changed = self._shrinker.arguments(forward, index, hidden, kwargs)
+        changed = self._shrinker.arguments(forward, index, hidden, given)
         if prefill is not None and index in self._needs_ran:
-            given = kwargs if changed is None else changed
-            forward.ran = self._shrinker.inputs(forward, index, hidden, given, shrunk=True)
+            now_given = given if changed is None else changed
+            forward.ran = self._shrinker.inputs(forward, index, hidden, now_given, shrunk=True)
         if prefill is not None and index >= self._first:
             prefill.record.lengths.append(prefill.sequence.valid.shape[1])
             prefill.record.tokens.append(prefill.sequence.lengths)
         if changed is None:
-            return None if hidden is arrived else (hidden, kwargs)
+            return None if hidden is arrived else (hidden, given)
         return hidden, changed
 
     def _compress(
         self, encoder: EncoderSide, forward: Forward, prefill: Prefill, hidden: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """Runs the compressor on the pictures that enter the language model."""
-        check_can_shrink(cache, 0, len(self._backbone.layers), self._owner)
+        check_can_shrink(cache, 0, len(self._backbone.layers), self._signature)
         prefill.sequence = prefill.sequence.to(hidden.device)
         with prefill.timed("compression", hidden.device):
             result = encoder.run(prefill, hidden)
@@ -404,20 +516,58 @@ class Runtime:
         backbone, ran = self._backbone, forward.ran
         probes: dict[ProbeName, Callable[[], Probe]] = {"next": lambda: backbone.probe(index, inputs)}
         if index > 0:
-            last = LayerInputs(inputs.hidden, inputs.valid, inputs.position_embeddings)
+            last = LayerInputs(inputs.hidden, inputs.valid, inputs.rotary, others=inputs.others)
             probes["last"] = lambda: backbone.probe(index - 1, last)
         if ran is not None:
             probes["ran"] = lambda: backbone.probe(index - 1, ran)
         return probes
 
 
-def _uses_cache(kwargs: Mapping[str, Any], config: Any) -> bool:
-    asked = kwargs.get("use_cache")
-    return bool(getattr(config, "use_cache", True) if asked is None else asked)
+class _Token:
+    """Marks what one runtime puts on a model; a copy of the model carries it without effect."""
+
+    def __init__(self, pipeline_name: str) -> None:
+        self.pipeline_name = pipeline_name
+        self.attached = False
+
+
+def _take_off(model: nn.Module, owned: Callable[[object], bool]) -> None:
+    """Takes hooks and patches off a model."""
+    remove_hooks(model, lambda module, number, hook: isinstance(hook, Hook) and owned(hook.owner))
+    for patch in list(patches_on(model)):
+        if owned(patch.owner):
+            patch.remove()
+
+
+def _left_behind(model: weakref.ref[nn.Module], token: _Token, encoder: EncoderSide | None) -> None:
+    """A runtime is garbage: what it put on its model goes too."""
+    there = model()
+    if there is not None:
+        _take_off(there, lambda owner: owner is token)
+        if encoder is not None:
+            encoder.detach()
+    if token.attached:
+        token.attached = False
+        warnings.warn(
+            f"the pipeline {token.pipeline_name!r} was attached when the last reference to it went, so that it was "
+            "taken off its model; keep the pipeline in a variable while it is to work",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _is_running(forward: Forward) -> bool:
+    """Whether a forward's thread really stands within it: an interrupted forward leaves its state behind."""
+    frame = sys._current_frames().get(forward.thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is forward.entry:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _device(hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.device:
-    tensor = kwargs.get("input_ids") if hidden is None else hidden
+    tensor = next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None) if hidden is None else hidden
     return torch.device("cpu") if tensor is None else tensor.device
 
 

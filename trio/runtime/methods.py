@@ -1,77 +1,124 @@
-"""Stand-ins for methods of a model instance, put in front of them while a pipeline is attached."""
+"""Patches of a model's methods while a pipeline is attached: encoders are noted, `generate` is guarded."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import nn
 
-
-class StandIn:
-    """Takes the place of a bound method on one instance; `remove` brings the method back."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        """Prepares a stand-in; nothing changes before `install`."""
-        self._module = module
-        self._name = name
-        self._method: Callable[..., Any] = getattr(module, name)
-        functools.update_wrapper(self, self._method)
-
-    def install(self) -> None:
-        """Puts the stand-in on the instance."""
-        setattr(self._module, self._name, self)
-
-    def remove(self) -> None:
-        """Takes it off again."""
-        if vars(self._module).get(self._name) is self:
-            delattr(self._module, self._name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the method."""
-        return self._method(*args, **kwargs)
+from trio.errors import InputError
+from trio.hooking import MethodPatch, patches_on
+from trio.runtime import upstream
 
 
-class NotedEncoder(StandIn):
+class Listener(Protocol):
+    """Who is told of the methods' calls: the runtime."""
+
+    live: bool
+    pipeline_name: str
+
+    def encoding(self, modality: str, arguments: Mapping[str, Any]) -> None:
+        """An encoder method is about to run."""
+
+    def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
+        """It has run; `counts` are the feature rows of each image, None where that cannot be told."""
+
+    def generating(self, running: bool) -> None:
+        """`generate` begins or ends."""
+
+
+class NotedEncoder(MethodPatch):
     """Notes the arguments of an encoder method: `generate` may call it before the forward, which then sees no grids."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        *,
-        pixels: tuple[str, ...],
-        note: Callable[[Mapping[str, Any]], None],
-        done: Callable[[], None],
+        self, module: nn.Module, name: str, *, modality: str, pixels: tuple[str, ...], listener: Listener, owner: object
     ) -> None:
-        """Prepares the note.
+        """Prepares the patch.
 
         Args:
             module: the module that owns the method.
             name: of the method.
-            pixels: arguments that are noted by their shape alone, so that no picture is kept alive.
-            note: told the arguments by name, None left out, before the method runs.
-            done: called after it has run.
+            modality: what it encodes.
+            pixels: arguments that are noted by their shape alone, so that no image is kept alive.
+            listener: told of each call; held weakly.
+            owner: as in `MethodPatch`.
         """
-        super().__init__(module, name)
+        super().__init__(module, name, owner=owner)
+        self._modality = modality
         self._pixels = pixels
-        self._note = note
-        self._done = done
+        self._listener = weakref.ref(listener)
         self._signature = inspect.signature(self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Notes the arguments, then encodes."""
+        """Notes the arguments, encodes, then tells how many features each image has."""
+        listener = self._listener()
+        if listener is None or not listener.live:
+            return super().__call__(*args, **kwargs)
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
-        self._note(
+        listener.encoding(
+            self._modality,
             {
                 name: getattr(value, "shape", None) if name in self._pixels else value
                 for name, value in given.items()
                 if value is not None
-            }
+            },
         )
         out = super().__call__(*args, **kwargs)
-        self._done()
+        listener.encoded(self._modality, upstream.feature_counts(out))
         return out
+
+
+class GuardedGenerate(MethodPatch):
+    """Refuses, by name and before anything runs, the ways of generating that cannot work with dropped tokens."""
+
+    def __init__(self, model: nn.Module, *, listener: Listener, owner: object) -> None:
+        """Prepares the guard of a model's `generate`."""
+        super().__init__(model, "generate", owner=owner)
+        self._listener = weakref.ref(listener)
+
+    @staticmethod
+    def of_attached(model: nn.Module) -> Listener | None:
+        """The attached runtime whose guard stands on a model, if any."""
+        for patch in patches_on(model):
+            if isinstance(patch, GuardedGenerate):
+                listener = patch._listener()
+                if listener is not None and listener.live:
+                    return listener
+        return None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Checks the arguments, then generates."""
+        listener = self._listener()
+        if listener is None or not listener.live:
+            return super().__call__(*args, **kwargs)
+        config = kwargs.get(upstream.CONFIGURATION) or getattr(self._module, upstream.CONFIGURATION, None)
+
+        def asked(name: str) -> Any:
+            value = kwargs.get(name)
+            return getattr(config, name, None) if value is None else value
+
+        if kwargs.get(upstream.ASSISTANT) is not None or asked(upstream.LOOKUP) is not None:
+            raise InputError(
+                "generate: assisted decoding appends guessed tokens to the prompt, so that its end cannot be found; "
+                f"leave out {upstream.ASSISTANT} and {upstream.LOOKUP}, or detach the pipeline"
+            )
+        if asked(upstream.CHUNK) is not None:
+            raise InputError(
+                "generate: a chunked prefill hides the end of the prompt from the scorer; leave out "
+                f"{upstream.CHUNK}, or detach the pipeline"
+            )
+        cache = asked(upstream.CACHE_KIND)
+        if cache is not None and cache not in upstream.RAGGED_CACHES:
+            raise InputError(
+                f"generate: {upstream.CACHE_KIND} {cache!r} cannot hold a different number of tokens in each layer; "
+                "use 'dynamic' (the default) or 'offloaded', or detach the pipeline"
+            )
+        listener.generating(True)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            listener.generating(False)

@@ -15,6 +15,7 @@ from trio.runtime.forward import Forward
 from trio.runtime.record import PrefillRecord
 from trio.runtime.sequence import Images, NewlinePolicy, start
 from trio.runtime.stage import Prefill
+from trio.runtime.upstream import Role, encoder_outputs
 
 #: Tokens to keep, as a user gives them: by stage, sample and image, places among the image's own tokens.
 Selection = Sequence[Sequence[Sequence[Sequence[int]]]]
@@ -42,9 +43,8 @@ def start_prefill(
     Raises:
         InputError: the placeholders do not fit the pictures.
     """
-    ids, valid = _on_host(forward.call["input_ids"], forward.attention_mask)  # from here on counts are known
-    given = forward.call.get("mm_encoder_outputs") or {}
-    here = forward.modalities | {name for name, output in given.items() if output is not None}
+    ids, valid = _on_host(backbone.upstream.multimodal.read(Role.IDS, forward.call), forward.mask)
+    here = forward.modalities | set(encoder_outputs(forward.call))
     used = {name: encoded[name] for name in here if name in encoded}
     layout = backbone.layout(ids, used)
     if not any(layout.images):
@@ -66,11 +66,26 @@ def start_prefill(
 
 
 def _on_host(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and padding, int64 and bool ``(B, S)`` on the CPU, in one copy: here the prefill waits for the device."""
+    """Ids and padding, int64 and bool ``(B, S)`` on the CPU, in one copy: here the prefill waits for the device.
+
+    Raises:
+        InputError: the mask does not fit the ids, or a sample is all padding.
+    """
     if mask is None:
         ids = ids.cpu()
         return ids, torch.ones_like(ids, dtype=torch.bool)
-    ids, present = torch.stack([ids, mask[:, -ids.shape[1] :].to(ids)]).cpu()
+    batch, length = ids.shape
+    if mask.shape[0] != batch or mask.shape[1] < length:
+        raise InputError(
+            f"mask: found {tuple(mask.shape)} (batch, length), the forward brings {batch} samples of {length} tokens; "
+            "pass the mask that the processor made with the ids, with ones in front for the tokens of earlier turns"
+        )
+    ids, present = torch.stack([ids, mask[:, -length:].to(ids)]).cpu()
+    empty = (~present.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"mask: sample {empty[0]} has no token that is not padding; pass 1 at every token of the prompt"
+        )
     return ids, present.bool()
 
 

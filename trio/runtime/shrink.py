@@ -8,80 +8,96 @@ from typing import Any
 import torch
 
 from trio.errors import InputError
-from trio.masks import causal_mask
 from trio.probe import LayerInputs, Past
 from trio.runtime.backbone import Backbone
 from trio.runtime.cache import ReducedLayer, layer_of, reduced_layer
 from trio.runtime.forward import Forward, Segment
+from trio.runtime.upstream import LayerCall, Role, causal_mask
 
 
 class Shrinker:
     """Serves every decoder layer the arguments that fit the tokens it has."""
 
-    def __init__(self, backbone: Backbone, stage_layers: Collection[int], *, owner: str, compact: bool) -> None:
+    def __init__(self, backbone: Backbone, stage_layers: Collection[int], *, pipeline_name: str, compact: bool) -> None:
         """Binds a shrinker.
 
         Args:
             backbone: the model, through its adapter.
             stage_layers: decoder layers in front of which stages stand.
-            owner: name of the pipeline, written on the caches.
+            pipeline_name: written on the caches.
             compact: whether survivors are renumbered.
         """
         self._backbone = backbone
+        self._calls = backbone.upstream.layers
         self._stage_layers = tuple(stage_layers)
-        self._owner = owner
+        self._pipeline_name = pipeline_name
         self._compact = compact
 
     def arguments(
-        self, forward: Forward, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """The layer's arguments where it or its cache holds fewer tokens than the conversation, else None."""
-        cache = kwargs.get("past_key_values")
+        """The layer's arguments where it or its cache holds fewer tokens than the conversation, else None.
+
+        Args:
+            forward: the running forward, its cache known.
+            index: the layer.
+            hidden: ``(B, S', D)``, what enters it.
+            given: the arguments that the language model gave, by name.
+        """
+        call, cache = self._calls[index], forward.cache
         layer = None if cache is None else layer_of(cache, index)
         prefill = forward.prefill
         shorter = prefill is not None and prefill.shorter
         if not shorter and not isinstance(layer, ReducedLayer):
             return None
+        call.check_mask(given)
         number = sum(after <= index for after in self._stage_layers)
         segment = forward.segments.get(number)
         if segment is None:
-            segment = self._segment(forward, index, hidden, kwargs, shorter=shorter)
+            segment = self._segment(forward, index, hidden, given, shorter=shorter)
             forward.segments[number] = segment
         if cache is not None:
             batch = hidden.shape[0]
             past = segment.valid[:, : segment.valid.shape[1] - hidden.shape[1]]
-            own = reduced_layer(cache, index, self._owner, past, ragged=bool(past.shape[1]) and segment.ragged)
+            own = reduced_layer(cache, index, self._pipeline_name, past, ragged=bool(past.shape[1]) and segment.ragged)
             if own.valid is not None and own.valid.shape[0] != batch:
-                raise InputError(
-                    f"past_key_values: the cache holds {own.valid.shape[0]} samples, the forward brings {batch}"
-                )
+                raise InputError(f"cache: it holds {own.valid.shape[0]} samples, the forward brings {batch}")
             tokens = forward.tokens(hidden)
             own.announce(segment.valid, segment.dropped, tokens=tokens, ragged=segment.ragged, reduced=shorter)
-        return {
-            **kwargs,
-            "attention_mask": segment.mask,
-            "position_embeddings": segment.position_embeddings,
-            # Gaps would read as packed sequences; the rotation is in the embeddings already.
-            "position_ids": None,
-        }
+        changed = {**given, call.mask: segment.mask, call.rotary: segment.rotary}
+        positions = call.names.get(Role.POSITIONS)
+        if positions is not None:
+            # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
+            changed[positions] = None
+        if shorter:
+            changed.update(self._others(forward, call, given, hidden))
+        return changed
+
+    def _others(
+        self, forward: Forward, call: LayerCall, given: Mapping[str, Any], hidden: torch.Tensor
+    ) -> dict[str, Any]:
+        """Further arguments for the tokens that are there, such as token types of a mixture of experts."""
+        assert forward.prefill is not None
+        columns = forward.prefill.sequence.column.to(hidden.device)
+        return call.shrink_others(given, columns, forward.prefill.record.valid.shape[1])
 
     def _segment(
-        self, forward: Forward, index: int, hidden: torch.Tensor, kwargs: dict[str, Any], *, shorter: bool
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: dict[str, Any], *, shorter: bool
     ) -> Segment:
-        past_valid, past_dropped, past_ragged = self._past(forward, index, hidden, kwargs.get("past_key_values"))
+        past_valid, past_dropped, past_ragged = self._past(forward, index, hidden)
         device = hidden.device
         if shorter and forward.prefill is not None:
             sequence = forward.prefill.sequence
             valid, ragged, dropped = sequence.valid, sequence.ragged, past_dropped + sequence.dropped
-            embeddings = self._positions(forward, hidden, kwargs, past_dropped)
+            rotary = self._rotary(forward, index, hidden, given, past_dropped)
         else:
-            ragged = forward.attention_mask is not None
-            valid = _last_columns(forward.attention_mask, hidden)
+            ragged = forward.mask is not None
+            valid = _last_columns(forward.mask, hidden)
             dropped = past_dropped
-            embeddings = kwargs["position_embeddings"]
+            rotary = self._calls[index].rotary_of(given)
             if self._compact:
-                ids = self._position_ids(forward, hidden, kwargs) - past_dropped[:, None]
-                embeddings = self._backbone.rotary(hidden, ids.clamp_min(0))
+                ids = self._position_ids(forward, index, hidden, given) - past_dropped[:, None]
+                rotary = self._backbone.rotary(hidden, ids.clamp_min(0))
         valid = torch.cat([past_valid, valid.to(device)], dim=1)
         ragged = ragged or past_ragged
         mask = causal_mask(
@@ -92,74 +108,77 @@ class Shrinker:
             layer=index,
             window=self._backbone.window(index),
         )
-        return Segment(valid, ragged, dropped, mask, embeddings)
+        return Segment(valid, ragged, dropped, mask, rotary)
 
-    def _past(
-        self, forward: Forward, index: int, hidden: torch.Tensor, cache: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def _past(self, forward: Forward, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Padding among what the layer's cache holds, tokens dropped so far, and whether there is any padding."""
-        layer = None if cache is None else layer_of(cache, index)
+        layer = None if forward.cache is None else layer_of(forward.cache, index)
         batch, device = hidden.shape[0], hidden.device
         if isinstance(layer, ReducedLayer) and layer.valid is not None and layer.dropped is not None:
             return layer.valid.to(device), layer.dropped.to(device), layer.ragged
         held = 0 if layer is None or not layer.is_initialized else int(layer.get_seq_length())
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
-        mask = forward.attention_mask
+        mask = forward.mask
         if mask is None or not held:
             return torch.ones(batch, held, dtype=torch.bool, device=device), nothing, False
         expected = held + forward.tokens(hidden)
         if mask.shape[1] != expected:
             raise InputError(
-                f"attention_mask: found {mask.shape[1]} columns, but the cache holds {held} tokens and the forward "
+                f"mask: found {mask.shape[1]} columns, but the cache holds {held} tokens and the forward "
                 f"brings {expected - held}: pass a mask for the whole conversation"
             )
         return mask[:, :held].to(device).bool(), nothing, True
 
-    def _positions(
-        self, forward: Forward, hidden: torch.Tensor, kwargs: dict[str, Any], past_dropped: torch.Tensor
+    def _rotary(
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any], past_dropped: torch.Tensor
     ) -> Any:
         """Rotary embeddings of the survivors: renumbered, or each its own."""
         assert forward.prefill is not None
         sequence = forward.prefill.sequence
         if not self._compact:
-            return self._backbone.take_positions(kwargs["position_embeddings"], sequence.column)
-        ids = self._position_ids(forward, hidden, kwargs).gather(1, sequence.column.to(hidden.device))
+            return self._backbone.take_positions(self._calls[index].rotary_of(given), sequence.column)
+        ids = self._position_ids(forward, index, hidden, given).gather(1, sequence.column.to(hidden.device))
         ids = ids - sequence.dropped_before.to(hidden.device) - past_dropped[:, None]
         return self._backbone.rotary(hidden, ids.clamp_min(0))
 
-    def _position_ids(self, forward: Forward, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    def _position_ids(
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any]
+    ) -> torch.Tensor:
         """The forward's own position ids, ``(B, S)``."""
-        ids = kwargs.get("position_ids")
+        ids = self._calls[index].read(Role.POSITIONS, given)
         ids = forward.position_ids if ids is None else ids
         if ids is None:
-            cache = kwargs.get("past_key_values")
-            past = 0 if cache is None else int(cache.get_seq_length())
-            ids = (torch.arange(forward.tokens(hidden), device=hidden.device) + past)[None]
+            ids = (torch.arange(forward.tokens(hidden), device=hidden.device) + forward.past)[None]
         expanded: torch.Tensor = ids.to(hidden.device).expand(hidden.shape[0], -1)
         return expanded
 
     def inputs(
-        self, forward: Forward, index: int, hidden: torch.Tensor, kwargs: Mapping[str, Any], *, shrunk: bool = False
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any], *, shrunk: bool = False
     ) -> LayerInputs:
-        """What enters a layer, for its probe: the sequence as it stands before the layer's own stage."""
+        """What enters a layer, for its probe: the sequence as it stands before the layer's own stage.
+
+        Args:
+            forward: the running forward.
+            index: the layer.
+            hidden: ``(B, S', D)``.
+            given: the layer's arguments by name.
+            shrunk: whether these are those that `arguments` gave.
+        """
         assert forward.prefill is not None
-        sequence = forward.prefill.sequence
-        embeddings = kwargs["position_embeddings"]
-        cache = kwargs.get("past_key_values")
-        layer = None if cache is None else layer_of(cache, index)
-        past_valid, past_dropped, _ = self._past(forward, index, hidden, cache)
+        sequence, call = forward.prefill.sequence, self._calls[index]
+        rotary = call.rotary_of(given)
+        layer = None if forward.cache is None else layer_of(forward.cache, index)
+        past_valid, past_dropped, _ = self._past(forward, index, hidden)
+        others = call.others(given)
         if not shrunk and forward.prefill.shorter:
             before = forward.segments.get(sum(after < index for after in self._stage_layers))
-            embeddings = (
-                before.position_embeddings
-                if before is not None
-                else self._positions(forward, hidden, dict(kwargs), past_dropped)
-            )
+            rotary = before.rotary if before is not None else self._rotary(forward, index, hidden, given, past_dropped)
+            others = self._others(forward, call, given, hidden)
         past = None
         if past_valid.shape[1] and layer is not None and layer.keys is not None and layer.values is not None:
             device = hidden.device
             past = Past(layer.keys.to(device), layer.values.to(device), past_valid)
-        return LayerInputs(hidden, sequence.valid.to(hidden.device), embeddings, past)
+        return LayerInputs(hidden, sequence.valid.to(hidden.device), rotary, past, others)
 
 
 def _last_columns(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:

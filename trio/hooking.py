@@ -1,0 +1,166 @@
+"""Hooks and method patches on other people's modules that can be found again, and that copies carry without effect."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+#: Where torch keeps a module's hooks, with what it remembers of each hook beside them.
+_FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+_BESIDE = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+class Hook:
+    """A hook function with an owner.
+
+    It holds its function weakly where that is a bound method, so that a hook keeps nobody alive. A copy of the module
+    (deepcopy, pickle, torch.save) gets a hook that does nothing.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None, *bound: Any, owner: object = None) -> None:
+        """Wraps a function.
+
+        Args:
+            function: the hook; None: does nothing.
+            bound: arguments in front of those of each call.
+            owner: who puts it there, for `remove_hooks`.
+        """
+        self.owner = owner
+        self._bound = bound
+        self._function: Callable[[], Callable[..., Any] | None] = _reference(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function, where it is still there."""
+        function = self._function()
+        return None if function is None else function(*self._bound, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """A hook without effect."""
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled hook comes back without effect."""
+        return Hook, (None,)
+
+
+def _reference(function: Callable[..., Any] | None) -> Callable[[], Callable[..., Any] | None]:
+    if isinstance(function, MethodType):
+        return weakref.WeakMethod(function)
+    return lambda: function
+
+
+def adopt(handle: Any, owner: object) -> Any:
+    """Wraps a hook that stands on a module already, so that copies of the module carry it without effect.
+
+    Args:
+        handle: what torch gave when the hook was registered.
+        owner: as in `Hook`.
+
+    Returns:
+        The handle.
+    """
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and handle.id in hooks and not isinstance(hooks[handle.id], Hook):
+        function = hooks[handle.id]
+        wrapped = Hook(None, owner=owner)
+        wrapped._function = lambda: function  # the tower's own: nobody else holds it
+        hooks[handle.id] = wrapped
+    return handle
+
+
+def hook_ids(model: nn.Module) -> set[tuple[int, int]]:
+    """Every hook on a model's modules, by module and number."""
+    return {(id(module), number) for module in model.modules() for name in _FORWARD for number in getattr(module, name)}
+
+
+def remove_hooks(model: nn.Module, ours: Callable[[nn.Module, int, Any], bool]) -> None:
+    """Takes hooks off a model, found by looking at every module: an interrupt may have come before a handle was kept.
+
+    Args:
+        model: the model.
+        ours: says of a hook, from its module, its number and its function, whether to remove it.
+    """
+    for module in model.modules():
+        for name in _FORWARD:
+            hooks = getattr(module, name)
+            for number in [number for number, hook in hooks.items() if ours(module, number, hook)]:
+                for beside in _BESIDE:
+                    getattr(module, beside, {}).pop(number, None)
+                hooks.pop(number, None)
+
+
+_ABSENT = object()
+
+
+class MethodPatch:
+    """Stands in front of a bound method on one module instance; `remove` brings the method back.
+
+    A copy of the module (deepcopy, pickle, torch.save) gets a patch that calls the copy's own method.
+    """
+
+    def __init__(self, module: nn.Module, name: str, *, owner: object = None) -> None:
+        """Prepares a patch; nothing changes before `install`."""
+        self.owner = owner
+        self._module = module
+        self._name = name
+        self._before: Any = vars(module).get(name, _ABSENT)  # somebody else's patch, or nothing
+        functools.update_wrapper(self, self._method, updated=())
+
+    @property
+    def _method(self) -> Callable[..., Any]:
+        """The method in front of which this stands."""
+        if self._before is not _ABSENT:
+            before: Callable[..., Any] = self._before
+            return before
+        bound: Callable[..., Any] = getattr(type(self._module), self._name).__get__(self._module)
+        return bound
+
+    def install(self) -> None:
+        """Puts the patch on the instance."""
+        vars(self._module)[self._name] = self
+
+    def remove(self) -> None:
+        """Takes it off again; does nothing where something else stands there."""
+        attributes = vars(self._module)
+        if attributes.get(self._name) is not self:
+            return
+        if self._before is _ABSENT:
+            del attributes[self._name]
+        else:
+            attributes[self._name] = self._before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the method."""
+        return self._method(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodPatch:
+        """A patch without effect on the copy of the module."""
+        module = memo.get(id(self._module))
+        if module is None:
+            module = copy.deepcopy(self._module, memo)
+        before = self._before if self._before is _ABSENT else copy.deepcopy(self._before, memo)
+        return _inert(module, self._name, None if before is _ABSENT else before)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled patch comes back without effect."""
+        return _inert, (self._module, self._name, None if self._before is _ABSENT else self._before)
+
+
+def _inert(module: nn.Module, name: str, before: Any) -> MethodPatch:
+    patch = MethodPatch.__new__(MethodPatch)
+    patch.owner, patch._module, patch._name = None, module, name
+    patch._before = _ABSENT if before is None else before
+    functools.update_wrapper(patch, patch._method, updated=())
+    return patch
+
+
+def patches_on(model: nn.Module) -> Iterator[MethodPatch]:
+    """The patches that stand on a model's modules."""
+    for module in model.modules():
+        yield from [value for value in vars(module).values() if isinstance(value, MethodPatch)]
