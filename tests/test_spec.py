@@ -493,13 +493,13 @@ def test_yaml_errors_name_the_line(tmp_path: Path, old: str, new: str, line: int
     [
         (b"", "found an empty file; a spec is a mapping"),
         (b"# only a comment\n", "found an empty file"),
-        (b"- a\n- b\n", "found list"),
-        (b"just text", "found str 'just text'"),
-        (b"12", "found int 12"),
+        (b"- a\n- b\n", "found a list"),
+        (b"just text", "found text that is no mapping"),
+        (b"12", "found text that is no mapping"),
         (b"\xff\xfe\x00", "not UTF-8 text"),
-        (b"x" * (1 << 20) + b"xx", "is no spec"),
+        (b"x" * (1 << 20) + b"xx", "larger than 1048576 bytes"),
         (b"version: 1\n---\nversion: 1\n", "not valid YAML"),
-        (b"version: 1\nat: 2020-13-45\n", "not valid YAML"),
+        (b"version: 1\nat: 2020-13-45\n", "unknown key 'at'"),
     ],
 )
 def test_files_that_are_no_specs(tmp_path: Path, content: bytes, says: str) -> None:

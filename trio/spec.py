@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -25,9 +26,11 @@ from pydantic import (
 )
 
 from trio.errors import InputError, SpecError, TrioError, UnknownNameError, did_you_mean
+from trio.printable import HIDDEN
 from trio.spec_file import read_spec_file
 from trio.spec_rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
 from trio.spec_text import Wrong, at, line_of, short, steps, translate
+from trio.spec_yaml import dump, load
 
 if TYPE_CHECKING:
     from trio.registry import Registry
@@ -51,6 +54,8 @@ KEEP_HELP = (
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
 Group = Literal["image", "sample", "tile"]
+MAX_NUMBER = 10**9  # no model has so many tokens or layers; larger numbers do not even fit a float
+MAX_STAGES = 1000
 _PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
 
 
@@ -152,8 +157,8 @@ class Keep(_Model):
             raise Wrong("only a share is `of: current`; remove `of`, or write a share.", ("of",))
         if "count" in given:
             count = value["count"]
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise Wrong(f"found {short(count)}; a count is a whole number of tokens, 0 or more.")
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_NUMBER:
+                raise Wrong(f"found {short(count)}; a count is a whole number of tokens, 0 or more (at most 10^9).")
         if "auto" in given and value.get("per", "image") != "image":
             raise Wrong(
                 f"auto is solved for each image; remove `per: {value['per']}`, or write a count or a share.", ("per",)
@@ -194,7 +199,7 @@ class Keep(_Model):
 
 
 def _depth(value: Any) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER:
         return value
     try:
         share = parse_share(value)
@@ -214,7 +219,7 @@ Depth = Annotated[
 
 def _average(value: Any) -> int | float | str:
     allowed = 'Allowed: tokens for each image, 1 or more, or a share above "0%" and below "100%"'
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= MAX_NUMBER and math.isfinite(value):
         if value >= 1:
             return value
         raise Wrong(f'found {value!r}. {allowed}; did you mean "{value * 100:g}%"?')
@@ -393,6 +398,12 @@ class StageSpec(_Model):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in _Model
 
 
+def _name(value: str) -> str:
+    if HIDDEN.search(value):
+        raise Wrong(f"found {short(value)}; a name is printed, so it has no control characters. Write it without them.")
+    return value
+
+
 class PipelineSpec(_Model):
     """The declarative description of a pipeline.
 
@@ -409,11 +420,15 @@ class PipelineSpec(_Model):
     """
 
     version: Literal[1] = Field(default=1, description="version of the format: 1")
-    name: str = Field(default="custom", min_length=1, description="what reports call it")
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        default="custom", min_length=1, description="what reports call it"
+    )
     description: str = Field(default="", description="what it does, in a line or two")
     source: str = Field(default="", description="paper, address or file that it follows")
     compressor: CompressorSpec | None = Field(default=None, description="the reduction on the encoder side")
-    stages: list[StageSpec] = Field(default_factory=list, description="the reductions inside the language model")
+    stages: list[StageSpec] = Field(
+        default_factory=list, max_length=MAX_STAGES, description="the reductions inside the language model"
+    )
     positions: Literal["auto", "compact", "original"] = Field(
         default="original",
         description="original: each survivor keeps its own; compact: renumber them; auto: as the published code does",
@@ -502,11 +517,12 @@ class PipelineSpec(_Model):
         """
         try:
             data = self.to_dict()
-            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
-            # Written plainly, some line-breaking characters (U+0085, U+2028) come back as others: escape those texts.
-            if yaml.safe_load(text) == data:
+            text = dump(data)
+            # Written plainly, some line-breaking characters (U+0085, U+2028) come back as others: escape those texts,
+            # and those that would steer a terminal.
+            if not HIDDEN.search(text.replace("\n", "")) and load(text) == data:
                 return text
-            return yaml.safe_dump(data, sort_keys=False, allow_unicode=False, width=110)
+            return dump(data, ascii_only=True)
         except yaml.YAMLError as error:
             raise SpecError(
                 f"spec {self.name!r}: a parameter is not plain data ({error}); write it as text."

@@ -1,19 +1,27 @@
-"""Reading spec files: YAML through `safe_load`, JSON, and the line of every key for messages."""
+"""Reading spec files: YAML, JSON, and the line of every key for messages.
+
+A file comes from anywhere, or is another file altogether: it is read within bounds, and no message quotes one that does
+not say `version`, as a spec has to.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trio.errors import SpecError
-from trio.spec_text import path, short
+from trio.files import read_plain
+from trio.spec_text import path
+from trio.spec_yaml import MAX_DEPTH, MAX_VALUES, compose, construct
 
 __all__ = ["read_spec_file"]
 
 MAX_BYTES = 1 << 20  # a spec is a page of text; anything larger is some other file
+START = "`trio show trio-soft-11 --yaml` prints one to start from."
 
 
 def read_spec_file(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
@@ -24,58 +32,71 @@ def read_spec_file(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, 
         origin: what messages call it.
 
     Raises:
-        SpecError: the file cannot be read, is no mapping, holds tags, duplicate keys or no version.
+        SpecError: the file cannot be read, is no mapping, holds tags, duplicate keys or no version, or is too large.
     """
+    remedy = "check the path and its rights; a spec is a text file of at most 1 MiB."
+    data = read_plain(file, origin, remedy, most=MAX_BYTES, error=SpecError)
     try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise SpecError(f"{origin}: {size} bytes is no spec (at most {MAX_BYTES}); give a YAML file.")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(
-            f"{origin}: cannot be read ({error.strerror or error}); check the path and its rights."
-        ) from error
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SpecError(f"{origin}: not UTF-8 text (byte {error.start}); save the file as UTF-8.") from error
-    lines: dict[tuple[str | int, ...], int] = {}
-    if file.suffix == ".json":
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(
-                f"{origin}, line {error.lineno}: not valid JSON: {error.msg}.", line=error.lineno
-            ) from error
-        text = text.replace("\t", " ")  # the YAML reader, which gives the lines, refuses tabs
+    is_json = file.suffix == ".json"
+    found = _json(text, origin) if is_json else None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _map_lines(node, (), lines, origin, ())
-        if file.suffix != ".json":
-            data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _yaml_error(error, origin) from error
-    if not isinstance(data, dict):
-        found = "an empty file" if data is None else f"{type(data).__name__} {short(data)}"
+        # The YAML reader gives the lines of JSON too; it refuses tabs.
+        root = compose(text.replace("\t", " ") if is_json else text)
+        _check_root(root, origin)
+        assert root is not None
+        lines: dict[tuple[str | int, ...], int] = {}
+        _map_lines(root, (), lines, origin, ())
+        return found if is_json else construct(root), lines
+    except (yaml.YAMLError, ValueError) as error:
+        raise _yaml_error(error, origin, text) from error
+
+
+def _json(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"{origin}, line {error.lineno}: not valid JSON: {error.msg}.", line=error.lineno) from error
+    except ValueError as error:
+        raise SpecError(f"{origin}: a number has too many digits; write a smaller one.") from error
+    except RecursionError as error:
+        raise SpecError(f"{origin}: nested too deeply for a spec. {START}") from error
+
+
+def _check_root(root: yaml.Node | None, origin: str) -> None:
+    """Refuse what was never a spec, without a word of what it holds."""
+    if not isinstance(root, yaml.MappingNode):
+        kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "text that is no mapping"}
+        found = "an empty file" if root is None else kinds[type(root)]
         raise SpecError(
-            f"{origin}: found {found}; a spec is a mapping of keys such as version, name and stages. `trio show "
-            "trio-soft-11 "
-            "--yaml` prints one to start from."
+            f"{origin}: found {found}; a spec is a mapping of keys such as version, name and stages. {START}"
         )
-    if "version" not in data:
+    version = next((value for key, value in root.value if key.value == "version"), None)
+    if version is None:
         raise SpecError(f"{origin}, line 1, version: missing; add `version: 1`.", place="version", line=1)
-    return data, lines
+    if version.value != "1":
+        line = version.start_mark.line + 1
+        raise SpecError(
+            f"{origin}, line {line}, version: found another one than 1; a spec of this format says `version: 1`.",
+            place="version",
+            line=line,
+        )
 
 
-def _yaml_error(error: Exception, origin: str) -> SpecError:
+def _yaml_error(error: Exception, origin: str, text: str) -> SpecError:
     mark = getattr(error, "problem_mark", None)
     line = mark.line + 1 if mark is not None else None
     where = f"{origin}, line {line}" if line else origin
-    problem = str(getattr(error, "problem", None) or error)
-    if isinstance(error, yaml.constructor.ConstructorError) and "tag" in problem:
-        return SpecError(f"{where}: {problem}; a spec holds plain values only. Remove the tag.", line=line)
+    if isinstance(error, yaml.constructor.ConstructorError) and "tag" in str(error.problem):
+        return SpecError(f"{where}: a spec holds plain values only. Remove the tag.", line=line)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     context = getattr(error, "context", None)
-    detail = f"{context}: {problem}" if context else problem
-    return SpecError(f"{where}: not valid YAML: {detail}. Check indentation, quotes and brackets there.", line=line)
+    detail = f": {context}: {problem}" if context else f": {problem}"
+    if re.search(r"""^[\s{]*["']?version["']?\s*:""", text, re.MULTILINE) is None:
+        detail = ""  # the parser quotes what it stumbles over, and this need not be a spec
+    return SpecError(f"{where}: not valid YAML{detail}. Check indentation, quotes and brackets there.", line=line)
 
 
 def _map_lines(
@@ -90,12 +111,15 @@ def _map_lines(
     lines.setdefault(place, here)
     if id(node) in above:
         raise SpecError(f"{origin}, line {here}: an alias refers to itself; write the values out.", line=here)
-    if len(above) > 20 or len(lines) > 10_000:
+    if len(above) > MAX_DEPTH or len(lines) > MAX_VALUES:  # aliases multiply what the reader counted once
         raise SpecError(f"{origin}, line {here}: nested too deeply, or too many values for a spec.", line=here)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SpecError(f"{origin}, line {line}: a key is a list or a mapping; keys are names.", line=line)
+            name = str(key.value)
             if name in seen:
                 raise SpecError(
                     f"{origin}, line {line}, {path((*place, name))}: the key is there twice; remove one.",

@@ -31,24 +31,26 @@ def format_share(share: Fraction) -> str:
 
 def check_order(stages: list[StageSpec]) -> None:
     """Refuse stages at one layer or out of order, as far as that shows before the depth is known."""
-    for index in range(1, len(stages)):
-        here = stages[index].after_layer
-        for earlier in range(index):
-            there = stages[earlier].after_layer
-            if isinstance(here, int) != isinstance(there, int):
-                continue  # a share against a number: decided when the depth is known
-            now, before = (int(x) if isinstance(x, int) else parse_share(x) for x in (here, there))
-            if now == before:
+    # A share against a number is decided when the depth is known: the two kinds are in order each for itself.
+    seen: dict[type, list[tuple[int, int | Fraction]]] = {int: [], str: []}
+    for index, stage in enumerate(stages):
+        here = stage.after_layer
+        now = here if isinstance(here, int) else parse_share(here)
+        before = seen[type(here)]
+        if before and now <= before[-1][1]:
+            earlier, there = next(one for one in before if now <= one[1])
+            if now == there:
                 raise Wrong(
                     f"found {here!r}, which stages[{earlier}] has too; two stages cannot act at one layer. Move one of "
                     "them, or merge them.",
                     ("stages", index, "after_layer"),
                 )
-            if now < before:
-                raise Wrong(
-                    f"found {here!r} after stages[{earlier}] at {there!r}; list the stages in the order of the layers.",
-                    ("stages", index, "after_layer"),
-                )
+            raise Wrong(
+                f"found {here!r} after stages[{earlier}] at {stages[earlier].after_layer!r}; list the stages in the "
+                "order of the layers.",
+                ("stages", index, "after_layer"),
+            )
+        before.append((index, now))
 
 
 def check_groups(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:

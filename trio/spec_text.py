@@ -12,6 +12,7 @@ from trio.errors import SpecError, TrioError, did_you_mean
 
 __all__ = ["Lines", "Wrong", "at", "line_of", "path", "short", "steps", "translate"]
 
+MAX_PROBLEMS = 20  # that one message lists
 Lines = Mapping[tuple[str | int, ...], int]
 
 
@@ -31,7 +32,10 @@ def path(place: Sequence[str | int]) -> str:
 
 def short(value: object) -> str:
     """A value as a message shows it: its repr, cut to 60 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of levels
+        return f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -74,12 +78,15 @@ def translate(
     sentences: list[str] = []
     first: tuple[str, int | None] | None = None
     # A misspelt key is also a missing one: say the misspelling first.
-    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    for problem in problems[:MAX_PROBLEMS]:
         place, text = _place(problem, root)
         line = line_of(place, lines)
         where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(place)) if part)
         sentences.append(f"{where}: {text}" if where else text)
         first = first or (path(place), line)
+    if len(problems) > MAX_PROBLEMS:
+        sentences.append(f"And {len(problems) - MAX_PROBLEMS} more.")
     place_text, line = first or ("", None)
     return SpecError(" ".join(sentences), place=place_text, line=line)
 
