@@ -16,6 +16,15 @@ _FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 _BESIDE = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+class Owner:
+    """Who puts hooks and patches on a model; they have an effect while it is attached."""
+
+    def __init__(self, name: str = "") -> None:
+        """An owner that is not attached yet; `name` is for messages."""
+        self.name = name
+        self.attached = False
+
+
 class Hook:
     """A hook function with an owner.
 
@@ -23,20 +32,22 @@ class Hook:
     (deepcopy, pickle, torch.save) gets a hook that does nothing.
     """
 
-    def __init__(self, function: Callable[..., Any] | None, *bound: Any, owner: object = None) -> None:
+    def __init__(self, function: Callable[..., Any] | None, *bound: Any, owner: Owner | None = None) -> None:
         """Wraps a function.
 
         Args:
             function: the hook; None: does nothing.
             bound: arguments in front of those of each call.
-            owner: who puts it there, for `remove_hooks`.
+            owner: who puts it there.
         """
         self.owner = owner
         self._bound = bound
         self._function: Callable[[], Callable[..., Any] | None] = _reference(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function, where it is still there."""
+        """Calls the function, where it is still there and its owner attached."""
+        if self.owner is None or not self.owner.attached:
+            return None
         function = self._function()
         return None if function is None else function(*self._bound, *args, **kwargs)
 
@@ -55,12 +66,12 @@ def _reference(function: Callable[..., Any] | None) -> Callable[[], Callable[...
     return lambda: function
 
 
-def adopt(handle: Any, owner: object) -> Any:
+def adopt(handle: Any, owner: Owner) -> Any:
     """Wraps a hook that stands on a module already, so that copies of the module carry it without effect.
 
     Args:
         handle: what torch gave when the hook was registered.
-        owner: as in `Hook`.
+        owner: whose hook it becomes.
 
     Returns:
         The handle.
@@ -104,7 +115,7 @@ class MethodPatch:
     A copy of the module (deepcopy, pickle, torch.save) gets a patch that calls the copy's own method.
     """
 
-    def __init__(self, module: nn.Module, name: str, *, owner: object = None) -> None:
+    def __init__(self, module: nn.Module, name: str, *, owner: Owner) -> None:
         """Prepares a patch; nothing changes before `install`."""
         self.owner = owner
         self._module = module
@@ -154,7 +165,7 @@ class MethodPatch:
 
 def _inert(module: nn.Module, name: str, before: Any) -> MethodPatch:
     patch = MethodPatch.__new__(MethodPatch)
-    patch.owner, patch._module, patch._name = None, module, name
+    patch.owner, patch._module, patch._name = Owner(), module, name
     patch._before = _ABSENT if before is None else before
     functools.update_wrapper(patch, patch._method, updated=())
     return patch

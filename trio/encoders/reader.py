@@ -16,6 +16,7 @@ from trio.encoders.base import Signal
 from trio.encoders.inside import Merger
 from trio.encoders.towers.base import Heads, Layout, Tower, hidden_of
 from trio.errors import AttachError, InputError, UnsupportedModelError
+from trio.hooking import Owner, adopt, hook_ids, remove_hooks
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Reader:
         self._blocks = {signal: _block(tower, signal) for signal in self.signals}
         self._merger = self._bind_merger(keep)
         self._handles: list[RemovableHandle] = []
+        self._owner = Owner("reader")
+        self._before: set[tuple[int, int]] | None = None  # the tower's hooks when attaching began
         self._calls: list[_Call] = []
 
     def _bind_merger(self, keep: Callable[[int], int | None] | None) -> Merger | None:
@@ -92,24 +95,39 @@ class Reader:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def attach(self) -> None:
+    def attach(self, owner: Owner | None = None) -> None:
         """Puts the hooks on.
+
+        Args:
+            owner: whose they are; the reader's own by default.
 
         Raises:
             AttachError: they are on already.
         """
         if self._handles:
             raise AttachError("reader: it is attached already; detach it first (a `with` block does so at its end)")
+        if self._before is not None:
+            self.detach()  # an interrupted attach
         self._calls = []
+        self._before = hook_ids(self.tower.module)
         try:
             self._handles += self.tower.listen_layout(self._start)
             self._hook_blocks()
+            for handle in self._handles:
+                adopt(handle, self._owner if owner is None else owner)
+            self._before = None
+            self._owner.attached = True
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Takes the hooks off and forgets what was read."""
+        self._owner.attached = False
+        before = self._before
+        if before is not None:  # attaching was interrupted, perhaps before a handle was kept
+            remove_hooks(self.tower.module, lambda module, number, hook: (id(module), number) not in before)
+            self._before = None
         for handle in self._handles:
             handle.remove()
         self._handles, self._calls = [], []

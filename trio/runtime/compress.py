@@ -16,6 +16,7 @@ import torch
 
 from trio.encoders.base import Signal, VisualTokens
 from trio.errors import InputError, UnsupportedModelError
+from trio.hooking import Owner
 from trio.origins import CLS, PATCH, ImageTokens
 from trio.runtime.backbone import Backbone, Patches
 from trio.runtime.record import CompressedRecord
@@ -100,10 +101,10 @@ class EncoderSide:
         """Whether it has to see the vision tower at work."""
         return self._reader is not None
 
-    def attach(self) -> None:
-        """Puts the reader's hooks on the tower."""
+    def attach(self, owner: Owner) -> None:
+        """Puts the reader's hooks on the tower, in the name of an owner."""
         if self._reader is not None:
-            self._reader.attach()
+            self._reader.attach(owner)
 
     def detach(self) -> None:
         """Takes them off again, and forgets what was read."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from trio.context import ProbeName
 from trio.errors import AttachError, InputError, NonFiniteError
-from trio.hooking import Hook, MethodPatch, patches_on, remove_hooks
+from trio.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
 from trio.probe import LayerInputs, Probe
 from trio.runtime.backbone import FEATURE_COUNTS, Backbone
 from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
@@ -37,9 +37,6 @@ class Runtime:
     the encoder methods. They hold the runtime weakly: one that is garbage takes them with it.
 
     Attributes:
-        live: whether the hooks do anything; set last in `attach` and taken back first in `detach`, so that whatever an
-            interrupt leaves on the model has no effect.
-        pipeline_name: for messages.
         forced: tokens to keep in place of scored ones.
         score_only: score, but drop nothing.
     """
@@ -82,7 +79,6 @@ class Runtime:
         self._needs_ran = {
             stage.after_layer - 1 for stage in stages if "ran" in stage.scorer.required() and stage.after_layer > 0
         }
-        self.pipeline_name = pipeline_name
         # Pipelines of one name may differ: what is written on caches also says where the stages stand.
         layers = ", ".join(map(str, self._stages)) or "none"
         before = "" if compressor is None else f"compressor {compressor.name}, "
@@ -93,24 +89,24 @@ class Runtime:
         self._newlines = newlines
         self._on_prefill = on_prefill
         self._on_decode = on_decode
-        self._token = _Token(pipeline_name)
+        # Attached last and detached first, so that whatever an interrupt leaves on the model has no effect.
+        self._owner = Owner(pipeline_name)
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self._generating = False
         self._encoded_ahead: str | None = None
         self._lock = threading.Lock()
         self._forward: Forward | None = None
         self._uncached: Uncached | None = None
-        self.live = False
         self.forced: Selection | None = None
         self.score_only = False
-        weakref.finalize(self, _left_behind, weakref.ref(backbone.model), self._token, self._encoder).atexit = False
+        weakref.finalize(self, _left_behind, weakref.ref(backbone.model), self._owner, self._encoder).atexit = False
 
     # Attaching
 
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model and at work."""
-        return self.live
+        return self._owner.attached
 
     @property
     def reads_tower(self) -> bool:
@@ -124,9 +120,9 @@ class Runtime:
             AttachError: this or another pipeline is attached already, or the model is in training mode.
         """
         model = self._backbone.model
-        other = self if self.live else GuardedGenerate.of_attached(model)
+        other = self._owner if self.attached else GuardedGenerate.owner_on(model)
         if other is not None:
-            name = "this pipeline" if other is self else f"the pipeline {other.pipeline_name!r}"
+            name = "this pipeline" if other is self._owner else f"the pipeline {other.name!r}"
             raise AttachError(
                 f"attach: {name} is already attached to this {type(model).__name__}; detach it first "
                 "(a `with` block does so at its end)"
@@ -136,7 +132,8 @@ class Runtime:
                 f"attach: this {type(model).__name__} is in training mode; call model.eval() first: "
                 "compression is for inference"
             )
-        _take_off(model, lambda token: isinstance(token, _Token))  # what an interrupt left, of any pipeline
+        _take_off(model, lambda owner: not owner.attached)  # what an interrupt left, of any pipeline
+        self._release()
         try:
             self._hook(model, self._before_model)
             multimodal = self._backbone.multimodal
@@ -148,8 +145,8 @@ class Runtime:
             for patch in self._patches(model, multimodal):
                 patch.install()
             if self._encoder is not None:
-                self._encoder.attach()
-            self._token.attached = self.live = True
+                self._encoder.attach(self._owner)
+            self._owner.attached = True
         except BaseException:
             self._release()
             raise
@@ -168,9 +165,8 @@ class Runtime:
         self._release()
 
     def _release(self) -> None:
-        self._token.attached = self.live = False
-        token = self._token
-        _take_off(self._backbone.model, lambda owner: owner is token)
+        self._owner.attached = False
+        _take_off(self._backbone.model, self._owner.__eq__)
         if self._encoder is not None:
             self._encoder.detach()
         self._forward = None
@@ -181,17 +177,17 @@ class Runtime:
             self._lock.release()
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], *bound: Any, after: bool = False) -> None:
-        module.register_forward_pre_hook(Hook(before, *bound, owner=self._token), with_kwargs=True)
+        module.register_forward_pre_hook(Hook(before, *bound, owner=self._owner), with_kwargs=True)
         if after:
-            module.register_forward_hook(Hook(self._after, owner=self._token), always_call=True)
+            module.register_forward_hook(Hook(self._after, owner=self._owner), always_call=True)
 
     def _patches(self, model: nn.Module, multimodal: nn.Module) -> list[MethodPatch]:
         backbone = self._backbone
         return [
-            GuardedGenerate(model, listener=self, owner=self._token),
+            GuardedGenerate(model, listener=self, owner=self._owner),
             *(
                 NotedEncoder(
-                    multimodal, name, modality=modality, pixels=backbone.pixels, listener=self, owner=self._token
+                    multimodal, name, modality=modality, pixels=backbone.pixels, listener=self, owner=self._owner
                 )
                 for modality, name in backbone.encoders.items()
             ),
@@ -200,8 +196,6 @@ class Runtime:
     # Around the model
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.live:
-            return
         if module.training:
             raise InputError(
                 f"forward: the {type(module).__name__} was put into training mode; call model.eval(), "
@@ -221,8 +215,6 @@ class Runtime:
             )
 
     def _before_multimodal(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.live:
-            return
         forward = self._enter(module)
         call = self._upstream.multimodal
         forward.call = call.given(args, kwargs)
@@ -266,8 +258,6 @@ class Runtime:
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.live:
-            return None
         forward = self._enter(module)
         forward.reached = True
         call, depth = self._upstream.language_model, len(self._backbone.layers)
@@ -307,7 +297,7 @@ class Runtime:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._forward
-        if not self.live or forward is None or forward.thread != threading.get_ident():
+        if forward is None or forward.thread != threading.get_ident():
             return
         failed = output is None
         try:
@@ -523,34 +513,26 @@ class Runtime:
         return probes
 
 
-class _Token:
-    """Marks what one runtime puts on a model; a copy of the model carries it without effect."""
-
-    def __init__(self, pipeline_name: str) -> None:
-        self.pipeline_name = pipeline_name
-        self.attached = False
-
-
-def _take_off(model: nn.Module, owned: Callable[[object], bool]) -> None:
+def _take_off(model: nn.Module, owned: Callable[[Owner], bool]) -> None:
     """Takes hooks and patches off a model."""
-    remove_hooks(model, lambda module, number, hook: isinstance(hook, Hook) and owned(hook.owner))
+    remove_hooks(model, lambda module, n, hook: isinstance(hook, Hook) and hook.owner is not None and owned(hook.owner))
     for patch in list(patches_on(model)):
         if owned(patch.owner):
             patch.remove()
 
 
-def _left_behind(model: weakref.ref[nn.Module], token: _Token, encoder: EncoderSide | None) -> None:
+def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSide | None) -> None:
     """A runtime is garbage: what it put on its model goes too."""
+    was_attached, owner.attached = owner.attached, False
     there = model()
     if there is not None:
-        _take_off(there, lambda owner: owner is token)
+        _take_off(there, owner.__eq__)
         if encoder is not None:
             encoder.detach()
-    if token.attached:
-        token.attached = False
+    if was_attached:
         warnings.warn(
-            f"the pipeline {token.pipeline_name!r} was attached when the last reference to it went, so that it was "
-            "taken off its model; keep the pipeline in a variable while it is to work",
+            f"the pipeline {owner.name!r} was attached when the last reference to it went, so that it was taken off its "
+            "model; keep the pipeline in a variable while it is to work",
             RuntimeWarning,
             stacklevel=2,
         )

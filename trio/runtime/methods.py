@@ -10,15 +10,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from trio.errors import InputError
-from trio.hooking import MethodPatch, patches_on
+from trio.hooking import MethodPatch, Owner, patches_on
 from trio.runtime import upstream
 
 
 class Listener(Protocol):
     """Who is told of the methods' calls: the runtime."""
-
-    live: bool
-    pipeline_name: str
 
     def encoding(self, modality: str, arguments: Mapping[str, Any]) -> None:
         """An encoder method is about to run."""
@@ -34,7 +31,7 @@ class NotedEncoder(MethodPatch):
     """Notes the arguments of an encoder method: `generate` may call it before the forward, which then sees no grids."""
 
     def __init__(
-        self, module: nn.Module, name: str, *, modality: str, pixels: tuple[str, ...], listener: Listener, owner: object
+        self, module: nn.Module, name: str, *, modality: str, pixels: tuple[str, ...], listener: Listener, owner: Owner
     ) -> None:
         """Prepares the patch.
 
@@ -44,7 +41,7 @@ class NotedEncoder(MethodPatch):
             modality: what it encodes.
             pixels: arguments that are noted by their shape alone, so that no image is kept alive.
             listener: told of each call; held weakly.
-            owner: as in `MethodPatch`.
+            owner: whose patch it is.
         """
         super().__init__(module, name, owner=owner)
         self._modality = modality
@@ -55,7 +52,7 @@ class NotedEncoder(MethodPatch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Notes the arguments, encodes, then tells how many features each image has."""
         listener = self._listener()
-        if listener is None or not listener.live:
+        if listener is None or not self.owner.attached:
             return super().__call__(*args, **kwargs)
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
@@ -75,25 +72,21 @@ class NotedEncoder(MethodPatch):
 class GuardedGenerate(MethodPatch):
     """Refuses, by name and before anything runs, the ways of generating that cannot work with dropped tokens."""
 
-    def __init__(self, model: nn.Module, *, listener: Listener, owner: object) -> None:
+    def __init__(self, model: nn.Module, *, listener: Listener, owner: Owner) -> None:
         """Prepares the guard of a model's `generate`."""
         super().__init__(model, "generate", owner=owner)
         self._listener = weakref.ref(listener)
 
     @staticmethod
-    def of_attached(model: nn.Module) -> Listener | None:
-        """The attached runtime whose guard stands on a model, if any."""
-        for patch in patches_on(model):
-            if isinstance(patch, GuardedGenerate):
-                listener = patch._listener()
-                if listener is not None and listener.live:
-                    return listener
-        return None
+    def owner_on(model: nn.Module) -> Owner | None:
+        """Who is attached to a model, if anybody is."""
+        guards = (patch for patch in patches_on(model) if isinstance(patch, GuardedGenerate))
+        return next((guard.owner for guard in guards if guard.owner.attached), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the arguments, then generates."""
         listener = self._listener()
-        if listener is None or not listener.live:
+        if listener is None or not self.owner.attached:
             return super().__call__(*args, **kwargs)
         config = kwargs.get(upstream.CONFIGURATION) or getattr(self._module, upstream.CONFIGURATION, None)
 
