@@ -146,6 +146,10 @@ def test_run_writes_the_default_overlay(model: Path, picture: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert Path("trio-overlay.png").is_file()
     assert "trio-overlay.png" in result.stdout
+    first = Path("trio-overlay.png").read_bytes()
+    result = trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+    assert "kept tokens drawn to trio-overlay-2.png" in result.stdout
+    assert Path("trio-overlay-2.png").is_file() and Path("trio-overlay.png").read_bytes() == first
 
 
 def test_run_with_two_pictures_and_a_file(model: Path, picture: Path, tmp_path: Path) -> None:

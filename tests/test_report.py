@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trio.errors import InputError
+from trio.printable import visible
 from trio.report import (
     CompressionReport,
     GroupReport,
@@ -98,6 +100,24 @@ def test_json_round_trip_keeps_everything() -> None:
     assert json.loads(text)["samples"][0]["stages"][0]["groups"][0]["indices"] == [0, 5, 143]
     assert made.kv_bytes is not None and made.kv_bytes.reduction == 4.0
     assert KVBytes(full_equivalent=0, measured=0).reduction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "CompressionReport: Invalid JSON"),
+        ("[" * 100_000, "CompressionReport: Invalid JSON"),
+        (b"\xff", "CompressionReport: Invalid JSON"),
+        ("{}", r"CompressionReport, spec_name: Field required and \d+ more; give what `to_json`"),
+        ("[]", "CompressionReport: Input should be an object"),
+        ('{"samples": [{"sample": "x"}]}', r"CompressionReport, .* more; give what"),
+        ('{"\\u001b[2J": 1}', r"CompressionReport, .* more; give what"),
+    ],
+)
+def test_text_that_is_no_report_is_refused(text: str | bytes, says: str) -> None:
+    with pytest.raises(InputError, match=says) as caught:
+        CompressionReport.from_json(text)
+    assert visible(str(caught.value)) == str(caught.value)
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=144, max_size=144))

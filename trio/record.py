@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trio.errors import InputError
+from trio.printable import visible
 
 
 class Record(BaseModel):
@@ -25,6 +28,13 @@ class Document(Record):
         """Reads `to_json`'s text back.
 
         Raises:
-            pydantic.ValidationError: the text is no such record.
+            InputError: the text is no such record; the message has the first place that is wrong.
         """
-        return cls.model_validate_json(text)
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first, count = error.errors(include_url=False)[0], error.error_count()
+            place = ".".join(map(str, first["loc"]))
+            more = f" and {count - 1} more" if count > 1 else ""
+            where = f"{cls.__name__}, {visible(place)}" if place else cls.__name__
+            raise InputError(f"{where}: {first['msg']}{more}; give what `to_json` of this version wrote.") from error

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 import trio
 from trio.cli.check import check
+from trio.cli.common import say
 from trio.cli.eval import evaluate
 from trio.cli.fidelity import fidelity
 from trio.cli.listing import list_parts
@@ -32,7 +33,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except TrioError as error:
-            typer.echo(f"trio: {' '.join(str(error).split())}", err=True)
+            say(f"trio: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from None
 
 

@@ -59,7 +59,7 @@ def _print(model: str, results: Results) -> None:
     from trio.cli.common import console
 
     out = console()
-    table = Table(title=f"promises on {model}", title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(f"promises on {model}"), title_justify="left", title_style="bold", header_style="bold")
     for name in ("promise", "check", "", "detail"):
         table.add_column(name)
     before = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from trio.errors import InputError, UnsupportedModelError, did_you_mean
 from trio.inputs import inputs_for, load_picture
+from trio.printable import HIDDEN, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from rich.console import Console
 
 __all__ = [
     "DType",
+    "check_outputs",
     "console",
     "duration",
     "find_model",
@@ -32,8 +35,11 @@ __all__ = [
     "print_notes",
     "progress_bar",
     "quantity",
+    "say",
     "times",
+    "unused",
     "writable",
+    "write_text",
 ]
 
 
@@ -48,10 +54,17 @@ class DType(StrEnum):
 
 def console() -> Console:
     """The console for results: standard output, 100 columns where it is no terminal."""
-    from rich.console import Console
+    from trio.cli.terminal import SafeConsole
 
-    out = Console(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else Console(highlight=False, width=100)
+    out = SafeConsole(highlight=False, soft_wrap=False)
+    return out if out.is_terminal else SafeConsole(highlight=False, width=100)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """A line on standard output or error; what would steer the terminal is written out."""
+    import typer
+
+    typer.echo(visible(text, keep=""), err=err)
 
 
 def print_json(value: Any) -> None:
@@ -60,17 +73,21 @@ def print_json(value: Any) -> None:
 
     import typer
 
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # JSON escapes some control characters; the others mean the same escaped.
+    typer.echo(HIDDEN.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text))
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error where that is a terminal, else nothing; gives what to tell (done, of how many)."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    err = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    from trio.cli.terminal import SafeConsole
+
+    err = SafeConsole(stderr=True)
+    title = TextColumn("{task.description}", markup=False)
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -86,17 +103,61 @@ def print_notes(out: Console, notes: Sequence[str], most: int = 6) -> None:
         out.print(Text(f"and {len(notes) - most} more notes; --json FILE writes them all"))
 
 
-def writable(file: Path, option: str) -> Path:
-    """The path, refused early where its folder is missing.
+def check_outputs(files: Mapping[str, Path | None], *, force: bool) -> None:
+    """Refuse, before the long work starts, files that cannot be written or that are there already.
+
+    Args:
+        files: by option; None where the option is not given.
+        force: existing files may be replaced.
 
     Raises:
-        InputError: there is no such folder, or the path is one.
+        InputError: as `writable`, or two options name one file.
     """
-    if file.is_dir():
-        raise InputError(f"{option} {str(file)!r}: this is a folder; give the name of a file.")
-    if not file.resolve().parent.is_dir():
-        raise InputError(f"{option} {str(file)!r}: there is no folder {str(file.resolve().parent)!r}; make it first.")
+    given = {option: writable(file, option, force=force) for option, file in files.items() if file is not None}
+    taken: dict[Path, str] = {}
+    for option, file in given.items():
+        other = taken.setdefault(file.resolve(), option)
+        if other != option:
+            raise InputError(f"{option} {str(file)!r}: {other} names the same file; give each a name of its own.")
+
+
+def writable(file: Path, option: str, *, force: bool = False) -> Path:
+    """The path, refused early where it cannot be written, or where a file stands there and `force` is not given.
+
+    Raises:
+        InputError: there is no such folder, it cannot be written to, the path is a folder, or the file exists.
+    """
+    place, folder = f"{option} {str(file)!r}", Path(os.path.realpath(file)).parent
+    if os.path.isdir(file):
+        raise InputError(f"{place}: this is a folder; give the name of a file.")
+    if not os.path.isdir(folder):
+        raise InputError(f"{place}: there is no folder {str(folder)!r}; make it first.")
+    # A device or a pipe, such as /dev/stdout, loses nothing.
+    if not force and (os.path.isfile(file) or os.path.islink(file)):
+        raise InputError(f"{place}: this file exists and would be overwritten; give another name, or add --force.")
+    if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+        raise InputError(f"{place}: it cannot be written, its rights forbid it; give another place.")
     return file
+
+
+def unused(file: Path) -> Path:
+    """The path, or where a file stands there the first free one with a number: `name-2.png`, `name-3.png` ..."""
+    number, free = 1, file
+    while os.path.lexists(free):
+        number, free = number + 1, file.with_stem(f"{file.stem}-{number + 1}")
+    return free
+
+
+def write_text(file: Path, text: str, option: str) -> None:
+    """Writes what was worked out.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {str(file)!r}: cannot be written ({error.strerror or error}).") from error
 
 
 def times(value: float | None) -> str:

@@ -56,6 +56,7 @@ def evaluate(
     speed_rounds: Annotated[int, typer.Option(min=0, help="Rounds of measuring times; 0: none.")] = 5,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html (needs matplotlib).")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are not of this run.")] = False,
     dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
@@ -64,12 +65,13 @@ def evaluate(
     A run that was stopped goes on where it was when the same command is given again, and gives the same results; more
     specs may be added to a finished one.
     """
-    from trio.cli.common import load_model
+    from trio.cli.common import load_model, progress_bar, write_text
     from trio.evaluation.protocol import check_baseline, named_specs
     from trio.evaluation.protocol import evaluate as run
 
     specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
     check_baseline(baseline, specs)
+    _check_out(out, force)
     if html:
         from trio.evaluation.figures import check_matplotlib
 
@@ -83,7 +85,7 @@ def evaluate(
     if asked is None:
         asked = _shapesvqa(network, data, limit, split, seed)
     try:
-        with _Progress(f"{model}: {len(asked.samples)} questions") as progress:
+        with progress_bar(f"{model}: {len(asked.samples)} questions") as progress:
             results = run(
                 network,
                 processor,
@@ -95,7 +97,7 @@ def evaluate(
                 baseline=baseline,
                 margin=margin,
                 speed_rounds=speed_rounds,
-                progress=progress.update,
+                progress=progress,
             )
     except KeyboardInterrupt:
         typer.echo("trio: stopped; give the same command again, and it goes on where it was.", err=True)
@@ -106,12 +108,24 @@ def evaluate(
         from trio.evaluation.report import report_html
 
         page = report_html(results, overlays(network, processor, asked, specs, results))
-        (out / "report.html").write_text(page, encoding="utf-8")
+        write_text(out / "report.html", page, "--out")
         written.append("report.html")
     _print(results)
     from trio.cli.common import console
 
     console().print(f"written to {out}: {', '.join(written)}", soft_wrap=True, markup=False)
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse a folder with results of another hand; one that was begun has a header, which is compared later."""
+    from trio.cli.common import writable
+    from trio.errors import InputError
+
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r}: this is a file; give a folder.")
+    if out.is_dir() and not (out / "header.json").exists():
+        for name in ("results.json", "results.csv", "report.html"):
+            writable(out / name, "--out", force=force)
 
 
 def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
@@ -134,31 +148,11 @@ def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, s
     )
 
 
-class _Progress:
-    """A bar on the terminal that counts batches."""
-
-    def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(title, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-
 def _write(results: Results, out: Path) -> list[str]:
-    (out / "results.json").write_text(results.to_json(), encoding="utf-8")
-    (out / "results.csv").write_text(results.to_csv(), encoding="utf-8")
+    from trio.cli.common import write_text
+
+    write_text(out / "results.json", results.to_json(), "--out")
+    write_text(out / "results.csv", results.to_csv(), "--out")
     return ["results.json", "results.csv"]
 
 

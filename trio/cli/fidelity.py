@@ -37,19 +37,19 @@ def fidelity(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many pictures. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
-    from trio.cli.common import console, load_model, progress_bar, writable
+    from trio.cli.common import check_outputs, console, load_model, progress_bar, say, write_text
     from trio.fidelity import measure, read_samples
     from trio.spec import load_spec
 
     # before the model: a wrong name should not cost a minute
     specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
     samples = read_samples(images, prompts, limit=limit)
-    if json_file is not None:
-        writable(json_file, "--json")
+    check_outputs({"--json": json_file}, force=force)
     network, processor = load_model(model, dtype=dtype.value, device=device)
     with progress_bar("batches") as progress:
         report = measure(
@@ -64,10 +64,10 @@ def fidelity(
             progress=progress,
         )
     if json_file is not None:
-        json_file.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+        write_text(json_file, report.to_json(indent=1) + "\n", "--json")
     print_report(report, console())
     if json_file is not None:
-        typer.echo(f"everything written to {json_file}")
+        say(f"everything written to {json_file}")
 
 
 def print_report(report: FidelityReport, out: Console) -> None:

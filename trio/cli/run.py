@@ -39,8 +39,13 @@ def run(
     ] = DEFAULT_SPEC,
     overlay: Annotated[
         Path | None,
-        typer.Option("--overlay", "-o", help=f"Where to draw what was kept. Default: {OVERLAY}, none with --json."),
+        typer.Option(
+            "--overlay",
+            "-o",
+            help=f"Where to draw what was kept. Default: {OVERLAY}, or the next free name; none with --json.",
+        ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
     dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
@@ -48,7 +53,7 @@ def run(
 ) -> None:
     """Answer a question about a picture twice, full and compressed, and show what was saved."""
     from trio import zoo
-    from trio.cli.common import load_model, load_picture, print_json
+    from trio.cli.common import load_model, load_picture, print_json, say, unused
     from trio.errors import InputError
     from trio.spec import load_spec
 
@@ -60,7 +65,10 @@ def run(
         question = zoo.demo_question()
     if not question.strip():
         raise InputError("question: it is empty; give the text to ask, --question TEXT.")
-    target = _writable(overlay or (None if as_json else OVERLAY))
+    if overlay is not None:
+        target: Path | None = _picture(overlay, force)
+    else:
+        target = None if as_json else unused(OVERLAY)
     pictures = [load_picture(file) for file in files]
     network, processor = load_model(model, dtype=dtype.value, device=device)
 
@@ -71,7 +79,7 @@ def run(
         except InputError as error:
             if overlay is not None:
                 raise
-            typer.echo(f"nothing drawn: {error}", err=True)
+            say(f"nothing drawn: {error}", err=True)
             target = None
     facts = _facts(model, loaded.name, question, files, target, result)
     if as_json:
@@ -80,19 +88,14 @@ def run(
         _print(facts, result)
 
 
-def _writable(target: Path | None) -> Path | None:
+def _picture(target: Path, force: bool) -> Path:
     """The overlay's path, refused early where it cannot be written."""
+    from trio.cli.common import writable
     from trio.errors import InputError
 
-    if target is None:
-        return None
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"overlay {str(target)!r}: the name has to end in .png, .jpg or .webp.")
-    if not target.resolve().parent.is_dir():
-        raise InputError(
-            f"overlay {str(target)!r}: there is no folder {str(target.resolve().parent)!r}; make it first."
-        )
-    return target
+    return writable(target, "overlay", force=force)
 
 
 def _answer_twice(

@@ -11,6 +11,7 @@ def validate(
     files: Annotated[list[str], typer.Argument(help="Spec files, or names of shipped specs.", metavar="FILE...")],
 ) -> None:
     """Check spec files, the parameters of their parts included; exit code 2 where one is wrong."""
+    from trio.cli.common import say
     from trio.errors import TrioError
     from trio.spec import load_spec
 
@@ -20,10 +21,10 @@ def validate(
             spec = load_spec(file)
         except TrioError as error:
             wrong += 1
-            typer.echo(f"trio: {' '.join(str(error).split())}", err=True)
+            say(f"trio: {' '.join(str(error).split())}", err=True)
         else:
             what = [*(["a compressor"] if spec.compressor is not None else []), f"{len(spec.stages)} stages"]
-            typer.echo(f"{file}: ok ({spec.name}: {' and '.join(what)})")
+            say(f"{file}: ok ({spec.name}: {' and '.join(what)})")
     if wrong:
         raise typer.Exit(2)
 

@@ -64,11 +64,12 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the split, the search and the random tokens.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Search for the spec that meets a target, and judge it on pictures that the search has not seen."""
-    from trio.cli.common import console, load_model, progress_bar, writable
+    from trio.cli.common import check_outputs, console, load_model, progress_bar, say, writable, write_text
     from trio.fidelity import read_samples
     from trio.tuning import best_spec, parse_target
     from trio.tuning import tune as search
@@ -77,10 +78,11 @@ def tune(
 
     wanted = parse_target(target)  # everything that can be wrong without the model, before it
     optuna()
-    for file, option in ((out, "--out"), (json_file, "--json"), (study, "--study"), (plot, "--plot")):
-        if file is not None:
-            writable(file, option)
+    check_outputs({"--out": out, "--json": json_file, "--plot": plot}, force=force)
+    if study is not None:
+        writable(study, "--study", force=True)  # a search goes on from its own
     if plot is not None:
+        _check_plot(plot)
         matplotlib()
     _check_source(images, prompts, task)
     samples = None if images is None else read_samples(images, prompts, limit=limit)
@@ -103,14 +105,21 @@ def tune(
             name=model,
             progress=lambda what, done, total: bar(done, total),
         )
-    out.write_text(best_spec(report).to_yaml(), encoding="utf-8")
+    write_text(out, best_spec(report).to_yaml(), "--out")
     if json_file is not None:
-        json_file.write_text(report.to_json(indent=1) + "\n", encoding="utf-8")
+        write_text(json_file, report.to_json(indent=1) + "\n", "--json")
     if plot is not None:
         draw(report, plot)
     print_report(report, console())
     written = [str(file) for file in (out, plot, json_file) if file is not None]
-    typer.echo(f"written: {', '.join(written)}")
+    say(f"written: {', '.join(written)}")
+
+
+def _check_plot(plot: Path) -> None:
+    from trio.errors import InputError
+
+    if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {str(plot)!r}: the name has to end in .png, .pdf or .svg.")
 
 
 def _check_source(images: Path | None, prompts: Path | None, task: TaskName | None) -> None:
@@ -158,7 +167,7 @@ def print_report(report: TuningReport, out: Console) -> None:
         rows = (tuned.spec, tuned.floor, default.spec, default.floor)
         for row, name in zip(rows, ("tuned", "  random", default.spec.name, "  random"), strict=True):
             table.add_row(
-                name,
+                Text(name),
                 row.agreement.top1.percent(),
                 row.agreement.exact.percent(),
                 f"{row.retention:.1%}",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from trio.errors import InputError
+from trio.files import read_plain
 from trio.record import Record
 
 __all__ = ["Comparison", "Estimate", "Gate", "Results", "RowResult", "Speed"]
@@ -205,12 +206,13 @@ class Results(Record):
         Raises:
             InputError: it cannot be read, or is of another format.
         """
+        remedy = "give a results.json of this version of `trio eval`."
+        data = read_plain(Path(file), f"results {str(file)!r}", remedy)
         try:
-            return cls.model_validate_json(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
-            said = f"{error.error_count()} fields are wrong" if isinstance(error, ValidationError) else error
+            return cls.model_validate_json(data)
+        except ValidationError as error:
             raise InputError(
-                f"results {str(file)!r}: cannot be read ({said}); give a results.json of this version of `trio eval`."
+                f"results {str(file)!r}: cannot be read ({error.error_count()} fields are wrong); {remedy}"
             ) from error
 
     def to_csv(self) -> str:
