@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from trio.testing.promises import attention, batch, decode, generation, identity, lost, refusals, reversibility
+from trio.testing.promises import attention, batch, decode, generation, identity, lost, oracle, refusals, reversibility
 from trio.testing.results import Case
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ PROMISES: dict[str, Callable[[Bench], Iterator[Case]]] = {
     "identity": identity.cases,
     "reversibility": reversibility.cases,
     "decode": decode.cases,
+    "oracle": oracle.cases,
     "batch": batch.cases,
     "attention": attention.cases,
     "generation": generation.cases,
