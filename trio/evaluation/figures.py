@@ -60,7 +60,8 @@ def _curve(results: Results, place: Place, label: str) -> str:
         asked = not rows[0].control
         title: str | None = rows[0].name if len(rows) == 1 else method
         for segment in _segments(rows):
-            _segment(axes, segment, place, f"C{number % 10}", title, asked)
+            legend = None if title is None else title.replace("$", r"\$")  # a name is no formula
+            _segment(axes, segment, place, f"C{number % 10}", legend, asked)
             title = None  # a legend names a method once
     for name in ("full", "no picture"):
         row = results.row(name)
