@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +10,11 @@ import transformers
 from torch import nn
 
 from support.models import IMAGE_TOKEN, VOCABULARY, text_config, vision_config
-from trio.adapters.tiles import best_resolution, tiled_image
-from trio.testing.inputs import Inputs, Prompt, Side
+from trio.testing.tiny_inputs import TinyInputs, tiny_inputs
 
 VIDEO_TOKEN = 98
 START, END = 96, 97
 PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
-SIZES = [(16, 16), (20, 36), (40, 17), (30, 30), (9, 40)]  # height, width, by number of the picture
 TILE, PATCH = 16, 4
 SIDE = TILE // PATCH
 
@@ -33,85 +29,24 @@ def finish(model: nn.Module, dtype: torch.dtype, attention: str) -> Any:
     return model.to(dtype).eval()
 
 
-def words(text: str) -> list[int]:
-    return [2 + zlib.crc32(word.encode()) % 90 for word in text.split()]
-
-
-def noise(number: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(number))
-
-
-def size_of(number: int) -> tuple[int, int]:
-    return SIZES[number % len(SIZES)]
-
-
-def padded(rows: list[list[int]], side: Side) -> Inputs:
-    longest = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
-    for place, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        ids[place, where], mask[place, where] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@dataclass
-class Factory:
-    """An inputs factory (`trio.testing.InputsFactory`) from what one picture of the family is."""
-
-    tokens: Callable[[int], list[int]]
-    collate: Callable[[list[int]], Inputs]
-    finish: Callable[[Inputs], Inputs] = lambda batch: batch
-
-    def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Inputs:
-        rows = [
-            [1] + [t for part in prompt.parts for t in (self.tokens(part) if isinstance(part, int) else words(part))]
-            for prompt in prompts
-        ]
-        pictures = [number for prompt in prompts for number in prompt.pictures]
-        return self.finish({**padded(rows, side), **(self.collate(pictures) if pictures else {})})
-
-
-def stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
-    most = max(len(picture) for picture in pictures)
-    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pictures])
-
-
-def tiles_of(number: int) -> int:
-    height, width = best_resolution(size_of(number), PINPOINTS)
-    return 1 + height // TILE * (width // TILE)
-
-
-def llava(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def llava(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.LlavaConfig(
         text_config=text_config("llama"), vision_config=vision_config("clip"), image_token_id=IMAGE_TOKEN
     )
-    model = transformers.LlavaForConditionalGeneration(config)
-    factory = Factory(
-        lambda number: [IMAGE_TOKEN] * SIDE**2,
-        lambda numbers: {"pixel_values": torch.stack([noise(n, 3, TILE, TILE) for n in numbers]).to(dtype)},
-    )
-    return finish(model, dtype, attention), factory
+    return finish(transformers.LlavaForConditionalGeneration(config), dtype, attention)
 
 
-def llava_next(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def llava_next(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.LlavaNextConfig(
         text_config=text_config("mistral"),
         vision_config=vision_config("clip"),
         image_grid_pinpoints=PINPOINTS,
         image_token_id=IMAGE_TOKEN,
     )
-    model = transformers.LlavaNextForConditionalGeneration(config)
-    factory = Factory(
-        lambda number: [IMAGE_TOKEN] * tiled_image(size_of(number), PINPOINTS, tile=TILE, side=SIDE).tokens,
-        lambda numbers: {
-            "pixel_values": stacked([noise(n, tiles_of(n), 3, TILE, TILE) for n in numbers]).to(dtype),
-            "image_sizes": torch.tensor([size_of(n) for n in numbers]),
-        },
-    )
-    return finish(model, dtype, attention), factory
+    return finish(transformers.LlavaNextForConditionalGeneration(config), dtype, attention)
 
 
-def llava_onevision(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def llava_onevision(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.LlavaOnevisionConfig(
         text_config=text_config("qwen2"),
         vision_config=vision_config("siglip"),
@@ -122,22 +57,10 @@ def llava_onevision(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    model = transformers.LlavaOnevisionForConditionalGeneration(config)
-
-    def image(number: int) -> int:
-        return tiled_image(size_of(number), PINPOINTS, tile=TILE, side=SIDE, most_tiles=2).tokens
-
-    factory = Factory(
-        lambda number: [IMAGE_TOKEN] * image(number),
-        lambda numbers: {
-            "pixel_values": stacked([noise(n, tiles_of(n), 3, TILE, TILE) for n in numbers]).to(dtype),
-            "image_sizes": torch.tensor([size_of(n) for n in numbers]),
-        },
-    )
-    return finish(model, dtype, attention), factory
+    return finish(transformers.LlavaOnevisionForConditionalGeneration(config), dtype, attention)
 
 
-def internvl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def internvl(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.InternVLConfig(
         text_config=text_config("qwen2"),
         vision_config=transformers.InternVLVisionConfig(
@@ -152,39 +75,7 @@ def internvl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         image_seq_length=SIDE**2,
         downsample_ratio=0.5,
     )
-    model = transformers.InternVLForConditionalGeneration(config)
-
-    def tiles(number: int) -> int:
-        return 1 + number % 3
-
-    factory = Factory(
-        lambda number: [START] + [IMAGE_TOKEN] * (tiles(number) * SIDE**2) + [END],
-        lambda numbers: {
-            "pixel_values": torch.cat([noise(n, tiles(n), 3, TILE, TILE) for n in numbers]).to(dtype),
-        },
-    )
-    return finish(model, dtype, attention), factory
-
-
-def grid_of(number: int) -> tuple[int, int, int]:
-    height, width = size_of(number)
-    return 1, max(height // 8, 2) * 2, max(width // 8, 2) * 2
-
-
-def qwen_inputs(dtype: torch.dtype) -> Factory:
-    def finish_(batch: Inputs) -> Inputs:
-        return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()}
-
-    def tokens(number: int) -> list[int]:
-        _, height, width = grid_of(number)
-        return [START] + [IMAGE_TOKEN] * (height * width // 4) + [END]
-
-    def collate(numbers: list[int]) -> Inputs:
-        grids = torch.tensor([grid_of(n) for n in numbers])
-        pixels = [noise(n, int(grid.prod()), 3 * 2 * PATCH**2) for n, grid in zip(numbers, grids, strict=True)]
-        return {"pixel_values": torch.cat(pixels).to(dtype), "image_grid_thw": grids}
-
-    return Factory(tokens, collate, finish_)
+    return finish(transformers.InternVLForConditionalGeneration(config), dtype, attention)
 
 
 QWEN_TEXT = {
@@ -211,7 +102,7 @@ def rope(section: list[int]) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": section}
 
 
-def qwen2_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def qwen2_vl(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.Qwen2VLConfig(
         text_config={**QWEN_TEXT, "rope_parameters": rope([2, 1, 1])},
         vision_config={
@@ -224,11 +115,10 @@ def qwen2_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         },
         **QWEN_TOKENS,
     )
-    model = transformers.Qwen2VLForConditionalGeneration(config)
-    return finish(model, dtype, attention), qwen_inputs(dtype)
+    return finish(transformers.Qwen2VLForConditionalGeneration(config), dtype, attention)
 
 
-def qwen2_5_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def qwen2_5_vl(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.Qwen2_5_VLConfig(
         text_config={**QWEN_TEXT, "rope_parameters": rope([2, 1, 1])},
         vision_config={
@@ -243,11 +133,10 @@ def qwen2_5_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         },
         **QWEN_TOKENS,
     )
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    return finish(model, dtype, attention), qwen_inputs(dtype)
+    return finish(transformers.Qwen2_5_VLForConditionalGeneration(config), dtype, attention)
 
 
-def qwen3_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def qwen3_vl(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.Qwen3VLConfig(
         text_config={**QWEN_TEXT, "head_dim": 8, "rope_parameters": rope([2, 1, 1])},
         vision_config={
@@ -262,11 +151,10 @@ def qwen3_vl(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         },
         **QWEN_TOKENS,
     )
-    model = transformers.Qwen3VLForConditionalGeneration(config)
-    return finish(model, dtype, attention), qwen_inputs(dtype)
+    return finish(transformers.Qwen3VLForConditionalGeneration(config), dtype, attention)
 
 
-def smolvlm(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def smolvlm(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.SmolVLMConfig(
         text_config=text_config("llama"),
         vision_config={
@@ -281,25 +169,10 @@ def smolvlm(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         scale_factor=2,
         pad_token_id=0,
     )
-    model = transformers.SmolVLMForConditionalGeneration(config)
-
-    def collate(numbers: list[int]) -> Inputs:
-        return {"pixel_values": torch.stack([noise(n, 1, 3, TILE, TILE) for n in numbers]).to(dtype)}
-
-    def by_sample(batch: Inputs) -> Inputs:
-        """Pixels are laid out by sample; samples with fewer pictures are filled with zeros."""
-        if "pixel_values" not in batch:
-            return batch
-        counts = ((batch["input_ids"] == IMAGE_TOKEN).sum(1) // SIDE**2).tolist()
-        rows = [torch.cat([chunk[:, 0]]) for chunk in batch["pixel_values"].split(counts)]
-        return {**batch, "pixel_values": stacked(rows)}
-
-    return finish(model, dtype, attention), Factory(
-        lambda n: [START, *[IMAGE_TOKEN] * SIDE**2, END], collate, by_sample
-    )
+    return finish(transformers.SmolVLMForConditionalGeneration(config), dtype, attention)
 
 
-def mistral3(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def mistral3(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.Mistral3Config(
         text_config=text_config("mistral"),
         vision_config=transformers.PixtralVisionConfig(
@@ -315,26 +188,10 @@ def mistral3(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         spatial_merge_size=2,
         vision_feature_layer=-1,
     )
-    model = transformers.Mistral3ForConditionalGeneration(config)
-
-    def size(number: int) -> tuple[int, int]:
-        return 16 + 8 * (number % 2), 16 + 8 * (number % 3)
-
-    def tokens(number: int) -> list[int]:
-        height, width = (side // (2 * PATCH) for side in size(number))
-        return [t for row in range(height) for t in [IMAGE_TOKEN] * width + [START if row + 1 < height else END]]
-
-    def collate(numbers: list[int]) -> Inputs:
-        pixels = torch.zeros(len(numbers), 3, 32, 32)
-        for place, number in enumerate(numbers):
-            height, width = size(number)
-            pixels[place, :, :height, :width] = noise(number, 3, height, width)
-        return {"pixel_values": pixels.to(dtype), "image_sizes": torch.tensor([size(n) for n in numbers])}
-
-    return finish(model, dtype, attention), Factory(tokens, collate)
+    return finish(transformers.Mistral3ForConditionalGeneration(config), dtype, attention)
 
 
-def glm4v(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
+def glm4v(dtype: torch.dtype, attention: str) -> Any:
     config = transformers.Glm4vConfig(
         text_config={
             **QWEN_TEXT,
@@ -356,11 +213,55 @@ def glm4v(dtype: torch.dtype, attention: str) -> tuple[Any, Factory]:
         video_start_token_id=94,
         video_end_token_id=95,
     )
-    model = transformers.Glm4vForConditionalGeneration(config)
-    return finish(model, dtype, attention), qwen_inputs(dtype)
+    return finish(transformers.Glm4vForConditionalGeneration(config), dtype, attention)
 
 
-FAMILIES: dict[str, Callable[[torch.dtype, str], tuple[Any, Factory]]] = {
+def vipllava(dtype: torch.dtype, attention: str) -> Any:
+    config = transformers.VipLlavaConfig(
+        text_config=text_config("llama"),
+        vision_config=vision_config("clip"),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layers=[-2, -1],
+    )
+    return finish(transformers.VipLlavaForConditionalGeneration(config), dtype, attention)
+
+
+def deepseek_vl(dtype: torch.dtype, attention: str) -> Any:
+    config = transformers.DeepseekVLConfig(
+        text_config=text_config("llama"), vision_config=vision_config("siglip"), image_token_id=IMAGE_TOKEN
+    )
+    return finish(transformers.DeepseekVLForConditionalGeneration(config), dtype, attention)
+
+
+def janus(dtype: torch.dtype, attention: str) -> Any:
+    config = transformers.JanusConfig(
+        text_config=text_config("llama"),
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": TILE,
+            "patch_size": PATCH,
+            "projection_dim": 32,
+            "num_image_tokens": SIDE**2,
+        },
+        vq_config={
+            "embed_dim": 4,
+            "num_embeddings": VOCABULARY,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "num_patches": SIDE,
+            "projection_dim": 32,
+            "image_token_embed_dim": 32,
+        },
+        image_token_id=IMAGE_TOKEN,
+    )
+    return finish(transformers.JanusForConditionalGeneration(config), dtype, attention)
+
+
+FAMILIES: dict[str, Callable[[torch.dtype, str], Any]] = {
     "llava": llava,
     "llava-next": llava_next,
     "llava-onevision": llava_onevision,
@@ -371,15 +272,18 @@ FAMILIES: dict[str, Callable[[torch.dtype, str], tuple[Any, Factory]]] = {
     "smolvlm": smolvlm,
     "mistral3": mistral3,
     "glm4v": glm4v,
+    "vipllava": vipllava,
+    "deepseek-vl": deepseek_vl,
+    "janus": janus,
 }
 
 
 def family(
     name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
-) -> tuple[Any, Factory]:
+) -> tuple[Any, TinyInputs]:
     """A tiny random model of a family, and what makes inputs for it."""
     torch.manual_seed(seed)
-    model, factory = FAMILIES[name](dtype, attention)
+    model = FAMILIES[name](dtype, attention)
     # A random model would write placeholders, which stand for pictures that are not there.
     model.generation_config.suppress_tokens = [VIDEO_TOKEN, IMAGE_TOKEN, START, END]
-    return model, factory
+    return model, tiny_inputs(model.config, dtype)

@@ -21,7 +21,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a model, chosen by asking each registered one, fallbacks last.
 
     Raises:
-        UnsupportedModelError: no adapter takes the model.
+        UnsupportedModelError: no adapter takes the model; the message says what it lacks.
     """
     model = base_model(model)
     known = []
@@ -34,6 +34,6 @@ def adapter_for(model: nn.Module) -> Adapter:
         if cls.matches(model):
             return cls(model)
     raise UnsupportedModelError(
-        f"model: no adapter takes a {type(model).__name__}; the registered ones are {', '.join(ADAPTERS.names())}; "
-        "write one (docs/add-an-adapter.md) and register it with trio.ADAPTERS"
+        f"model: {type(model).__name__} is no transformers model, and none of the adapters takes it "
+        f"({', '.join(ADAPTERS.names())}); write one (docs/add-an-adapter.md) and register it with trio.ADAPTERS"
     )

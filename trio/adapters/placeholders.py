@@ -11,6 +11,7 @@ import torch
 from trio.adapters.base import Layout
 from trio.errors import InputError
 from trio.origins import ImageTokens
+from trio.runtime.backbone import FEATURE_COUNTS
 
 
 def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> Layout:
@@ -126,21 +127,48 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
     return Layout(visual, tuple(samples))
 
 
-def runs_as_images(input_ids: torch.Tensor, tokens: Sequence[int]) -> Layout:
-    """Takes runs of placeholders at most one token apart for a picture; its grid is a single row.
+def images_by_features(
+    input_ids: torch.Tensor, placeholders: Mapping[str, int], encoded: Mapping[str, Mapping[str, Any]]
+) -> Layout:
+    """Hands out pictures that have as many tokens as the encoder gave each of them; their grids are a single row.
 
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
-        tokens: the placeholders.
+        placeholders: by modality; no two share one.
+        encoded: by modality, as `Adapter.layout` gets it.
+
+    Raises:
+        InputError: what the encoder gave each picture is not known, or does not fit the placeholders.
     """
-    visual = torch.isin(input_ids, torch.tensor(list(tokens)))
-    samples = []
-    for row in visual:
-        columns = row.nonzero().squeeze(1)
-        breaks = (columns.diff() > 2).nonzero().squeeze(1) + 1
-        runs = columns.tensor_split(breaks.tolist()) if len(columns) else ()
-        samples.append(tuple(replace(ImageTokens.from_grid(1, len(run)), placed=False) for run in runs))
-    return Layout(visual, tuple(samples))
+    streams = {
+        token: [unplaced(rows) for rows in picture_rows(encoded[modality])] if modality in encoded else []
+        for modality, token in placeholders.items()
+    }
+    return images_in_order(input_ids, streams, {token: modality for modality, token in placeholders.items()})
+
+
+def unplaced(tokens: int) -> ImageTokens:
+    """A picture of which nothing is known but the number of its tokens."""
+    return replace(ImageTokens.from_grid(1, tokens), placed=False)
+
+
+def picture_rows(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Rows of features that the encoder gave each picture, pictures without any left out.
+
+    Args:
+        arguments: of the last call of the encoder method, with what it returned (see `FEATURE_COUNTS`).
+
+    Raises:
+        InputError: that cannot be told.
+    """
+    rows = arguments.get(FEATURE_COUNTS)
+    if rows is None:
+        raise InputError(
+            "pictures: where one ends and the next begins is not known, because the encoder returned neither a list of "
+            "features nor a tensor (pictures, tokens, width), or was not called while the pipeline was attached; pass "
+            "pixels, or write an adapter (docs/add-an-adapter.md)"
+        )
+    return tuple(int(count) for count in rows if count)
 
 
 def encoded_argument(encoded: Mapping[str, Mapping[str, Any]], modality: str, name: str) -> Any:
