@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from trio.evaluation import wording
 from trio.evaluation.answers import Answer
-from trio.evaluation.results import COUNTED, OVERALL
+from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results
 from trio.evaluation.rows import SEEDS, Row, Schedule, none_name
-from trio.evaluation.statistics import Bootstrap, Paired, holm, needed_scenes, paired, power
+from trio.evaluation.statistics import (
+    Bootstrap,
+    Paired,
+    holm,
+    needed_scenes,
+    paired,
+    power,
+    scenes_to_reject,
+    smallest_p,
+)
 from trio.evaluation.summary import Summary
 from trio.evaluation.task import Sample, Task
 from trio.spec import PipelineSpec
@@ -86,12 +96,33 @@ def test_holm_by_hand() -> None:
 
 def test_the_sign_flip_test_is_exact_and_holds_its_level() -> None:
     three = paired(np.array([1.0, 2.0, 1.0, 0.0]), np.full(4, 5.0))
-    assert three.p == pytest.approx(2 / 8, abs=0.02)  # of eight signs, two are as extreme
+    assert three.p == 2 / 8  # of eight signs, two are as extreme
     assert three.difference == 4 / 20
     assert paired(np.zeros(9), np.full(9, 5.0)).p == 1
     rng = np.random.default_rng(3)
     false = [paired(rng.normal(size=40), np.full(40, 5.0), flips=400).p < 0.05 for _ in range(300)]
     assert 0.02 <= np.mean(false) <= 0.09
+
+
+@pytest.mark.parametrize("scenes", [1, 2, 5, 6, 13, 14, 50])
+def test_the_smallest_p_is_that_of_the_largest_difference(scenes: int) -> None:
+    largest = paired(np.full(scenes, 5.0), np.full(scenes, 5.0))
+    assert largest.difference == 1
+    if scenes <= 13:
+        assert largest.p == smallest_p(scenes) == 2.0 ** (1 - scenes)
+    else:
+        assert smallest_p(scenes) == 1 / 10_001 <= largest.p < 0.001
+    rng = np.random.default_rng(5)
+    assert all(paired(rng.normal(size=scenes), np.ones(scenes)).p >= smallest_p(scenes) for _ in range(50))
+
+
+@pytest.mark.parametrize("tests", [1, 2, 6, 30])
+def test_from_so_many_scenes_on_a_difference_can_be_shown(tests: int) -> None:
+    needed = scenes_to_reject(tests)
+    for scenes, shown in ((needed - 1, False), (needed, True)):
+        reached = holm({str(i): smallest_p(scenes) for i in range(tests)})
+        assert all((p < 0.05) == shown for p in reached.values())
+    assert scenes_to_reject(1) == 6 and scenes_to_reject(6) == 8
 
 
 def inferior(truth: float, scenes: int, rng: np.random.Generator, runs: int = 400) -> float:
@@ -118,10 +149,10 @@ def test_non_inferiority_holds_its_level_and_its_power() -> None:
     assert alike.p_inferior(0.01) > 0.05  # 150 equal answers are no proof of a difference below one point
 
 
-def summary(right: dict[str, str], share: float = 0.111) -> Summary:
-    """A summary of made-up answers: two sub-tasks, four questions a scene."""
+def summary(right: dict[str, str], share: float = 0.111, each: int = 4) -> Summary:
+    """A summary of made-up answers: two sub-tasks, `each` questions a scene."""
     samples = tuple(
-        Sample(None, f"{i}", ("yes",), "easy" if i % 2 else "hard", i // 4)  # type: ignore[arg-type]  # never looked at
+        Sample(None, f"{i}", ("yes",), "easy" if i % 2 else "hard", i // each)  # type: ignore[arg-type]  # never looked at
         for i in range(80)
     )
     task = Task("made up", 1, samples, 1)
@@ -198,3 +229,51 @@ def test_comparisons_are_signed_corrected_and_say_whether_anything_counts() -> N
     assert all(one.p <= one.p_holm <= 1 for one in found)
     nothing = summary({**GOOD, "full": "0" * 80}).comparisons()
     assert not any(one.gated for one in nothing) and nothing[0].kinds == ["hard", "easy"]
+
+
+def findings_of(scenes: int, right: dict[str, str]) -> tuple[list[str], list[list[str]], Summary]:
+    """What is said about made-up answers to 80 questions on so many scenes, and the table of comparisons."""
+    found = summary(right, each=80 // scenes)
+    results = Results(
+        model={"name": "m", "visual_tokens": 100},
+        task={"name": "made up", "kinds": {"hard": 40, "easy": 40}, "questions": 80, "scenes": scenes},
+        settings={"margin": 1.0},
+        versions={},
+        rows=found.rows(),
+        gates=found.gates,
+        comparisons=found.comparisons(),
+        questions={"scene": [], "kind": []},
+        right=found.right,
+    )
+    return list(wording.findings(results)), wording.comparison_table(results)[2], found
+
+
+def test_too_few_scenes_are_not_called_no_difference() -> None:
+    """Where no answers could have passed, a large difference is not "not shown"; where they could, it is judged."""
+    said, table, found = findings_of(4, GOOD)
+    ours = next(line for line in said if line.startswith("ours against random, s"))
+    assert "too few scenes to tell: +40.0" in ours and "p = 0.250" in ours
+    assert "on 4 scenes no p can be below 0.250, a difference can be shown from 7 on." in ours
+    assert not any("not shown to be above" in line or "NOT above" in line for line in said)
+    assert any(line.startswith("theirs and ours: too few scenes to tell them apart (-15.0") for line in said)
+    assert [row[2] for row in table] == [
+        "1.000, too few scenes: 4 of 6",
+        "0.250, too few scenes: 4 of 7",
+        "0.250, too few scenes: 4 of 7",
+    ]
+    for one in found.comparisons():
+        assert one.p_smallest <= one.p_holm and one.scenes == 4
+    said, table, found = findings_of(20, GOOD)
+    assert any(line.startswith("ours is above random, s: +40.0") for line in said)
+    assert not any("too few" in line for line in said) and not any("too few" in row[2] for row in table)
+    assert all(one.p_smallest < 0.05 and one.scenes == 20 for one in found.comparisons())
+    nothing = findings_of(20, {**GOOD, "ours": GOOD["random, s"]})[0]
+    assert any(line.startswith("ours is NOT above random, s") for line in nothing)
+
+
+def test_results_of_before_are_judged_as_before() -> None:
+    one = findings_of(4, GOOD)[2].comparisons()[0]
+    old = {
+        key: value for key, value in one.model_dump().items() if key not in ("p_smallest", "scenes", "scenes_needed")
+    }
+    assert Comparison.model_validate(old).p_smallest == 0

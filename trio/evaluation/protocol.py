@@ -18,7 +18,7 @@ from trio.evaluation.results import Results
 from trio.evaluation.rows import Row, plan
 from trio.evaluation.runner import LOOKED_AT, Runner
 from trio.evaluation.speed import measure
-from trio.evaluation.statistics import DRAWS
+from trio.evaluation.statistics import DRAWS, FEW
 from trio.evaluation.summary import Summary
 from trio.evaluation.task import Task
 from trio.pipeline import Pipeline
@@ -207,4 +207,8 @@ def weights(model: Any) -> str:
 
 def _notes(runner: Runner, rows: Sequence[Row]) -> list[str]:
     notes = [] if runner.shape is not None else [runner.no_flops]
+    scenes = runner.task.scenes
+    if scenes < FEW:
+        pictures = f"{scenes} {'picture is' if scenes == 1 else 'pictures are'}"
+        notes.append(f"{pictures} too few for intervals by bootstrap: they are too narrow")
     return notes + [f"{row.name}: not applicable: {row.refused}" for row in rows if row.refused]

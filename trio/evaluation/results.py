@@ -106,6 +106,10 @@ class Comparison(Record):
         difference: with its interval.
         p: two-sided, of no difference.
         p_holm: corrected over the comparisons with this baseline.
+        p_smallest: the smallest `p_holm` that any answers to these scenes could give; from 0.05 on, none could show a
+            difference. 0 where it was not worked out (results of earlier versions), as the two numbers of scenes.
+        scenes: with a question that counts.
+        scenes_needed: from which a difference could be shown at all, however large.
         p_baseline_inferior: one-sided, of the baseline being worse than the row by `margin` or more.
         p_baseline_inferior_holm: corrected; below 0.05 the baseline is non-inferior.
         margin: in points.
@@ -126,6 +130,9 @@ class Comparison(Record):
     margin: float
     power: float
     scenes_for_90: int
+    p_smallest: float = 0.0
+    scenes: int = 0
+    scenes_needed: int = 0
 
 
 class Speed(Record):

@@ -4,7 +4,8 @@
   ratios of differences come with intervals too. Where every answer of a row is right, or every one is wrong, a
   bootstrap has no width: Wilson's interval stands there, each scene counted once.
 - Differences from the baseline: a sign-flip test over scenes (two-sided, exact under the null hypothesis that the two
-  rows could change places), corrected over methods by Holm (1979).
+  rows could change places), corrected over methods by Holm (1979). With n scenes its p is never below 2 / 2^n, so that
+  few scenes cannot reject anything; `smallest_p` and `scenes_to_reject` say so before anyone reads "not above".
 - Non-inferiority: a normal test of the paired difference against the margin, one-sided, its variance clustered by
   scene and widened by half a discordant scene on either side (after Agresti and Min, 2005), so that few differences
   are no proof; corrected by Holm as well.
@@ -22,11 +23,23 @@ from numpy.typing import NDArray
 
 from trio.zoo.evaluate import wilson
 
-__all__ = ["Bootstrap", "Interval", "Paired", "holm", "needed_scenes", "paired", "power"]
+__all__ = [
+    "Bootstrap",
+    "Interval",
+    "Paired",
+    "holm",
+    "needed_scenes",
+    "paired",
+    "power",
+    "scenes_to_reject",
+    "smallest_p",
+]
 
 Values = NDArray[np.float64]
 DRAWS = 2000
 FLIPS = 10_000
+#: Scenes below which percentiles of a bootstrap are too near to the mean.
+FEW = 10
 _NORMAL = NormalDist()
 
 
@@ -133,7 +146,7 @@ def paired(differences: Values, counts: Values, *, flips: int = FLIPS, seed: int
     Args:
         differences: its sum over the questions of each scene.
         counts: questions of each scene.
-        flips: random signs of the sign-flip test; the smallest p is 1 / (flips + 1).
+        flips: random signs of the sign-flip test; where there are no more patterns than that, all of them are taken.
         seed: of the signs.
     """
     there = counts > 0
@@ -141,14 +154,33 @@ def paired(differences: Values, counts: Values, *, flips: int = FLIPS, seed: int
     total, questions, scenes = float(sums.sum()), float(n.sum()), len(sums)
     moved = sums[sums != 0]
     if len(moved):
-        signs = np.random.default_rng(seed).integers(0, 2, (flips, len(moved))) * 2 - 1
-        extreme = int((np.abs(signs @ moved) >= abs(total) - 1e-9).sum())
-        p = (extreme + 1) / (flips + 1)
+        every = _patterns(len(moved), flips)
+        drawn = np.random.default_rng(seed).integers(0, 2, (flips, len(moved))) if every is None else every
+        extreme = int((np.abs((drawn * 2 - 1) @ moved) >= abs(total) - 1e-9).sum())
+        p = (extreme + 1) / (flips + 1) if every is None else extreme / len(every)
     else:
         p = 1.0
     residual = sums - n * (total / questions)
     spread = float((residual**2).sum()) * scenes / max(1, scenes - 1)
     return Paired(total / questions, p, math.sqrt(spread + 1.0) / questions, scenes)
+
+
+def _patterns(number: int, most: int) -> NDArray[np.int64] | None:
+    """All patterns of zeros and ones, a row each; None where they are too many."""
+    if 2**number > most:
+        return None
+    found: NDArray[np.int64] = (np.arange(2**number)[:, None] >> np.arange(number)) & 1
+    return found
+
+
+def smallest_p(scenes: int, *, flips: int = FLIPS) -> float:
+    """The smallest p of `paired` on so many scenes: each of them differs, and all in one direction."""
+    return min(1.0, 2.0 ** (1 - scenes)) if 2**scenes <= flips else 1 / (flips + 1)
+
+
+def scenes_to_reject(tests: int, *, level: float = 0.05) -> int:
+    """Scenes from which a difference can pass Holm's correction at all, in a family of so many tests."""
+    return math.floor(math.log2(2 * tests / level)) + 1
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from trio.evaluation.answers import Answer
 from trio.evaluation.results import COUNTED, OVERALL, Comparison, Estimate, Gate, RowResult
 from trio.evaluation.rows import GATE_NEAR, GATE_SHARE, Row, Schedule, none_name
-from trio.evaluation.statistics import Bootstrap, Interval, holm, needed_scenes, paired, power
+from trio.evaluation.statistics import (
+    FLIPS,
+    Bootstrap,
+    Interval,
+    holm,
+    needed_scenes,
+    paired,
+    power,
+    scenes_to_reject,
+    smallest_p,
+)
 from trio.evaluation.task import Task
 
 __all__ = ["Summary", "right_of"]
@@ -197,15 +207,17 @@ class Summary:
 
     def _family(self, pairs: Sequence[tuple[_Group, _Group]]) -> list[Comparison]:
         parts, tests, differences = [], {}, []
+        flips = max(FLIPS, 40 * len(pairs))  # so many that Holm's factor alone rejects nothing
         for number, (group, base) in enumerate(pairs):
             firsts = {self._first(base.row), self._first(group.row)}
             kinds = [kind for kind in self._task.kinds if all(kind in self.counted(first) for first in firsts)]
             parts.append((kinds or self._task.kinds, bool(kinds)))
             chosen = np.isin(self._kind, parts[-1][0])
-            tests[str(number)] = paired(*self._bootstrap.by_scene(base.values - group.values, chosen))
+            tests[str(number)] = paired(*self._bootstrap.by_scene(base.values - group.values, chosen), flips=flips)
             differences.append(_percent(self._bootstrap.difference(group.values, base.values, chosen)))
         margin = self._margin / 100
         p_values = holm({name: test.p for name, test in tests.items()})
+        smallest = holm({name: smallest_p(test.scenes, flips=flips) for name, test in tests.items()})
         inferior = {name: test.p_inferior(margin) for name, test in tests.items()}
         corrected = holm(inferior)
         return [
@@ -223,6 +235,9 @@ class Summary:
                 margin=self._margin,
                 power=power(tests[name], margin, tests=len(tests)),
                 scenes_for_90=needed_scenes(tests[name], margin, tests=len(tests)),
+                p_smallest=smallest[name],
+                scenes=tests[name].scenes,
+                scenes_needed=scenes_to_reject(len(tests)),
             )
             for (group, base), name, part, difference in zip(pairs, tests, parts, differences, strict=True)
         ]

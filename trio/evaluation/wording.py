@@ -118,7 +118,7 @@ def comparison_table(results: Results) -> Table:
         [
             f"{one.row} - {one.baseline}" + ("" if one.gated else " (no sub-task passes the gate: all are taken)"),
             one.difference.signed(),
-            _p(one.p_holm),
+            _p(one.p_holm) + (f", too few scenes: {one.scenes} of {one.scenes_needed}" if _too_few(one) else ""),
             _p(one.p_baseline_inferior_holm),
             f"{100 * one.power:.0f}%, 90% from {one.scenes_for_90} scenes",
         ]
@@ -149,13 +149,30 @@ def _against_floor(one: Comparison) -> str:
     """A spec against a floor; the comparison's row is the floor, its baseline the spec."""
     gain = -one.difference.mean
     said = f"{gain:+z.1f} ({-one.difference.high:+z.1f} to {-one.difference.low:+z.1f}) points, p = {_p(one.p_holm)}"
+    if _too_few(one):
+        return f"{one.baseline} against {one.row}: too few scenes to tell: {said}; {_bound(one)}."
     if one.p_holm < LEVEL:
         return f"{one.baseline} is {'above' if gain > 0 else 'BELOW'} {one.row}: {said}."
     return f"{one.baseline} is {'not shown to be' if gain > 0 else 'NOT'} above {one.row}: {said}."
 
 
+def _too_few(one: Comparison) -> bool:
+    """Whether no answers to these scenes could have shown a difference."""
+    return one.p_smallest >= LEVEL
+
+
+def _bound(one: Comparison) -> str:
+    scenes = f"{one.scenes} {'scene' if one.scenes == 1 else 'scenes'}"
+    return f"on {scenes} no p can be below {_p(one.p_smallest)}, a difference can be shown from {one.scenes_needed} on"
+
+
 def _verdict(one: Comparison) -> str:
-    if one.p_holm < LEVEL:
+    if _too_few(one):
+        text = (
+            f"{one.row} and {one.baseline}: too few scenes to tell them apart ({one.difference.signed()} points, p = "
+            f"{_p(one.p_holm)}; {_bound(one)})"
+        )
+    elif one.p_holm < LEVEL:
         side = "above" if one.difference.mean > 0 else "below"
         text = f"{one.row} is {side} {one.baseline} by {one.difference.signed()} points (p = {_p(one.p_holm)})"
     else:
