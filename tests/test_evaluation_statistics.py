@@ -259,7 +259,7 @@ def test_too_few_scenes_are_not_called_no_difference() -> None:
     assert [row[2] for row in table] == [
         "1.000, too few scenes: 4 of 6",
         "0.250, too few scenes: 4 of 7",
-        "0.250, too few scenes: 4 of 7",
+        "0.625, too few scenes: 4 of 7",
     ]
     for one in found.comparisons():
         assert one.p_smallest <= one.p_holm and one.scenes == 4
