@@ -10,6 +10,7 @@ from support.models import IMAGE_TOKEN, inputs, llava, text_config
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 
 import trio
+from trio.runtime.upstream import Role, cache_of, keywords
 
 PROMPTS = [[1, 5, "image", 7, 8, 9, 10], [1, "image", 6, "image", 7, 8], [1, 3, 4, 5]]
 
@@ -157,12 +158,12 @@ CALLS = {
         r"attention_mask.*2-D",
     ),
     "a static cache": (
-        lambda b: {"past_key_values": StaticCache(text_config("llama"), max_cache_len=64)},
+        lambda b: keywords({Role.CACHE: StaticCache(text_config("llama"), max_cache_len=64)}),
         trio.CacheError,
         "StaticCache.*DynamicCache",
     ),
     "a quantised cache": (
-        lambda b: {"past_key_values": a_quantised_cache()},
+        lambda b: keywords({Role.CACHE: a_quantised_cache()}),
         trio.CacheError,
         "QuantizedCache.*DynamicCache",
     ),
@@ -273,34 +274,34 @@ def test_a_cache_goes_on_only_with_its_own_pipeline(model):
     follow = {"input_ids": torch.tensor([[4]]), "attention_mask": torch.ones(1, 23, dtype=torch.long)}
     with torch.no_grad():
         with pipeline_for(model, name="first"):
-            cache = model(**batch).past_key_values
+            cache = cache_of(model(**batch))
         with pytest.raises(trio.CacheError, match=r"'first .*1, 3.*', which is not attached any more"):
-            model(**follow, past_key_values=cache)
+            model(**follow, **keywords({Role.CACHE: cache}))
         with pipeline_for(model, name="first"):
-            cache = model(**batch).past_key_values
+            cache = cache_of(model(**batch))
         with (
             pipeline_for(model, name="second"),
             pytest.raises(trio.CacheError, match=r"'first .*', but 'second .*' is attached"),
         ):
-            model(**follow, past_key_values=cache)
+            model(**follow, **keywords({Role.CACHE: cache}))
 
 
 def test_pipelines_of_one_name_are_told_apart(model):
     batch = inputs(PROMPTS[:1])
     with torch.no_grad(), trio.Pipeline(model, stages=stages((3, 4))):
-        cache = model(**batch).past_key_values
+        cache = cache_of(model(**batch))
     follow = {"input_ids": torch.tensor([[4]]), "attention_mask": torch.ones(1, 23, dtype=torch.long)}
     with (
         torch.no_grad(),
         trio.Pipeline(model, stages=stages((1, 4))),
         pytest.raises(trio.CacheError, match=r"stages after layers 3.*stages after layers 1"),
     ):
-        model(**follow, past_key_values=cache)
+        model(**follow, **keywords({Role.CACHE: cache}))
 
 
 def test_cropping_into_the_reduced_part(model):
     with torch.no_grad(), pipeline_for(model):
-        cache = model(**inputs(PROMPTS[:1])).past_key_values
+        cache = cache_of(model(**inputs(PROMPTS[:1])))
         with pytest.raises(trio.CacheError, match=r"take 5 tokens.*only the last 0"):
             cache.crop(-5)
 

@@ -26,6 +26,7 @@ from transformers import (
 from trio.adapters.decoder import RowProbe, llama_like
 from trio.cost import ModelShape, flops
 from trio.probe import LayerInputs, rows_at_end
+from trio.runtime.upstream import Role, cache_of, keywords
 
 IMAGE_TOKEN = 90
 TEXT: dict[str, Any] = {
@@ -124,11 +125,11 @@ def test_llava_with_several_feature_layers_and_the_class_token() -> None:
 def test_decode_steps() -> None:
     model = llava("clip", "llama")
     shape = ModelShape.from_config(model.config)
-    past = model(input_ids=torch.arange(9)[None], use_cache=True).past_key_values
+    past = cache_of(model(input_ids=torch.arange(9)[None], use_cache=True))
 
     def two_steps() -> None:
         for token in (1, 2):
-            model(input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            model(input_ids=torch.tensor([[token]]), **keywords({Role.CACHE: past}), use_cache=True)
 
     found = counted(two_steps)
     assert found["total"] - rotary(found) == flops.decode_flops(shape, [9] * 3, 2)
@@ -180,6 +181,6 @@ def test_the_shape_reads_the_dtype_of_the_cache() -> None:
     for dtype, size in ((None, 2), (torch.float32, 4), ("float32", 4), (torch.bfloat16, 2), (torch.float16, 2)):
         model.config.dtype = dtype
         assert ModelShape.from_config(model.config).dtype_bytes == size
-    full = model(input_ids=torch.arange(9)[None], use_cache=True).past_key_values
+    full = cache_of(model(input_ids=torch.arange(9)[None], use_cache=True))
     held = sum(t.numel() * t.element_size() for layer in full.layers for t in (layer.keys, layer.values))
     assert held == 9 * 3 * ModelShape.from_config(model.config, dtype_bytes=4).kv_bytes_per_token

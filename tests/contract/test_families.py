@@ -9,6 +9,7 @@ from support.features import features_of
 
 import trio
 from trio.testing import Prompt, check_adapter
+from trio.runtime.upstream import Role, cache_of, keywords
 
 pytestmark = pytest.mark.filterwarnings("ignore:no adapter knows")
 
@@ -46,9 +47,9 @@ def test_a_second_turn_with_a_new_picture_by_hand(name, compressor, support):
     cut = first["input_ids"].shape[1]
     stages = [trio.Stage(after_layer=0, keep="60%"), trio.Stage(after_layer=2, keep="30%")]
     with trio.Pipeline(model, stages=stages, compressor=compressor) as pipeline, torch.no_grad():
-        cache = model(**first, position_ids=positions[..., :cut]).past_key_values
+        cache = cache_of(model(**first, position_ids=positions[..., :cut]))
         later = {**second, "attention_mask": whole["attention_mask"], "position_ids": positions[..., cut:]}
-        logits = model(**later, past_key_values=cache).logits
+        logits = model(**later, **keywords({Role.CACHE: cache})).logits
         turns = [report.selection() for report in pipeline.reports]
     both = [[[*one[0], *two[0]]] for one, two in zip(*turns, strict=True)]
     assert all(len(images) == 2 for stage in both for images in stage)

@@ -20,6 +20,7 @@ import trio.testing.stock
 import trio.testing.survivors
 from trio.adapters import adapter_for
 from trio.report import CompressionReport
+from trio.runtime.upstream import Role, dynamic_cache, keywords
 from trio.testing.adapters import TOLERANCES
 from trio.testing.bench import AT_INPUT, RAGGED, TWO_STAGES, Bench, Setting
 from trio.testing.oracle import compact_logits, kept_columns, masked_logits
@@ -84,12 +85,8 @@ def test_half_precision(name):
     agreement(work, compressed(work, STAGES["original"], RAGGED))
 
 
-# Newer transformers call the argument `cache`, and take this name up to 6.0.
-@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
 @pytest.mark.parametrize("positions", STAGES)
 def test_a_window_counts_the_tokens_that_are_left(positions):
-    from transformers import DynamicCache
-
     windows = {"use_sliding_window": True, "max_window_layers": 3}
     work = llava_bench(llava("qwen2", sliding_window=12, **windows))
     assert [work.adapter.window(layer) for layer in range(6)] == [None, None, None, 12, 12, 12]
@@ -103,7 +100,7 @@ def test_a_window_counts_the_tokens_that_are_left(positions):
             run = Compressed(inputs, side, positions == "compact", report, None, prefill, inputs["input_ids"])
             if side == "left":
                 with pipeline.replay(report):
-                    out = work.generate(inputs, past_key_values=DynamicCache())
+                    out = work.generate(inputs, **keywords({Role.CACHE: dynamic_cache()}))
                 run = replace(run, sequences=out.sequences[:, :-1], steps=torch.stack(out.logits, 1))
         agreement(work, run)
     wide = llava_bench(llava("qwen2", sliding_window=64, **windows))
@@ -400,3 +397,29 @@ def test_the_example_of_the_page():
     names = {"model": work.model, "inputs": work.inputs(RAGGED[0]), "pipeline": work.pipeline()}
     exec(compile(code, str(page), "exec"), names)
     torch.testing.assert_close(names["logits"][0, -1], names["expected"][0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 4}),
+        ("mistral", {"sliding_window": 12}),
+    ],
+    ids=[
+        "windows between two stages",
+        "windows behind a stage",
+        "a window in every layer, known from the configuration",
+    ],
+)
+def test_windows_wherever_the_stages_stand(text, more):
+    """Full and windowed layers behind one stage each get their own mask."""
+    work = llava_bench(llava(text, **more))
+    inputs = work.inputs(*RAGGED)
+    for stages in ((1, 3), (0, 2), (3, 5)):
+        keeps = ("60%", "40%")
+        setting = Setting("windows", [{"after_layer": n, "keep": k} for n, k in zip(stages, keeps, strict=True)])
+        pipeline = work.pipeline(setting)
+        with pipeline:
+            prefill = work.forward(inputs)
+        agreement(work, Compressed(inputs, "left", False, pipeline.report, None, prefill, inputs["input_ids"]))

@@ -12,6 +12,7 @@ from support.models import llava
 import trio
 from trio.testing import Prompt, check_adapter
 from trio.testing.bench import NEW, ONE, RAGGED, TWO, extended
+from trio.runtime.upstream import Role, cache_of, keywords
 
 pytestmark = pytest.mark.contract
 
@@ -139,17 +140,17 @@ def test_cache_copied_and_cropped():
     with pipeline:
         answer = work.generate(first)
         before = pipeline.report.selection()
-        cache = answer.past_key_values
+        cache = cache_of(answer)
         held = cache.get_seq_length()
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
         conversation = extended(first, torch.cat([answer.sequences, question], 1))
         conversation.pop("pixel_values")
         twin = copy.deepcopy(cache)
-        one = work.generate(conversation, past_key_values=twin)
-        two = work.generate(conversation, past_key_values=cache)
+        one = work.generate(conversation, **keywords({Role.CACHE: twin}))
+        two = work.generate(conversation, **keywords({Role.CACHE: cache}))
         cache.crop(held - cache.get_seq_length())
         assert [layer.keys.shape[-2] for layer in cache.layers] == lengths
-        three = work.generate(conversation, past_key_values=cache)
+        three = work.generate(conversation, **keywords({Role.CACHE: cache}))
         whole = extended(first, two.sequences[:, :-1])
         with pipeline.replay(before):
             expected = work.forward(whole)[:, -NEW:]
@@ -169,10 +170,10 @@ def test_a_reduced_cache_needs_its_pipeline():
     conversation = extended(first, torch.cat([answer.sequences, answer.sequences[:, :3]], 1))
     conversation.pop("pixel_values")
     with pytest.raises(trio.CacheError, match=r"trio\.testing"):
-        work.generate(conversation, past_key_values=answer.past_key_values)
+        work.generate(conversation, **keywords({Role.CACHE: cache_of(answer)}))
     other = trio.Pipeline(work.model, stages=STAGES, name="another")
     with other, pytest.raises(trio.CacheError, match="another"):
-        work.generate(conversation, past_key_values=answer.past_key_values)
+        work.generate(conversation, **keywords({Role.CACHE: cache_of(answer)}))
 
 
 @pytest.mark.parametrize("how", ["sliding", "quantized"])
@@ -185,7 +186,7 @@ def test_caches_that_cannot_hold_ragged_layers(how):
     if how == "sliding":
         cache = DynamicCache()
         cache.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(6)]
-        given = {"past_key_values": cache}
+        given = keywords({Role.CACHE: cache})
         error = trio.CacheError
     else:
         given = {"cache_implementation": "quantized"}

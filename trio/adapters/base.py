@@ -222,9 +222,9 @@ class Adapter(ABC):
         out: torch.Tensor = head(self.language_model.norm(hidden))  # type: ignore[operator]  # nn.Module attribute
         return out
 
-    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """Rotary embeddings as the decoder layers receive them, for positions ``(B, S)``."""
-        return self.language_model.rotary_emb(hidden, position_ids)  # type: ignore[operator]  # nn.Module attribute
+        return self.language_model.rotary_emb(hidden, positions)  # type: ignore[operator]  # nn.Module attribute
 
     def take_positions(self, embeddings: Any, index: torch.Tensor) -> Any:
         """Rotary embeddings of chosen columns, int64 ``(B, R)``."""
@@ -236,8 +236,14 @@ class Adapter(ABC):
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a decoder layer in tokens, None for full attention."""
-        window = getattr(getattr(self.layers[layer], "self_attn", None), "sliding_window", None)
-        return None if window is None else int(window)
+        attention = getattr(self.layers[layer], "self_attn", None)
+        if hasattr(attention, "sliding_window"):
+            window = attention.sliding_window
+            return None if window is None else int(window)
+        window, kinds = getattr(self.text_config, "sliding_window", None), getattr(self.text_config, "layer_types", None)
+        # Without kinds of layers, a window in the configuration holds for all of them (Mistral).
+        slides = window is not None and (kinds is None or kinds[layer] == "sliding_attention")
+        return int(window) if slides else None
 
     def probe(self, layer: int, inputs: LayerInputs) -> Probe:
         """The view into a decoder layer, bound to what enters it."""
@@ -289,8 +295,8 @@ class Adapter(ABC):
                 return f"its submodules have known names but another meaning ({_first_line(error)})"
             try:
                 theirs = self._run_layer(layer, inputs).float()
-            except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
-                return f"it cannot be run on nine random tokens ({_first_line(error)})"
+            except (RuntimeError, TypeError, LookupError, ValueError, AttributeError) as error:
+                return _cannot_run(error)
         if not bool(torch.isfinite(theirs).all()):
             return "its output on random tokens is not finite: its weights hold nan or inf, or overflow in their dtype"
         tolerance = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
@@ -306,8 +312,10 @@ class Adapter(ABC):
             try:
                 with torch.autocast(inputs.hidden.device.type, enabled=False):
                     gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
-            except (RuntimeError, NotImplementedError, TypeError, KeyError, ValueError, AttributeError) as error:
+            except (RuntimeError, NotImplementedError) as error:
                 self._backwards[layer] = f"no gradient comes through it ({_first_line(error)})"
+            except (TypeError, LookupError, ValueError, AttributeError) as error:
+                self._backwards[layer] = _cannot_run(error)
             else:
                 self._backwards[layer] = _judged(gradient)
         return self._backwards[layer]
@@ -360,6 +368,13 @@ def _first_line(error: Exception) -> str:
     """An error's kind and what it says, on one line."""
     said = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _cannot_run(error: Exception) -> str:
+    return (
+        f"called on a few random tokens as the decoder layers of known releases are called, it fails "
+        f"({_first_line(error)}; transformers {upstream.version()}): report what `trio doctor` prints"
+    )
 
 
 def _judged(gradient: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ from trio.adapters.base import Adapter
 from trio.evaluation.rows import Picture
 from trio.evaluation.task import Sample, Task
 from trio.inputs import batch_for
+from trio.runtime.upstream import MASK
 
 __all__ = ["Counter", "Shown", "without_floor"]
 
@@ -35,7 +36,7 @@ class Counter:
 
     def of_batch(self, inputs: Mapping[str, Any]) -> list[int]:
         """Visual tokens of each prompt, newlines and other structure not counted."""
-        pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+        pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", MASK)}
         layout = self._adapter.layout(inputs["input_ids"].cpu(), {"image": pictures})
         return [sum(int(image.is_picture.sum()) for image in images) for images in layout.images]
 

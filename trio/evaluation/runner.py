@@ -23,6 +23,7 @@ from trio.evaluation.rows import Picture, Row
 from trio.evaluation.task import Sample, Task
 from trio.inputs import batch_for
 from trio.pipeline import Pipeline
+from trio.runtime.upstream import MASK
 
 __all__ = ["Runner"]
 
@@ -136,7 +137,7 @@ class Runner:
         shape = self.shape
         if shape is None:
             return None
-        lengths = inputs["attention_mask"].sum(1).tolist()
+        lengths = inputs[MASK].sum(1).tolist()
         each = [
             tower_flops(shape.tower, n) + projector_flops(shape, n) + prefill_flops(shape, [length] * shape.layers)
             for n, length in zip(tokens, lengths, strict=True)

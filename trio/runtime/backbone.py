@@ -116,7 +116,7 @@ class Backbone(Protocol):
     ) -> tuple[dict[str, Any], dict[int, torch.Tensor]] | None:
         """Visual features that are added between layers."""
 
-    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """Rotary embeddings for positions."""
 
     def take_positions(self, embeddings: Any, index: torch.Tensor) -> Any:

@@ -46,7 +46,7 @@ class Forward:
         features: visual features to be added in front of a layer, ``(B, N, D)``.
         begin: when the language model started, in seconds.
         mask: of the whole conversation, bool or int ``(B, past + S)``, or None.
-        position_ids: as the language model got them.
+        positions: as the language model got them, or None.
         asks_cache: whether keys and values are to be kept, so that every layer must meet a cache.
         cache: the cache of this forward, as soon as it was seen.
         past: tokens of the conversation in that cache before this forward.
@@ -54,7 +54,7 @@ class Forward:
         visited: calls of decoder layers from the first reduction on.
         prefill: the stages' state, where the forward brings visual tokens.
         active: whether decoder layers need anything of the runtime.
-        segments: by number of stages passed.
+        segments: by number of stages passed and sliding window of the layer.
         ran: what entered the last layer, where a scorer wants it.
     """
 
@@ -67,7 +67,7 @@ class Forward:
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     begin: float = 0.0
     mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     asks_cache: bool = False
     cache: Any = None
     past: int = 0
@@ -75,7 +75,7 @@ class Forward:
     visited: int = 0
     prefill: Prefill | None = None
     active: bool = False
-    segments: dict[int, Segment] = field(default_factory=dict)
+    segments: dict[tuple[int, int | None], Segment] = field(default_factory=dict)
     ran: LayerInputs | None = None
 
     def tokens(self, hidden: torch.Tensor) -> int:

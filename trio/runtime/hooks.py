@@ -277,7 +277,7 @@ class Runtime:
                 )
             forward.past = tokens_in(cache, depth)
         forward.mask = mask
-        forward.position_ids = call.read(Role.POSITIONS, given)
+        forward.positions = call.read(Role.POSITIONS, given)
         forward.cache = cache
         forward.asks_cache = cache is not None or uses_cache(call, given, self._backbone.text_config)
         if forward.pictures and hidden is not None:
@@ -531,8 +531,8 @@ def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSi
             encoder.detach()
     if was_attached:
         warnings.warn(
-            f"the pipeline {owner.name!r} was attached when the last reference to it went, so that it was taken off its "
-            "model; keep the pipeline in a variable while it is to work",
+            f"the pipeline {owner.name!r} was attached when the last reference to it went, so that it was taken off "
+            "its model; keep the pipeline in a variable while it is to work",
             RuntimeWarning,
             stacklevel=2,
         )

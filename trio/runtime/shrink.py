@@ -51,11 +51,11 @@ class Shrinker:
         if not shorter and not isinstance(layer, ReducedLayer):
             return None
         call.check_mask(given)
-        number = sum(after <= index for after in self._stage_layers)
-        segment = forward.segments.get(number)
+        key = sum(after <= index for after in self._stage_layers), self._backbone.window(index)
+        segment = forward.segments.get(key)
         if segment is None:
             segment = self._segment(forward, index, hidden, given, shorter=shorter)
-            forward.segments[number] = segment
+            forward.segments[key] = segment
         if cache is not None:
             batch = hidden.shape[0]
             past = segment.valid[:, : segment.valid.shape[1] - hidden.shape[1]]
@@ -146,7 +146,7 @@ class Shrinker:
     ) -> torch.Tensor:
         """The forward's own position ids, ``(B, S)``."""
         ids = self._calls[index].read(Role.POSITIONS, given)
-        ids = forward.position_ids if ids is None else ids
+        ids = forward.positions if ids is None else ids
         if ids is None:
             ids = (torch.arange(forward.tokens(hidden), device=hidden.device) + forward.past)[None]
         expanded: torch.Tensor = ids.to(hidden.device).expand(hidden.shape[0], -1)
@@ -171,7 +171,8 @@ class Shrinker:
         past_valid, past_dropped, _ = self._past(forward, index, hidden)
         others = call.others(given)
         if not shrunk and forward.prefill.shorter:
-            before = forward.segments.get(sum(after < index for after in self._stage_layers))
+            passed = sum(after < index for after in self._stage_layers)
+            before = next((s for (number, _), s in forward.segments.items() if number == passed), None)
             rotary = before.rotary if before is not None else self._rotary(forward, index, hidden, given, past_dropped)
             others = self._others(forward, call, given, hidden)
         past = None

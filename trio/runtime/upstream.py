@@ -74,6 +74,8 @@ NAMES: Mapping[Role, tuple[str, ...]] = {
     Role.LABELS: ("labels",),
     Role.LOGITS_TO_KEEP: ("logits_to_keep",),
 }
+#: What processors and forwards call the mask of a batch, and what a vision tower's layers are called with.
+MASK, HIDDEN, ROTARY, EMBEDDINGS = (NAMES[r][0] for r in (Role.MASK, Role.HIDDEN, Role.ROTARY, Role.EMBEDDINGS))
 #: Ways of generating that the runtime has to know of, and where `generate` takes them.
 ASSISTANT = "assistant_model"
 LOOKUP, CHUNK, CACHE_KIND = "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation"
@@ -443,8 +445,13 @@ def check_generation() -> None:
         raise unsupported("generate", f"`{name}`", "none, so that a way of generating could not be refused")
 
 
-def generation_cache_name() -> str:
-    """The name under which `generate` and the models take a cache of the user's."""
+def keywords(values: Mapping[Role, Any]) -> dict[str, Any]:
+    """Arguments of a model or of `generate` by role, under the names of the installed release."""
+    return {cache_name() if role is Role.CACHE else NAMES[role][0]: value for role, value in values.items()}
+
+
+def cache_name() -> str:
+    """The name under which `generate`, models and mask functions take a cache."""
     return masked_name(masking_utils.create_causal_mask, Role.CACHE)
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from trio.adapters.base import Adapter
 from trio.pipeline import Pipeline
 from trio.report import CompressionReport
+from trio.runtime import upstream
+from trio.runtime.upstream import Role
 from trio.testing.inputs import Inputs, InputsFactory, Prompt, Side
 from trio.testing.results import require
 
@@ -103,7 +105,7 @@ class Bench:
     def forward(self, inputs: Mapping[str, Any], **more: Any) -> torch.Tensor:
         """Logits ``(B, S', vocabulary)`` of one forward without a cache."""
         with torch.no_grad():
-            logits: torch.Tensor = self.model(**{**inputs, "use_cache": False, **more}).logits
+            logits: torch.Tensor = self.model(**{**inputs, **upstream.keywords({Role.USE_CACHE: False}), **more}).logits
         return logits
 
     def generate(self, inputs: Mapping[str, Any], **more: Any) -> Any:
@@ -168,7 +170,7 @@ class Bench:
         if side == "left":
             return logits[:, -1]
         if report is None:
-            ends = inputs["attention_mask"].sum(1) - 1
+            ends = inputs[upstream.MASK].sum(1) - 1
         else:
             ends = torch.tensor([tokens[-1] - 1 for tokens in report.layer_tokens])
         return logits[torch.arange(logits.shape[0]), ends.to(logits.device)]
@@ -252,7 +254,7 @@ def extended(inputs: Inputs, ids: torch.Tensor) -> Inputs:
         if name == "input_ids":
             out[name] = ids
         elif value.shape == shape:
-            filling = value.new_full((shape[0], more), int(name == "attention_mask"))
+            filling = value.new_full((shape[0], more), int(name == upstream.MASK))
             out[name] = torch.cat([value, filling], dim=1)
         else:
             out[name] = value

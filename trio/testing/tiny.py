@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trio.runtime.upstream import MASK
 from trio.testing.inputs import Prompt, Side
 
 IMAGE_TOKEN = 99
@@ -86,7 +87,7 @@ class TokenInputs:
             where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
             ids[place, where] = torch.tensor(row)
             mask[place, where] = 1
-        batch = {"input_ids": ids, "attention_mask": mask}
+        batch = {"input_ids": ids, MASK: mask}
         numbers = [number for prompt in prompts for number in prompt.pictures]
         if numbers:
             batch["pixel_values"] = torch.stack([self._pixels(number) for number in numbers])

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trio.encoders.towers.base import Heads, Tower, pair, pixel_grid, split_heads
 from trio.errors import UnsupportedModelError
+from trio.runtime.upstream import HIDDEN, MASK
 
 
 class ProjectedTower(Tower):
@@ -90,8 +91,8 @@ class ProjectedTower(Tower):
             added = bias()
             if added is None:
                 return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return args, {**kwargs, "attention_mask": added[:, None, None].to(hidden.dtype)}
+            hidden = args[0] if args else kwargs[HIDDEN]
+            return args, {**kwargs, MASK: added[:, None, None].to(hidden.dtype)}
 
         return [self.attention(block).register_forward_pre_hook(before, with_kwargs=True)]
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from trio.encoders.towers.base import Heads, Layout, Tower, is_a, split_heads
 from trio.errors import InputError
 from trio.registry import TOWERS
+from trio.runtime.upstream import ROTARY
 
 _MODELS = "transformers.models."
 
@@ -110,7 +111,7 @@ class QwenTower(Tower):
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             queries, plain, _ = split_heads(held.pop("qkv"), 3 * heads).chunk(3, dim=1)
-            cos, sin = kwargs["position_embeddings"]
+            cos, sin = kwargs[ROTARY]
             told(
                 Heads(
                     rotate(queries, cos, sin)[None],

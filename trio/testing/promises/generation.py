@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trio.pipeline import Pipeline
+from trio.runtime.upstream import MASK, Role, cache_of, dynamic_cache, keywords
 from trio.testing.bench import (
     END,
     NEW,
@@ -143,11 +144,11 @@ def _uncached(bench: Bench, more: dict[str, Any]) -> str:
     if copied is None:
         return COPIES
     prompts = (ONE, TWO) if TWO in copied else (ONE, END)
-    stock = [bench.generate(bench.inputs(*prompts), use_cache=cached, **more).sequences for cached in (True, False)]
+    stock = [bench.generate(bench.inputs(*prompts), **_caching(cached), **more).sequences for cached in (True, False)]
     if bench.exact and not torch.equal(*stock):
         return "not promised: the stock model itself gives other tokens without a cache"
     pipeline, cached, selection = _run(bench, prompts, **more)
-    other, out, _ = _run(bench, prompts, use_cache=False, **more)
+    other, out, _ = _run(bench, prompts, **_caching(False), **more)
     first = other.reports[0].selection()
     if bench.exact:
         require(torch.equal(out.sequences, cached.sequences), "other tokens than with a cache")
@@ -169,14 +170,15 @@ def _inference_mode(bench: Bench) -> str:
 
 
 def _own_cache(bench: Bench) -> str:
-    from transformers import DynamicCache
-
     _, expected, _ = _run(bench, RAGGED)
-    caches: list[Callable[[], Any]] = [DynamicCache, lambda: DynamicCache(config=bench.adapter.text_config)]
-    for make in caches:
-        _, out, _ = _run(bench, RAGGED, past_key_values=make())
+    for config in (None, bench.adapter.text_config):
+        _, out, _ = _run(bench, RAGGED, **keywords({Role.CACHE: dynamic_cache(config)}))
         require(torch.equal(torch.stack(out.logits), torch.stack(expected.logits)), "logits differ")
-    return f"{len(caches)} caches, bitwise as with generate's own"
+    return "2 caches, bitwise as with generate's own"
+
+
+def _caching(asked: bool) -> dict[str, Any]:
+    return keywords({Role.USE_CACHE: asked})
 
 
 def _by_hand(bench: Bench) -> str:
@@ -195,13 +197,14 @@ def _steps(bench: Bench, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``(B, NEW, vocabulary)`` of steps by hand, and those of `generate`."""
     with torch.no_grad():
         expected = bench.generate(inputs)
-        out = bench.model(**inputs, use_cache=True)
-        mask, cache = inputs["attention_mask"], out.past_key_values
+        out = bench.model(**inputs, **_caching(True))
+        mask, cache = inputs[MASK], cache_of(out)
         steps = [out.logits[:, -1]]
         for step in range(NEW - 1):
             token = expected.sequences[:, step - NEW, None]
             mask = torch.cat([mask, torch.ones_like(token)], 1)
-            out = bench.model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+            given = keywords({Role.IDS: token, Role.MASK: mask, Role.CACHE: cache, Role.USE_CACHE: True})
+            out = bench.model(**given)
             steps.append(out.logits[:, -1])
     return torch.stack(steps, 1), torch.stack(expected.logits, 1)
 
@@ -232,7 +235,7 @@ def _conversation(
     whole = joined(extended(first, answer.sequences), turn)
     passed = {name: value for name, value in whole.items() if name not in pictures_of(whole)}
     passed.update({name: turn[name] for name in pictures_of(turn)})
-    out = bench.generate(passed, past_key_values=answer.past_key_values)
+    out = bench.generate(passed, **keywords({Role.CACHE: cache_of(answer)}))
     return out, extended(whole, out.sequences[:, :-1]), (before, record())
 
 

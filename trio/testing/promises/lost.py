@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trio.errors import BudgetError, NonFiniteError, SpecError
+from trio.runtime.upstream import MASK, Role, cache_of, keywords
 from trio.testing.bench import ONE, Bench, Setting, reduced
 from trio.testing.promises.identity import bitwise
 from trio.testing.promises.refusals import refusal
@@ -67,12 +68,12 @@ def _counts(bench: Bench) -> str:
     inputs = bench.inputs(ONE)
     pipeline = bench.pipeline()
     with pipeline, torch.no_grad():
-        out = bench.model(**inputs, use_cache=True)
+        out = bench.model(**inputs, **keywords({Role.USE_CACHE: True}))
     report = reduced(pipeline.report)
     sample = report.samples[0]
-    text = int(inputs["attention_mask"].sum()) - report.visual_tokens - sample.newlines
+    text = int(inputs[MASK].sum()) - report.visual_tokens - sample.newlines
     pairs = zip(sample.visual_by_layer(report.num_layers), sample.newlines_by_layer(report.num_layers), strict=True)
-    held = [layer.keys.shape[-2] for layer in out.past_key_values.layers[: report.num_layers]]
+    held = [layer.keys.shape[-2] for layer in cache_of(out).layers[: report.num_layers]]
     expected = [text + visual + newlines for visual, newlines in pairs]
     require(report.layer_tokens[0] == expected, f"layer_tokens {report.layer_tokens[0]}, expected {expected}")
     full = [bench.adapter.window(layer) is None for layer in range(report.num_layers)]

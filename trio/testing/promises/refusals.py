@@ -11,6 +11,18 @@ import torch
 from torch import nn
 
 from trio.errors import AttachError, CacheError, InputError, TrioError
+from trio.runtime.upstream import (
+    ASSISTANT,
+    CACHE_KIND,
+    CHUNK,
+    EMBEDDINGS,
+    LOOKUP,
+    MASK,
+    DynamicCache,
+    Role,
+    StaticCache,
+    keywords,
+)
 from trio.testing.bench import ONE, TEXT, Bench
 from trio.testing.promises.identity import bitwise
 from trio.testing.results import Case, require
@@ -27,13 +39,13 @@ def cases(bench: Bench) -> Iterator[Case]:
         return lambda: bench.forward({**given, **more})
 
     table: list[tuple[str, type[TrioError], str, Callable[[], object]]] = [
-        ("chunked prefill", InputError, "prefill_chunk_size", generate(prefill_chunk_size=4)),
-        ("static cache by name", InputError, "static", generate(cache_implementation="static")),
-        ("static cache by object", CacheError, "DynamicCache", lambda: _static(bench, inputs)),
-        ("assisted decoding", InputError, "assistant_model", generate(assistant_model=bench.inner)),
-        ("prompt lookup", InputError, "prompt_lookup", generate(prompt_lookup_num_tokens=2)),
+        ("chunked prefill", InputError, CHUNK, generate(**{CHUNK: 4})),
+        ("static cache by name", InputError, "static", generate(**{CACHE_KIND: "static"})),
+        ("static cache by object", CacheError, DynamicCache.__name__, lambda: _static(bench, inputs)),
+        ("assisted decoding", InputError, ASSISTANT, generate(**{ASSISTANT: bench.inner})),
+        ("prompt lookup", InputError, "prompt_lookup", generate(**{LOOKUP: 2})),
         ("labels", InputError, "labels", forward(inputs, labels=inputs["input_ids"])),
-        ("pre-merged embeddings", InputError, "inputs_embeds", lambda: _embeds(bench, inputs)),
+        ("pre-merged embeddings", InputError, EMBEDDINGS, lambda: _embeds(bench, inputs)),
         ("a second thread", InputError, "thread", lambda: _two_threads(bench, inputs)),
         ("attaching twice", AttachError, "attached", lambda: bench.pipeline().attach()),
         ("training mode", InputError, "train", lambda: _training(bench, inputs)),
@@ -70,17 +82,15 @@ def refusal(error: type[BaseException], says: str, action: Callable[[], object])
 
 
 def _static(bench: Bench, inputs: dict[str, torch.Tensor]) -> None:
-    from transformers import StaticCache
-
     cache = StaticCache(config=bench.adapter.text_config, max_cache_len=inputs["input_ids"].shape[1] + 8)
     with torch.no_grad():
-        bench.model(**inputs, past_key_values=cache, use_cache=True)
+        bench.model(**inputs, **keywords({Role.CACHE: cache, Role.USE_CACHE: True}))
 
 
 def _embeds(bench: Bench, inputs: dict[str, torch.Tensor]) -> None:
     text = bench.inputs(TEXT)
     embeddings = bench.inner.get_input_embeddings()(text["input_ids"])  # type: ignore[operator]
-    bench.forward({"inputs_embeds": embeddings.detach(), "attention_mask": text["attention_mask"]})
+    bench.forward({EMBEDDINGS: embeddings.detach(), MASK: text[MASK]})
 
 
 def _training(bench: Bench, inputs: dict[str, torch.Tensor]) -> None:
