@@ -12,7 +12,7 @@ from support.families import FAMILIES, family
 import trio
 from trio.adapters import adapter_for, tiny
 from trio.testing.inputs import Prompt
-from trio.testing.tiny_inputs import tiny_inputs
+from trio.testing.tiny_inputs import MAKERS, tiny_inputs
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 
@@ -78,6 +78,17 @@ def test_from_the_configuration_of_a_tiny_model(name):
     runs(built(type(model), config), config)
     again = tiny_config(name, config)
     assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["Glm46V", "Idefics3", "LightOnOcr"])
+def test_further_families_of_the_generic_adapter(name):
+    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    config = tiny.generic(cls.config_class())
+    runs(built(cls, config), config)
+
+
+def test_every_configuration_has_inputs():
+    assert set(tiny.GENERIC) <= set(MAKERS)
 
 
 def test_the_model_s_own_configuration_stays_as_it_is():
