@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -9,15 +12,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trio.errors import SpecError, did_you_mean
 
-__all__ = ["Part", "explain", "type_name"]
+__all__ = ["Part", "described_parameters", "explain", "type_name"]
+
+#: What opens the section of a class's docstring that describes its parameters.
+_SECTION = re.compile(r"^(?:Parameters|Args|Arguments):\n((?:[ \t]+.*\n|\n)*)", re.MULTILINE)
+_ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*)$")
 
 
 class Part(BaseModel):
     """Base of `Scorer`, `Selector` and `Compressor`.
 
     The class fields of a part are its parameters, with their types, ranges and defaults; an unknown or a wrong one is
-    refused when the part is made. Parts are frozen: what a run needs to remember belongs to the runtime, not here, so
-    one object can serve any number of models.
+    refused when the part is made. What they mean stands once, under ``Parameters:`` in the docstring of the class;
+    listings and schemas read it there (or from ``Field(description=...)``). Parts are frozen: what a run needs to
+    remember belongs to the runtime, not here, so one object can serve any number of models.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -32,6 +40,20 @@ class Part(BaseModel):
             super().__init__(**params)
         except ValidationError as error:
             raise SpecError(explain(type(self).__name__, type(self), error)) from error
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives the fields the descriptions that the docstring has for them."""
+        super().__pydantic_init_subclass__(**kwargs)
+        bases = [one.model_fields for one in cls.__mro__[1:] if issubclass(one, Part)]
+        changed = False
+        for name, said in described_parameters(cls.__dict__.get("__doc__") or "").items():
+            field = cls.model_fields.get(name)
+            inherited = next((fields[name].description for fields in bases if name in fields), None)
+            if field is not None and field.description in (None, inherited):
+                field.description, changed = said, True
+        if changed and cls.__pydantic_complete__:  # else what validates and describes it is not built yet
+            cls.model_rebuild(force=True)
 
     # Says that this __init__ only calls pydantic's own, so that a part nested in another model is validated as usual.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
@@ -52,6 +74,19 @@ def explain(label: str, cls: type[Any], error: ValidationError) -> str:
             sentences.append(f"{place + ': ' if place else ''}found {problem['input']!r}; {text}.")
     allowed = ", ".join(f"{name} ({kind})" for name, kind in known.items()) or "none: it has no parameters"
     return f"{label}: {' '.join(sentences)} Allowed parameters: {allowed}."
+
+
+def described_parameters(docstring: str) -> dict[str, str]:
+    """What a docstring says about each parameter, on one line each, by name."""
+    section = _SECTION.search(inspect.cleandoc(docstring) + "\n")
+    found: dict[str, list[str]] = {}
+    entry: list[str] = []
+    for line in textwrap.dedent(section[1] if section else "").splitlines():
+        begins = _ENTRY.match(line)
+        if begins:
+            entry = found.setdefault(begins[1], [])
+        entry.append(begins[2] if begins else line.strip())
+    return {name: " ".join(filter(None, lines)) for name, lines in found.items()}
 
 
 def type_name(annotation: Any) -> str:

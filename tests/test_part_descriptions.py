@@ -1,0 +1,123 @@
+"""What each parameter of a part means stands once, in the docstring of its class, and is read from there."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field
+from typer.testing import CliRunner
+
+import trio
+from trio.part import Part
+from trio.registry import COMPRESSORS, SCORERS, SELECTORS, Registry
+
+KINDS: dict[str, Registry[Any]] = {"scorers": SCORERS, "selectors": SELECTORS, "compressors": COMPRESSORS}
+PARTS = [(kind, name) for kind, registry in KINDS.items() for name in registry.names()]
+
+
+@pytest.fixture(scope="module")
+def listed() -> dict[str, Any]:
+    """What `trio list --json` says."""
+    from trio.cli import app
+
+    result = CliRunner().invoke(app, ["list", "--json"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.output)
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name"), PARTS)
+def test_every_parameter_of_every_part_is_described(kind: str, name: str, listed: dict[str, Any]) -> None:
+    cls = KINDS[kind].get(name)
+    shown = next(row["parameters"] for row in listed[kind] if row["name"] == name)
+    schema = cls.model_json_schema().get("properties", {})
+    for parameter in KINDS[kind].describe(name).parameters:
+        assert len(parameter.description.split()) >= 2, f"{name}: {parameter.name} has no description"
+        assert schema[parameter.name]["description"] == parameter.description
+        assert shown[parameter.name]["description"] == parameter.description
+        assert parameter.name + ": " in (cls.__doc__ or ""), "the reference shows the docstring"
+
+
+def test_some_parts_have_parameters() -> None:
+    assert sum(len(KINDS[kind].describe(name).parameters) for kind, name in PARTS) > 20
+
+
+class Kite(Part):
+    """A kite.
+
+    Something about it: not a parameter.
+
+    Parameters:
+        tail: its length, in metres,
+            on two lines: with a colon.
+        colour (str): what it looks like
+        unknown: no field of the class.
+        said: not this, the field has its own
+
+    Returns:
+        nothing: not a parameter either.
+    """
+
+    tail: Annotated[int, Field(ge=1)] = 3
+    colour: str = "red"
+    said: int = Field(default=0, description="its own words")
+    nothing: int = 0
+
+
+class Box(Kite):
+    """A kite like a box, without a word about parameters."""
+
+
+class Other(Kite):
+    """Another.
+
+    Args:
+        tail: of ribbons
+        ribs: how many
+    """
+
+    ribs: int = 4
+
+
+def described(cls: type[Part]) -> dict[str, str | None]:
+    properties = cls.model_json_schema()["properties"]
+    assert {name: info.description for name, info in cls.model_fields.items()} == {
+        name: properties[name].get("description") for name in cls.model_fields
+    }
+    return {name: info.description for name, info in cls.model_fields.items()}
+
+
+def test_descriptions_are_read_from_the_docstring() -> None:
+    expected = {
+        "tail": "its length, in metres, on two lines: with a colon.",
+        "colour": "what it looks like",
+        "said": "its own words",
+        "nothing": None,
+    }
+    assert described(Kite) == described(Box) == expected
+    assert described(Other) == {**expected, "tail": "of ribbons", "ribs": "how many"}
+    assert described(Kite) == expected, "a subclass changes nothing of its base"
+    assert Kite(tail=4).tail == 4
+    with pytest.raises(trio.SpecError, match="tail: found 0"):
+        Kite(tail=0)
+
+
+def test_a_class_made_inside_a_function_works() -> None:
+    Side = Literal["left", "right"]
+
+    class Local(Part):
+        """One with a type that only this function knows.
+
+        Parameters:
+            side: which one of the
+                two: left or right
+        """
+
+        side: Side = "left"
+
+    assert described(Local) == {"side": "which one of the two: left or right"}
+    assert Local(side="right").side == "right"
+    with pytest.raises(trio.SpecError, match="side"):
+        Local(side="up")
