@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import trio
+from trio.prompts import Prompt
 from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
-from trio.testing import TokenInputs, check_adapter, check_compressor, check_scorer, tiny_llava
-from trio.testing.inputs import Prompt
+from trio.testing import TokenInputs, check_adapter, check_compressor, check_scorer, check_selector, tiny_llava
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 #: Pages that begin with nothing: each block goes on where the one before it ended.
-PAGES = ("add-a-scorer", "add-a-compressor", "add-an-adapter")
+PAGES = ("add-a-scorer", "add-a-selector", "add-a-compressor", "add-an-adapter")
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,33 @@ def test_my_compressor_keeps_and_averages_what_it_says() -> None:
     torch.testing.assert_close(out.features, expected)
 
 
-@pytest.mark.parametrize("part", ["scorer", "compressor"])
+def test_my_selector_is_found_by_name_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    module = runpy.run_path(str(EXAMPLES / "my_selector.py"), run_name="my_selector")
+    assert SELECTORS.get("cells") is module["Cells"]
+    for cells in (1, 2, 64):
+        assert check_selector(module["Cells"](cells=cells)).passed
+    module["main"]()
+    printed = capsys.readouterr().out
+    assert "48 of 144" in printed
+    assert "FAILED" not in printed
+
+
+def test_my_selector_takes_turns_as_it_says() -> None:
+    """Two cells to the left and right of the middle, and a second picture: one of each, then the second ones."""
+    import torch
+
+    cells = runpy.run_path(str(EXAMPLES / "my_selector.py"), run_name="my_selector")["Cells"](cells=2)
+    columns, pictures = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.1, 0.6]), torch.tensor([0.0, 0, 0, 0, 1, 0])
+    places = torch.stack([torch.zeros(6), columns, pictures], -1)[None]
+    saliency = torch.tensor([[0.7, 0.9, 0.8, 0.1, 0.2, 0.0]])
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    chosen = [cells.select(saliency, torch.zeros(1, 6, 4), torch.tensor([k]), valid, places)[0][0] for k in range(6)]
+    assert [row.tolist() for row in chosen] == [[], [1], [1, 4], [1, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
+    one_cell = cells.select(saliency, torch.zeros(1, 6, 4), torch.tensor([2]), valid, places.fill_(float("nan")))
+    assert one_cell[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("part", ["scorer", "selector", "compressor"])
 def test_the_page_shows_my_part_as_it_is(part: str) -> None:
     """The page leaves out docstrings of the method and of the module, nothing else."""
     (_, shown), *_ = blocks(ROOT / "docs" / f"add-a-{part}.md")

@@ -1,0 +1,79 @@
+"""A selector of one's own, in one file outside the package: ``python examples/my_selector.py``.
+
+``docs/add-a-selector.md`` explains it line by line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+import trio
+from trio.selectors.common import first_k, ranking
+
+
+@trio.SELECTORS.register("cells")
+class Cells(trio.Selector):
+    """The most salient token of every cell of a coarse grid, then the second of every cell, and so on.
+
+    Tokens whose place is not known share one cell.
+
+    Parameters:
+        cells: rows and columns of the grid that lies over each picture.
+    """
+
+    cells: Annotated[int, Field(ge=1, le=64)] = 4
+
+    def select(
+        self,
+        saliency: torch.Tensor,
+        features: torch.Tensor,
+        k: torch.Tensor,
+        valid: torch.Tensor,
+        places: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Selector.select`; features are not looked at."""
+        order = ranking(saliency, valid)  # (G, N): best first, padding last
+        known = places.nan_to_num(0.0, 0.0, 0.0).gather(1, order[..., None].expand_as(places))
+        row, column = (known[..., :2] * self.cells).long().clamp(0, self.cells - 1).unbind(-1)
+        cell = (known[..., 2].long() * self.cells + row) * self.cells + column
+        turn = place_in_group(cell).masked_fill(~valid.gather(1, order), order.shape[1])
+        return first_k(order.gather(1, turn.sort(dim=1, stable=True).indices), k)
+
+
+def place_in_group(group: torch.Tensor) -> torch.Tensor:
+    """How many entries of the same row before each one have its number: ``[7, 3, 7, 7]`` gives ``[0, 0, 1, 2]``."""
+    together = group.sort(dim=1, stable=True)
+    index = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    begins = torch.ones_like(group, dtype=torch.bool)
+    begins[:, 1:] = together.values.diff(dim=1) != 0
+    begin = index.where(begins, 0).cummax(dim=1).values
+    return torch.empty_like(group).scatter(1, together.indices, index - begin)
+
+
+def main() -> None:
+    """Checks the selector, then uses it by name on the bundled model."""
+    from PIL import Image
+
+    from trio.testing import check_selector
+
+    print(check_selector(Cells(cells=3)))
+
+    model, processor = trio.zoo.load("tiny-llava")
+    content = [{"type": "image"}, {"type": "text", "text": trio.zoo.demo_question()}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(text=[text], images=[Image.open(trio.zoo.demo_picture())], return_tensors="pt")
+    stage = {"after_layer": "25%", "keep": "33.3%", "selector": {"name": "cells", "cells": 3}}
+    pipeline = trio.Pipeline.from_spec({"version": 1, "name": "mine", "stages": [stage]}, model)
+    with pipeline:
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    print(trio.zoo.demo_question(), processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(pipeline.report.summary())
+
+
+if __name__ == "__main__":
+    main()
