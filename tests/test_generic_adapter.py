@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import trio
 from trio.adapters import adapter_for
 from trio.adapters.generic import why_not
+from trio.evaluation.pictures import Counter
 from trio.runtime.backbone import FEATURE_COUNTS
 from trio.testing.inputs import Prompt
 
@@ -137,6 +138,16 @@ def test_pictures_of_a_sample_in_one_tensor_are_told_apart_by_their_fixed_number
     assert adapter.encoded_images([image for sample in layout.images for image in sample], counted(32, 32)) == 4
     with pytest.raises(trio.InputError, match="each picture takes 16"):
         adapter.layout(ids[:, 1:], {"image": counted(32, 32)})
+
+
+@pytest.mark.parametrize("name", ["mistral3", "smolvlm", "glm4v", "llava-next"])
+def test_tokens_are_counted_before_any_encoder_ran(name):
+    """As evaluations do for pictures of many sizes; what is no picture (newlines) does not count."""
+    model, make = family(name)
+    batch = make([Prompt("what differs", 1, 2, "here"), Prompt("no picture")])
+    with trio.Pipeline(model, stages=[trio.Stage(after_layer=2, keep=2)]) as pipeline, torch.no_grad():
+        model(**batch)
+    assert Counter(adapter_for(model), None).of_batch(batch) == [s.visual_tokens for s in pipeline.report.samples]
 
 
 # Why models are refused

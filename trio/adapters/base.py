@@ -105,6 +105,11 @@ class Adapter(ABC):
             InputError: the placeholders do not fit the pictures (a prompt cut within a picture, for example).
         """
 
+    def visual_tokens(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """Visual tokens of each sample, newlines and other structure not counted; arguments as of `layout`."""
+        layout = self.layout(input_ids, encoded)
+        return [sum(int(image.is_picture.sum()) for image in images) for images in layout.images]
+
     #: The methods of `multimodal` that encode pictures, by the modality's name in ``mm_encoder_outputs``. Their
     #: arguments are noted while a pipeline is attached: `generate` may encode before the forward, which sees no grids.
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}

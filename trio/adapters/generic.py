@@ -112,6 +112,13 @@ class GenericAdapter(Adapter):
             placeholders.pop("image" if "video" in encoded else "video")
         return images_by_features(input_ids, placeholders, encoded)
 
+    def visual_tokens(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> list[int]:
+        """The placeholders of each sample: no encoder has to run for these."""
+        config: Any = self.model.config
+        tokens = [config.image_token_id, getattr(config, "video_token_id", None)]
+        placeholders = torch.tensor([token for token in tokens if token is not None])
+        return [int(count) for count in torch.isin(input_ids, placeholders).sum(1)]
+
     def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
         """One for each tensor of features, or as many as their rows make up."""
         if self._rows_of_each is None:

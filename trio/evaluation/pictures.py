@@ -37,8 +37,7 @@ class Counter:
     def of_batch(self, inputs: Mapping[str, Any]) -> list[int]:
         """Visual tokens of each prompt, newlines and other structure not counted."""
         pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", MASK)}
-        layout = self._adapter.layout(inputs["input_ids"].cpu(), {"image": pictures})
-        return [sum(int(image.is_picture.sum()) for image in images) for images in layout.images]
+        return self._adapter.visual_tokens(inputs["input_ids"].cpu(), {"image": pictures})
 
     def of_size(self, size: tuple[int, int]) -> int:
         """Visual tokens of a picture of that width and height."""
