@@ -14,10 +14,10 @@ from support.models import text_config
 import trio
 import trio.adapters
 from trio.adapters.tiles import best_resolution, tiled_image, unpadded
+from trio.adapters.tiny_inputs import SIZES, noise, size_of
 from trio.origins import CLS, NEWLINE, PATCH, ImageTokens
+from trio.prompts import Prompt
 from trio.selectors.top_k import TopK
-from trio.testing.inputs import Prompt
-from trio.testing.tiny_inputs import SIZES, noise, size_of
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 PROMPTS = [

@@ -15,8 +15,8 @@ import trio
 from trio.adapters import adapter_for
 from trio.adapters.generic import why_not
 from trio.evaluation.pictures import Counter
+from trio.prompts import Prompt
 from trio.runtime.backbone import FEATURE_COUNTS
-from trio.testing.inputs import Prompt
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 

@@ -11,8 +11,8 @@ from support.families import FAMILIES, family
 
 import trio
 from trio.adapters import adapter_for, tiny
-from trio.testing.inputs import Prompt
-from trio.testing.tiny_inputs import MAKERS, tiny_inputs
+from trio.adapters.tiny_inputs import MAKERS, tiny_inputs
+from trio.prompts import Prompt
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 
@@ -80,7 +80,10 @@ def test_from_the_configuration_of_a_tiny_model(name):
     assert again.to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("name", ["Glm46V", "Idefics3", "LightOnOcr"])
+OTHERS = ["Ernie4_5_VLMoe", "Glm46V", "Glm4vMoe", "GlmOcr", "Idefics3", "LightOnOcr", "VideoLlava"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_further_families_of_the_generic_adapter(name):
     cls = getattr(transformers, f"{name}ForConditionalGeneration")
     config = tiny.generic(cls.config_class())

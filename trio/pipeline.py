@@ -20,6 +20,7 @@ from trio.errors import InputError, SpecError, UnsupportedModelError
 from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
 from trio.report import CompressionReport
 from trio.reporting import make_report, saliencies
+from trio.runtime.canary import check_release
 from trio.runtime.compress import BoundCompressor
 from trio.runtime.hooks import Runtime
 from trio.runtime.prefill import Selection
@@ -137,7 +138,9 @@ class Pipeline:
 
         Raises:
             AttachError: a pipeline is attached already, or the model is in training mode.
+            UnsupportedModelError: transformers is newer than the tests, and a promise does not hold on a tiny model.
         """
+        check_release(self.adapter)
         self._runtime.attach()
         return self
 

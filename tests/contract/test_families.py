@@ -8,8 +8,8 @@ from support.families import FAMILIES, IMAGE_TOKEN, family
 from support.features import features_of
 
 import trio
-from trio.testing import Prompt, check_adapter
 from trio.runtime.upstream import Role, cache_of, keywords
+from trio.testing import Prompt, check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:no adapter knows")
 

@@ -10,9 +10,9 @@ from support.bench import TOKENS, bench
 from support.models import llava
 
 import trio
+from trio.runtime.upstream import Role, cache_of, keywords
 from trio.testing import Prompt, check_adapter
 from trio.testing.bench import NEW, ONE, RAGGED, TWO, extended
-from trio.runtime.upstream import Role, cache_of, keywords
 
 pytestmark = pytest.mark.contract
 

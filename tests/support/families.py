@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from support.models import IMAGE_TOKEN, VOCABULARY, text_config, vision_config
-from trio.testing.tiny_inputs import TinyInputs, tiny_inputs
+from trio.adapters.tiny_inputs import TinyInputs, tiny_inputs
 
 VIDEO_TOKEN = 98
 START, END = 96, 97

@@ -16,7 +16,9 @@ from trio.adapters.patches import PatchMap
 from trio.errors import UnsupportedModelError
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Past, Probe, Rows
+from trio.prompts import InputsFactory
 from trio.runtime import upstream
+from trio.runtime.backbone import TinyModel
 from trio.runtime.upstream import Role, Upstream
 
 if TYPE_CHECKING:
@@ -137,6 +139,37 @@ class Adapter(ABC):
         """
         return None
 
+    # A tiny random model of the same classes, on which the promises are tried where a release was not tested.
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """A small copy of a model's configuration, of the same classes; None where none is known.
+
+        ``type(model)(tiny)`` builds within a second, and takes sequences longer than any of its sliding windows.
+        """
+        return None
+
+    @classmethod
+    def tiny_inputs(cls, config: Any) -> InputsFactory:
+        """Makes batches for a model of such a configuration, by its `model_type`."""
+        from trio.adapters.tiny_inputs import tiny_inputs
+
+        return tiny_inputs(config)
+
+    def tiny(self) -> TinyModel | None:
+        """A tiny random model of the same classes; None where none is known. Draws from torch's random state."""
+        from trio.adapters.tiny import placeholders
+
+        config = self.tiny_config(self.model.config)
+        if config is None:
+            return None
+        model: Any = type(self.model)(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.mul_(3.0)  # so that attention is far from uniform
+        return TinyModel(type(self)(model.eval()), self.tiny_inputs(config), tuple(placeholders(config)))
+
     # The encoder side: what compressors need. An adapter without these serves compressors that read nothing off the
     # tower, and sees a tiled picture as one.
 
@@ -241,14 +274,15 @@ class Adapter(ABC):
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a decoder layer in tokens, None for full attention."""
-        attention = getattr(self.layers[layer], "self_attn", None)
+        attention: Any = getattr(self.layers[layer], "self_attn", None)
         if hasattr(attention, "sliding_window"):
             window = attention.sliding_window
             return None if window is None else int(window)
-        window, kinds = getattr(self.text_config, "sliding_window", None), getattr(self.text_config, "layer_types", None)
+        config = self.text_config
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         # Without kinds of layers, a window in the configuration holds for all of them (Mistral).
         slides = window is not None and (kinds is None or kinds[layer] == "sliding_attention")
-        return int(window) if slides else None
+        return int(window) if slides and window is not None else None
 
     def probe(self, layer: int, inputs: LayerInputs) -> Probe:
         """The view into a decoder layer, bound to what enters it."""

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Adapter, Layout, Positions
 from trio.adapters.placeholders import images_by_count, images_by_features, picture_rows, unplaced
 from trio.errors import InputError, UnsupportedModelError
 from trio.origins import ImageTokens
 from trio.registry import ADAPTERS
 from trio.runtime.backbone import FEATURE_COUNTS
+from trio.runtime.upstream import encoder_outputs
 
 #: Attributes under which models keep their text decoder and their vision tower.
 DECODERS = ("language_model", "text_model")
@@ -63,6 +65,11 @@ class GenericAdapter(Adapter):
             self.allowed_positions = frozenset({"original"})  # type: ignore[misc]  # likewise
 
     @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.generic(config)
+
+    @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this is a transformers model; `__init__` looks closer, and says what is missing."""
         from transformers import PreTrainedModel
@@ -86,9 +93,8 @@ class GenericAdapter(Adapter):
 
     def brings_pictures(self, call: Mapping[str, Any]) -> bool:
         """Pixels under any name, or any features that `generate` computed before the forward."""
-        encoded = call.get("mm_encoder_outputs") or {}
         pixels = any(name.startswith("pixel_values") and value is not None for name, value in call.items())
-        return pixels or any(output is not None for output in encoded.values())
+        return pixels or bool(encoder_outputs(call))
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """As many placeholders for each picture as the encoder gave it rows of features.

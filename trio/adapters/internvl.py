@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
 from trio.adapters.patches import PatchMap, join
@@ -23,6 +24,11 @@ class InternVLAdapter(LlavaAdapter):
     How the tiles lie on the picture is known to the processor only; each is a frame of the origin with a grid of its
     own, the thumbnail last.
     """
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.internvl(config)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

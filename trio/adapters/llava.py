@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Adapter, Layout
 from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import images_by_count
@@ -22,6 +23,11 @@ class LlavaAdapter(Adapter):
 
     Under ``positions: auto`` survivors are renumbered (``compact``), as the released TRIO code for LLaVA does.
     """
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.llava(config)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

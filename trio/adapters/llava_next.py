@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
 from trio.adapters.patches import PatchMap
@@ -25,6 +26,11 @@ class LlavaNextAdapter(LlavaAdapter):
     """
 
     whole_beside_tiles: ClassVar[bool] = True
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.llava_next(config)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

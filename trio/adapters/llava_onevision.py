@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Layout
 from trio.adapters.llava import LlavaAdapter
 from trio.adapters.patches import PatchMap
@@ -29,6 +30,11 @@ class LlavaOnevisionAdapter(LlavaAdapter):
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
 
     whole_beside_tiles: ClassVar[bool] = True
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.llava_onevision(config)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from trio.adapters import tiny
 from trio.adapters.base import Adapter, Layout, Positions
 from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import encoded_argument, images_in_order
@@ -30,6 +31,11 @@ class QwenVLAdapter(Adapter):
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     vision_tower_path: ClassVar[str] = "model.visual"
     projector_path: ClassVar[str] = "model.visual.merger"
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any | None:
+        """See `Adapter.tiny_config`."""
+        return tiny.qwen_vl(config)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -201,6 +201,12 @@ def _glm4v(config: Any) -> Any | None:
     return _merged(config, shrunk_text(config.text_config), shrunk_patch_merger(config.vision_config))
 
 
+def _ernie(config: Any) -> Any | None:
+    text, vision = shrunk_text(config.text_config), shrunk_patch_merger(config.vision_config)
+    # Experts of text and of pictures differ in size; rows and columns, which come first, have as many features each.
+    return _merged(config, None if text is None else {**text, "moe_intermediate_size": [32, 16]}, vision, [3, 3, 2])
+
+
 def _janus(config: Any) -> Any | None:
     vision = shrunk_clip_like(config.vision_config)
     if vision is not None:
@@ -223,14 +229,31 @@ def _janus(config: Any) -> Any | None:
 
 GENERIC: Mapping[str, Callable[[Any], Any | None]] = {
     "deepseek_vl": llava,
-    "glm4v": _glm4v,
+    "ernie4_5_vl_moe": _ernie,
     "glm46v": _glm4v,
+    "glm4v": _glm4v,
+    "glm4v_moe": _glm4v,
+    "glm_ocr": _glm4v,
     "idefics3": _smolvlm,
     "janus": _janus,
     "lighton_ocr": _mistral3,
     "mistral3": _mistral3,
     "smolvlm": _smolvlm,
+    "video_llava": llava,
     "vipllava": llava,
+}
+
+
+#: Every family that has a small copy, by the configuration's `model_type`.
+TINY: Mapping[str, Callable[[Any], Any | None]] = {
+    "internvl": internvl,
+    "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "qwen2_5_vl": qwen_vl,
+    "qwen2_vl": qwen_vl,
+    "qwen3_vl": qwen_vl,
+    **GENERIC,
 }
 
 
@@ -242,12 +265,12 @@ def _parts(config: Any, vision: Given | None) -> Given | None:
     return None if text is None or vision is None else {"text_config": text, "vision_config": vision}
 
 
-def _merged(config: Any, text: Given | None, vision: Given | None) -> Any | None:
-    """A model whose positions have time, row and column."""
+def _merged(config: Any, text: Given | None, vision: Given | None, axes: Sequence[int] = (2, 3, 3)) -> Any | None:
+    """A model whose positions have several axes, of the given sizes where the configuration is silent."""
     if text is None or vision is None:
         return None
     rope = text.get("rope_parameters") or {}
-    rope.setdefault("mrope_section", _sections([2, 3, 3], rope))  # classes have defaults that fit their full width only
+    rope.setdefault("mrope_section", _sections(axes, rope))  # classes' defaults fit their full width only
     return _built(config, {"text_config": {**text, "rope_parameters": rope}, "vision_config": vision})
 
 

@@ -1,4 +1,4 @@
-"""The command line `trio`: run, list, show, validate, schema, check, eval, fidelity, tune.
+"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
 what it needs when it runs.
@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 import trio
 from trio.cli.check import check
 from trio.cli.common import say
+from trio.cli.doctor import doctor
 from trio.cli.eval import evaluate
 from trio.cli.fidelity import fidelity
 from trio.cli.listing import list_parts
@@ -75,6 +76,7 @@ app.command("show")(show)
 app.command("validate")(validate)
 app.command("schema")(schema)
 app.command("check")(check)
+app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("fidelity")(fidelity)
 app.command("tune")(tune)

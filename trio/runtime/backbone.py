@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from trio.origins import ImageTokens
 from trio.probe import LayerInputs, Probe
+from trio.prompts import InputsFactory
 from trio.runtime.upstream import Upstream
 
 if TYPE_CHECKING:
@@ -19,6 +21,21 @@ if TYPE_CHECKING:
 
 #: Beside an encoder method's arguments: a tuple with the feature rows of each image that it gave, where that is known.
 FEATURE_COUNTS = "__features__"
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A tiny random model of a backbone's classes, to try the promises of the runtime on.
+
+    Attributes:
+        backbone: its own backbone.
+        inputs: makes batches for it.
+        unwritten: ids that it must not generate, because they stand for images that are not there.
+    """
+
+    backbone: Backbone
+    inputs: InputsFactory
+    unwritten: tuple[int, ...] = ()
 
 
 class PictureLayout(Protocol):
@@ -124,6 +141,13 @@ class Backbone(Protocol):
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer."""
+
+    @property
+    def allowed_positions(self) -> frozenset[Literal["compact", "original"]]:
+        """Numberings of the survivors that the rotary embeddings allow."""
+
+    def tiny(self) -> TinyModel | None:
+        """A tiny random model of the same classes; None where none is known."""
 
     def probe(self, layer: int, inputs: LayerInputs) -> Probe:
         """The view into a layer."""

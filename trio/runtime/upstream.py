@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -42,6 +43,10 @@ __all__ = [
     "StaticCache",
     "Upstream",
 ]
+
+
+#: The newest release that the tests ran on; on a newer one a canary sings before a pipeline is attached.
+NEWEST_TESTED = "5.24.0"
 
 
 class Role(StrEnum):
@@ -360,6 +365,32 @@ class Upstream:
             "mask function": f"create_causal_mask({', '.join(sorted(set(mask_arguments().values())))})",
             "cache layer": f"{DynamicLayer.__module__}.{DynamicLayer.__name__}",
         }
+
+
+def default_model(model_type: str) -> tuple[type[nn.Module], Any]:
+    """The image-text-to-text class of a model type and its default configuration; nothing is downloaded.
+
+    Raises:
+        UnsupportedModelError: this release has no such class.
+    """
+    try:
+        config = transformers.AutoConfig.for_model(model_type)
+        table: Any = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return table[type(config)], config
+    except (KeyError, ValueError, AttributeError) as error:
+        raise unsupported("AutoModelForImageTextToText", f"a class for {model_type!r}", "none") from error
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """transformers' own messages left out for the block."""
+    messages: Any = transformers.logging
+    before = messages.get_verbosity()
+    messages.set_verbosity_error()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(before)
 
 
 # Calls of a language model

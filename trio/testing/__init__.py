@@ -4,9 +4,10 @@
 prove a new part with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
 """
 
+from trio.prompts import InputsFactory, Prompt
 from trio.testing.adapters import check_adapter
 from trio.testing.compressors import check_compressor
-from trio.testing.inputs import InputsFactory, ProcessorInputs, Prompt
+from trio.testing.inputs import ProcessorInputs
 from trio.testing.promises import PROMISES
 from trio.testing.results import Check, Results
 from trio.testing.scorers import check_scorer

@@ -11,10 +11,11 @@ from torch import nn
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
 from trio.errors import InputError, did_you_mean
+from trio.prompts import InputsFactory
 from trio.registry import COMPRESSORS
 from trio.spec import CompressorSpec
 from trio.testing.bench import AT_INPUT, TWO_STAGES, Bench, Setting
-from trio.testing.inputs import InputsFactory, as_factory
+from trio.testing.inputs import as_factory
 from trio.testing.promises import PROMISES
 from trio.testing.results import Check, Results, run_cases
 

@@ -1,55 +1,13 @@
-"""Inputs for the conformance suites: prompts that say where pictures stand, and factories that make tensors of them."""
+"""Inputs for the conformance suites from a processor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import Any
 
 from trio.errors import InputError
-
-Side = Literal["left", "right"]
-Inputs = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt: texts, and numbers that stand for pictures.
-
-    The same number is the same picture, whatever batch it comes in.
-
-    Example:
-        ``Prompt("What differs between", 1, "and", 2, "?")``
-    """
-
-    parts: tuple[str | int, ...]
-
-    def __init__(self, *parts: str | int) -> None:
-        """A prompt from its parts, in order."""
-        object.__setattr__(self, "parts", parts)
-
-    @property
-    def pictures(self) -> tuple[int, ...]:
-        """The pictures, in order."""
-        return tuple(part for part in self.parts if isinstance(part, int))
-
-
-class InputsFactory(Protocol):
-    """Makes what a model's forward takes."""
-
-    def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
-        """A padded batch.
-
-        Args:
-            prompts: one for each sample. A prompt must give the same tokens and the same pictures in any batch.
-            side: where padding goes.
-
-        Returns:
-            `input_ids` and `attention_mask` ``(B, S)``, and what else the model's forward takes. Tensors that belong to
-            pictures have them in the order of the prompts along their first dimension.
-        """
+from trio.prompts import InputsFactory, Prompt, Side
 
 
 @dataclass(frozen=True)

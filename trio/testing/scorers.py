@@ -12,11 +12,12 @@ from pydantic import Field
 
 from trio.context import LayerContext
 from trio.pipeline import Pipeline
+from trio.prompts import InputsFactory, Prompt
 from trio.registry import SCORERS
 from trio.scorers.base import Scorer
 from trio.spec import StageSpec
 from trio.testing.bench import END, ONE, RAGGED, TWO
-from trio.testing.inputs import InputsFactory, Prompt, as_factory
+from trio.testing.inputs import as_factory
 from trio.testing.results import Case, Results, require, run_cases
 from trio.testing.tiny import TokenInputs, tiny_llava
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from trio.prompts import Prompt, Side
 from trio.runtime.upstream import MASK
-from trio.testing.inputs import Prompt, Side
 
 IMAGE_TOKEN = 99
 VOCABULARY = 100

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trio.pipeline import Pipeline
+from trio.prompts import Inputs, Prompt
 from trio.runtime.upstream import MASK, Role, cache_of, dynamic_cache, keywords
 from trio.testing.bench import (
     END,
@@ -25,7 +26,6 @@ from trio.testing.bench import (
     pictures_of,
     reduced,
 )
-from trio.testing.inputs import Inputs, Prompt
 from trio.testing.results import Case, require
 
 NEXT = Prompt("And what about the other one ?")

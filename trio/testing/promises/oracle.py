@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 
+from trio.prompts import Inputs, Prompt, Side
 from trio.report import CompressionReport
 from trio.testing.bench import RAGGED, Bench, Setting, extended, reduced, relative
-from trio.testing.inputs import Inputs, Prompt, Side
 from trio.testing.oracle import compact_logits, kept_columns, masked_logits, merged_features
 from trio.testing.results import Case, require
 from trio.testing.stock import first_entry

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from trio.adapters.tiles import best_resolution, tiled_image
 from trio.errors import InputError
-from trio.testing.inputs import Inputs, InputsFactory, Prompt, Side
+from trio.prompts import Inputs, InputsFactory, Prompt, Side
+from trio.runtime.upstream import MASK
 
 #: Tokens that stand for words end before these two, which stand behind rows and pictures; ids of configurations
 #: come later.
@@ -81,7 +82,7 @@ def padded(rows: list[list[int]], side: Side) -> Inputs:
     for place, row in enumerate(rows):
         where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
         ids[place, where], mask[place, where] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, MASK: mask}
 
 
 def stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
@@ -166,7 +167,7 @@ def _patch_merger(config: Any, dtype: torch.dtype) -> TinyInputs:
 
     def collate(numbers: list[int]) -> Inputs:
         grids = torch.tensor([grid(n) for n in numbers])
-        features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        features = vision.in_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         pixels = [noise(n, int(shape.prod()), features) for n, shape in zip(numbers, grids, strict=True)]
         return {"pixel_values": torch.cat(pixels).to(dtype), "image_grid_thw": grids}
 
@@ -174,6 +175,17 @@ def _patch_merger(config: Any, dtype: torch.dtype) -> TinyInputs:
         return {**batch, "mm_token_type_ids": (batch["input_ids"] == config.image_token_id).long()}
 
     return TinyInputs(tokens, collate, finish)
+
+
+def _ernie(config: Any, dtype: torch.dtype) -> TinyInputs:
+    """As Qwen's, and for each token whose experts it goes to."""
+    merged = _patch_merger(config, dtype)
+
+    def finish(batch: Inputs) -> Inputs:
+        batch = merged.finish(batch)
+        return {**batch, "moe_mm_token_type_ids": batch["mm_token_type_ids"]}
+
+    return replace(merged, finish=finish)
 
 
 def _by_sample(config: Any, dtype: torch.dtype) -> TinyInputs:
@@ -220,8 +232,11 @@ def _rows(config: Any, dtype: torch.dtype) -> TinyInputs:
 
 MAKERS: Mapping[str, Callable[[Any, torch.dtype], TinyInputs]] = {
     "deepseek_vl": _one_grid,
+    "ernie4_5_vl_moe": _ernie,
     "glm46v": _patch_merger,
     "glm4v": _patch_merger,
+    "glm4v_moe": _patch_merger,
+    "glm_ocr": _patch_merger,
     "idefics3": _by_sample,
     "internvl": _internvl,
     "janus": _one_grid,
@@ -234,5 +249,6 @@ MAKERS: Mapping[str, Callable[[Any, torch.dtype], TinyInputs]] = {
     "qwen2_vl": _patch_merger,
     "qwen3_vl": _patch_merger,
     "smolvlm": _by_sample,
+    "video_llava": _one_grid,
     "vipllava": _one_grid,
 }

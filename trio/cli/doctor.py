@@ -1,0 +1,160 @@
+"""`trio doctor`: what a bug report needs. Versions, what was found in transformers, and a canary for every family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Distributions whose versions matter, where they are installed.
+LIBRARIES = ("trio-vlm", "transformers", "torch", "torchvision", "accelerate", "peft", "numpy", "pydantic")
+
+
+def doctor(
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", help="Only this family (a model_type such as llava_next); may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Print versions and what was found in transformers, and try the promises on a tiny model of every family.
+
+    Exit code 1 where a promise does not hold. Nothing is downloaded: the models are random, of a few thousand weights.
+    """
+    from trio.cli.common import print_json
+    from trio.runtime.canary import is_untested
+    from trio.runtime.upstream import NEWEST_TESTED
+
+    families = _chosen(family)
+    found: dict[str, Any] = {
+        "versions": _versions(),
+        "newest tested transformers": NEWEST_TESTED,
+        "untested": is_untested(),
+        "found": {},
+        "families": {},
+    }
+    for name in families:
+        resolved, verdict = _examine(name)
+        found["found"] = found["found"] or resolved
+        found["families"][name] = verdict
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    if any(not verdict["holds"] for verdict in found["families"].values()):
+        raise typer.Exit(1)
+
+
+def _chosen(wanted: Sequence[str] | None) -> list[str]:
+    """The families to try.
+
+    Raises:
+        UnknownNameError: one of that name is not known.
+    """
+    from trio.adapters.tiny import TINY
+    from trio.errors import UnknownNameError, did_you_mean
+
+    for name in wanted or ():
+        if name not in TINY:
+            raise UnknownNameError(
+                f"--family: there is no {name!r}. {did_you_mean(name, TINY)}Known are {', '.join(sorted(TINY))}."
+            )
+    return sorted(TINY) if not wanted else list(dict.fromkeys(wanted))
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    import torch
+
+    versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return versions
+
+
+def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """What was resolved on a tiny model of a family, and which promises hold on it."""
+    from trio.errors import TrioError
+
+    try:
+        with _quiet():
+            adapter = _tiny(name)
+            resolved = adapter.upstream.describe()
+            verdict = _sing(adapter)
+    except (TrioError, ImportError) as error:
+        return {}, {"holds": False, "model": name, "promises": [], "broken": "resolved", "detail": str(error)}
+    promises = list(verdict.promises)
+    return resolved, {
+        "holds": not verdict.broken,
+        "model": type(adapter.model).__name__,
+        "adapter": type(adapter).__name__,
+        "promises": promises,
+        "broken": verdict.broken,
+        "detail": verdict.said,
+    }
+
+
+def _tiny(name: str) -> Any:
+    from trio.adapters import adapter_for
+    from trio.adapters.tiny import TINY
+    from trio.runtime.upstream import default_model
+
+    model, config = default_model(name)
+    return adapter_for(model(TINY[name](config)).eval())
+
+
+def _sing(adapter: Any) -> Any:
+    from trio.runtime.canary import sing
+
+    verdict = sing(adapter)
+    assert verdict is not None  # every family of TINY has a tiny model
+    return verdict
+
+
+def _quiet() -> Any:
+    import warnings
+
+    return warnings.catch_warnings(action="ignore")
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from trio.cli.common import console
+
+    out = console()
+
+    def pairs(title: str, rows: dict[str, str]) -> None:
+        table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False)
+        for name, value in rows.items():
+            table.add_row(Text(name), Text(value))
+        out.print(table)
+
+    tested = found["newest tested transformers"]
+    note = f" (newer than {tested}, the newest tested)" if found["untested"] else ""
+    versions = {**found["versions"]}
+    versions["transformers"] += note
+    pairs("versions", versions)
+    pairs("found in transformers", found["found"])
+    table = Table(title=Text("promises on tiny random models"), title_justify="left", title_style="bold")
+    for column in ("family", "model", "", "detail"):
+        table.add_column(column)
+    for name, verdict in found["families"].items():
+        holds = Text("ok", style="green") if verdict["holds"] else Text("FAILED", style="bold red")
+        detail = (
+            f"{len(verdict['promises'])} promises" if verdict["holds"] else f"{verdict['broken']}: {verdict['detail']}"
+        )
+        table.add_row(Text(name), Text(verdict["model"]), holds, Text(detail))
+    out.print(table)
+    good = sum(verdict["holds"] for verdict in found["families"].values())
+    out.print(Text(f"the promises hold on {good} of {len(found['families'])} families"))
