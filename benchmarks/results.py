@@ -1,4 +1,4 @@
-"""``docs/results.md`` and the README's table; every sentence with a number in it is made from the numbers.
+"""``docs/results.md``, the pages below ``docs/results/`` and the README's table; sentences follow from the numbers.
 
 ``python -m benchmarks.results`` reads ``benchmarks/results/eval-*.json`` (methods) and ``parts-*.json`` (the default
 with its parts varied): what `benchmarks.evaluate` wrote, or the ``results.json`` of any `trio eval` under such a name.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import figures
 from benchmarks.findings import findings
 from benchmarks.readme import MODEL, with_block
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
@@ -30,6 +31,11 @@ HEAD = """# Results: what the methods keep, on the small models of the zoo
 that the code works and how methods compare **on these small models and drawn scenes**; it ranks nothing else. No
 checkpoint of the hub was run.
 
+## In short
+"""
+
+READ = """## How to read the tables
+
 - **accuracy**: percent of questions answered right, over the sub-tasks that pass the validity gate; **retained**:
   percent of (accuracy - no picture) / (full - no picture). Intervals are 95%, bootstrapped over scenes.
 - **- random**, **- default**: paired differences in points from random tokens (the mean of five draws) with the same
@@ -37,22 +43,78 @@ checkpoint of the hub was run.
   Holm-corrected over the comparisons of the table.
 - **default non-inferior**: whether the default is shown to be not worse than the row by the margin (one-sided, 5%,
   Holm-corrected); in brackets the power of that test here were both alike, and the scenes that would give 90%.
+- **above**, **BELOW**: where the default stands against a method, significantly (Holm); **non-inferior**: it is shown
+  to be not worse by the margin; **open**: neither is shown.
 - **oracle** keeps the tokens of the things asked about; **lower resolution** is what a user could do instead: a smaller
   picture, or averaged features where the model takes pictures of one size; **none** drops all visual tokens where the
   table's first reduction stands.
 """
 
 
-def page(files: Sequence[Path]) -> str:
-    """The page.
+def pages(files: Sequence[Path]) -> dict[str, str]:
+    """The short page and a page a model, by their paths below ``docs``.
 
     Args:
         files: results, in the order in which they are shown.
     """
-    lines, all_results = [HEAD], [(file, Results.load(file)) for file in files]
-    lines += _summary(all_results)
-    lines += _findings(all_results)
-    for file, results in all_results:
+    found = [(file, Results.load(file)) for file in files]
+    made = {"results.md": _short(found)}
+    for name in dict.fromkeys(results.model["name"] for _, results in found):
+        made[f"results/{name}.md"] = _of_model(name, [one for one in found if one[1].model["name"] == name])
+    return made
+
+
+def _short(found: Sequence[tuple[Path, Results]]) -> str:
+    """Figures, a sentence a model, where the tables are, and how to read them."""
+    lines = [HEAD]
+    if not found:
+        return "\n".join([*lines, "No results have been committed yet."]) + "\n"
+    tested = [results for file, results in found if not _varied(file)]
+    lines += [
+        "How the default (TRIO, the first row of every table) does against every other method, budget by budget, on\n"
+        "the same questions, of the sub-tasks that pass the [validity gate](evaluation.md#the-validity-gate).\n",
+        *(_in_a_line(results) for results in tested),
+        "",
+        "![Accuracy by the share of visual tokens kept, a panel a model](results/accuracy.png)\n",
+        "Questions answered right by the share of the visual tokens that is kept, averaged over the layers, with 95%\n"
+        "intervals. *random* (at the default's layers) and *lower resolution* are what a user has without a method.\n",
+        "![Every method minus the default at the smallest budget, a panel a model](results/differences.png)\n",
+        "Every method beside the default at the smallest budget: what it gains (right of the line) or loses on the\n"
+        "same questions, in points, with 95% intervals. Filled: significant (Holm).\n",
+        "## The tables\n",
+        table_head(["model", "questions", "scenes", "tables"]),
+    ]
+    for name in dict.fromkeys(results.model["name"] for _, results in found):
+        of_model = [(file, results) for file, results in found if results.model["name"] == name]
+        what = [_part_of_page(file) for file, _ in of_model]
+        numbers = [", ".join(str(results.task[key]) for _, results in of_model) for key in ("questions", "scenes")]
+        lines.append(table_row([f"[{name}](results/{name}.md)", *numbers, "; ".join(what)]))
+    lines += [
+        "",
+        "The numbers stand in `benchmarks/results/`; `python -m benchmarks.results` makes the pages and figures of\n"
+        "them, and tests compare the two. Each page gives the command that makes its results anew.\n",
+        READ,
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _part_of_page(file: Path) -> str:
+    return "the default part by part, on validation scenes" if _varied(file) else "all methods and controls"
+
+
+def _of_model(name: str, found: Sequence[tuple[Path, Results]]) -> str:
+    """All tables of a model."""
+    lines = [
+        f"# Results of {name}\n",
+        "<!-- Written by `python -m benchmarks.results`; do not edit. -->\n",
+        "Differences from the default of the same budget, in points, on the same questions. "
+        "[How to read the tables](../results.md#how-to-read-the-tables).\n",
+    ]
+    for file, results in found:
+        what = "The default with one part varied" if _varied(file) else "Every method against the default"
+        lines += [f"## {what}\n", f"{results.task['questions']} questions.\n", *_pivot(results), *_power(results)]
+    lines += _findings(found)
+    for file, results in found:
         lines += _section(file, results)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -60,26 +122,6 @@ def page(files: Sequence[Path]) -> str:
 def measured() -> list[Path]:
     """The committed results: methods, then parts, each model by model."""
     return [file for kind in ("eval", "parts") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
-
-
-def _summary(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
-    """How the default does against every other method, budget by budget."""
-    yield "## In short\n"
-    if not found:
-        yield "No results have been committed yet.\n"
-        return
-    yield (
-        "Differences from the default of the same budget, in points, on the same questions. **above**, **BELOW**: "
-        "where the default stands, significantly (Holm); **non-inferior**: it is shown to be not worse by the margin; "
-        "**open**: neither is shown.\n"
-    )
-    yield from (_in_a_line(results) for file, results in found if not _varied(file))
-    yield ""
-    for file, results in found:
-        what = "the default with one part varied" if _varied(file) else "every other method"
-        yield f"**{results.model['name']}**: {what}, {results.task['questions']} questions.\n"
-        yield from _pivot(results)
-        yield from _power(results)
 
 
 def _in_a_line(results: Results) -> str:
@@ -125,16 +167,18 @@ def _power(results: Results) -> Iterator[str]:
 
 def _findings(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
     """What each part is good for."""
+    tables = [(file, results, list(findings(results))) for file, results in found]
+    if not any(lines for *_, lines in tables):
+        return
     yield "## What each part is good for\n"
     yield (
         "Differences between two rows that differ in that part alone, in points, on the same questions; a star: "
         "p < 0.05 by sign flips over scenes, Holm-corrected over the table. The rows stand in the sections below.\n"
     )
-    for file, results in found:
-        lines = list(findings(results))
+    for file, results, lines in tables:
         if lines:
             split = "split validation, for choosing" if _varied(file) else f"split {results.task['split']}"
-            yield f"**{results.model['name']}**, {results.task['questions']} questions, {split}.\n"
+            yield f"{results.task['questions']} questions, {split}.\n"
             yield from [*lines, ""]
 
 
@@ -155,7 +199,7 @@ def verdict(one: Comparison) -> str:
 def _section(file: Path, results: Results) -> Iterator[str]:
     model, task = results.model, results.task
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    yield f"## {model['name']}: {'the default, part by part' if _varied(file) else 'methods'}\n"
+    yield f"## {'The default, part by part' if _varied(file) else 'Methods and controls'}\n"
     yield (
         f"{task['questions']} questions on {task['scenes']} scenes (split {task['split']}, {task['canvas']} pictures, "
         f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
@@ -273,12 +317,19 @@ def _by_kind(results: Results) -> Iterator[str]:
 
 
 def main() -> None:
-    """Writes docs/results.md and the README's table."""
-    files = measured()
-    (ROOT / "docs" / "results.md").write_text(page(files), encoding="utf-8")
+    """Writes docs/results.md, the pages and figures below docs/results/ and the README's table."""
+    files, docs = measured(), ROOT / "docs"
+    made = {path: text.encode() for path, text in pages(files).items()}
+    made |= figures.drawn([Results.load(file) for file in files if not _varied(file)])
+    (docs / "results").mkdir(exist_ok=True)
+    for old in (docs / "results").iterdir():
+        if f"results/{old.name}" not in made:
+            old.unlink()
+    for path, content in made.items():
+        (docs / path).write_bytes(content)
     readme, shown = ROOT / "README.md", Results.load(RESULTS / f"eval-{MODEL}.json")
     readme.write_text(with_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
-    Console().print(f"wrote docs/results.md and the table in README.md from {len(files)} files")
+    Console().print(f"wrote {', '.join(f'docs/{path}' for path in made)} and the table in README.md")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Pages made from the committed results, the README's table among them: their sentences follow from the numbers."""
+"""Pages and figures made from the committed results, and the README's table: sentences follow from the numbers."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import trio
-from benchmarks import readme, saliency
+from benchmarks import figures, readme, saliency
 from benchmarks.findings import PAIRS, findings
-from benchmarks.results import RESULTS, measured, page, verdict
+from benchmarks.results import RESULTS, measured, pages, verdict
 from benchmarks.tables import budgets, flipped
 from trio import zoo
 from trio.evaluation.protocol import weights
@@ -21,8 +23,47 @@ from trio.evaluation.shapes import shapesvqa
 DOCS = Path(trio.__file__).parent.parent / "docs"
 
 
-def test_the_page_is_made_from_the_committed_results() -> None:
-    assert page(measured()) == (DOCS / "results.md").read_text()
+def test_the_pages_are_made_from_the_committed_results() -> None:
+    made = pages(measured())
+    for path, text in made.items():
+        assert (DOCS / path).read_text() == text, path
+    there = {f"results/{file.name}" for file in (DOCS / "results").iterdir()}
+    assert there | {"results.md"} == made.keys() | figures.FIGURES.keys(), "a page or a picture that nothing makes"
+
+
+def test_every_model_has_its_page_and_the_first_page_is_short() -> None:
+    made = pages(measured())
+    assert made.keys() - {"results.md"} == {f"results/{name}.md" for name in zoo.names()}
+    assert len(made["results.md"].splitlines()) < 100
+    for path in [*made.keys() - {"results.md"}, *figures.FIGURES]:
+        assert f"]({path})" in made["results.md"]
+
+
+@pytest.mark.parametrize("path", figures.FIGURES)
+def test_the_figures_are_made_from_the_committed_results(path: str) -> None:
+    found = [Results.load(file) for file in measured() if file.name.startswith("eval-")]
+    with Image.open(DOCS / path) as picture:
+        assert picture.info["Description"] == figures.digest([figures.FIGURES[path](one) for one in found])
+
+
+def test_the_figures_show_the_numbers_of_the_results(shown: Results) -> None:
+    curves, gaps = figures.accuracy(shown), figures.differences(shown)
+    for budget, (kept, *value) in zip(readme.defaults(shown).values(), curves["curves"]["TRIO"], strict=True):
+        found = budget.accuracy["counted"]
+        assert budget.average is not None and kept == pytest.approx(100 * budget.average / 144, abs=1e-3)
+        assert value == pytest.approx([found.mean, found.low, found.high], abs=1e-3)
+    assert curves["curves"].keys() == {"TRIO", *figures.CURVES} - {""}
+    one = next(c for c in shown.comparisons if (c.row, c.baseline) == ("visionzip, 11%", "TRIO, 11%"))
+    row = next(row for row in gaps["rows"] if row[0] == "visionzip")
+    assert row[1] == pytest.approx(one.difference.mean, abs=1e-3) and row[4] is (one.p_holm < 0.05)
+
+
+def test_a_figure_says_what_it_was_drawn_from(shown: Results) -> None:
+    drawn = figures.drawn([shown])
+    less = figures.drawn([without(shown, "visionzip, 11%", "TRIO as published, 11%")])
+    for path, content in drawn.items():
+        texts = [Image.open(io.BytesIO(one)).info["Description"] for one in (content, less[path])]
+        assert texts[0] == figures.digest([figures.FIGURES[path](shown)]) != texts[1]
 
 
 def test_the_saliency_page_is_made_from_the_committed_results() -> None:
@@ -225,7 +266,9 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_sentences_follow_from_the_numbers(results: Path) -> None:
-    text = page([results])
+    made = pages([results])
+    text = made["results/m.md"]
+    assert made.keys() == {"results.md", "results/m.md"} and "**m**, 1 scenes" in made["results.md"]
     assert "| good | +4.0 (+3.0 to +5.0) BELOW |" in text
     assert "| bad | -4.0 (-5.0 to -3.0) above, non-inferior |" in text
     assert "- good, 11% is **above** the default ours, 11%: +4.0 (+3.0 to +5.0)." in text
