@@ -172,9 +172,27 @@ def qwen_video(frames: int):
     }
 
 
+def qwen3_video(frames: int):
+    """Timestamps stand between the frames; the encoder of videos calls that of images."""
+    model, _ = family("qwen3-vl")
+    grid = torch.tensor([[frames // 2, 4, 8]])
+    config = model.config
+    step = [5, config.vision_start_token_id, *[config.video_token_id] * 8, config.vision_end_token_id]
+    ids = torch.tensor([[1, *step * (frames // 2), 7, 8, 9]])
+    vision = config.vision_config
+    features = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return model, {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": noise(3, int(grid.prod()), features),
+        "video_grid_thw": grid,
+        "mm_token_type_ids": (ids == config.video_token_id).long() * 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "make", "steps", "cells"),
-    [("llava-onevision", onevision_video, 16, 4), ("qwen2.5-vl", qwen_video, 8, 8)],
+    [("llava-onevision", onevision_video, 16, 4), ("qwen2.5-vl", qwen_video, 8, 8), ("qwen3-vl", qwen3_video, 8, 8)],
 )
 def test_a_video_of_16_frames(name, make, steps, cells, support):
     model, batch = make(16)

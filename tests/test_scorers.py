@@ -100,7 +100,7 @@ def test_attention_rows_are_refused_where_the_anatomy_is_unknown(monkeypatch):
         stock = type(layer).forward
         monkeypatch.setattr(layer, "forward", lambda *a, _s=stock, _l=layer, **k: _s(_l, *a, **k) * 1.25)
     with pytest.raises(
-        trio.UnsupportedModelError, match=r"needs attention-rows.*scorers that fit: .*objective-gradient"
+        trio.UnsupportedModelError, match=r"needs attention-rows.*Scorers that fit: .*objective-gradient"
     ):
         scores(model, inputs(PROMPTS), "last-token-attention")
     pipeline = trio.Pipeline(model, stages=[trio.Stage(after_layer=2, keep=4)])
@@ -132,4 +132,14 @@ def test_a_prefill_waits_for_the_device_at_its_start_and_at_its_end(monkeypatch)
 
 
 #: These look at tensors that `_on_host` has brought to the host, or that were made there.
-HOST_ONLY = {"start", "_split", "<genexpr>", "<listcomp>", "images_by_count", "first_k", "groups", "fill_layers"}
+HOST_ONLY = {
+    "start",
+    "_split",
+    "<genexpr>",
+    "<listcomp>",
+    "images_by_count",
+    "first_k",
+    "groups",
+    "fill_layers",
+    "_check_samples",
+}

@@ -37,6 +37,7 @@ class Runtime:
     the encoder methods. They hold the runtime weakly: one that is garbage takes them with it.
 
     Attributes:
+        within_encoder: whether an encoder method runs, see `Listener`.
         forced: tokens to keep in place of scored ones.
         score_only: score, but drop nothing.
     """
@@ -97,6 +98,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._forward: Forward | None = None
         self._uncached: Uncached | None = None
+        self.within_encoder = False
         self.forced: Selection | None = None
         self.score_only = False
         weakref.finalize(self, _left_behind, weakref.ref(backbone.model), self._owner, self._encoder).atexit = False
@@ -166,13 +168,14 @@ class Runtime:
 
     def _release(self) -> None:
         self._owner.attached = False
-        _take_off(self._backbone.model, self._owner.__eq__)
+        owner = self._owner
+        _take_off(self._backbone.model, lambda other: other is owner)
         if self._encoder is not None:
             self._encoder.detach()
         self._forward = None
         self._uncached = None
         self._encoded.clear()
-        self._generating, self._encoded_ahead = False, None
+        self._generating, self._encoded_ahead, self.within_encoder = False, None, False
         if self._lock.locked():
             self._lock.release()
 
@@ -280,6 +283,12 @@ class Runtime:
         forward.positions = call.read(Role.POSITIONS, given)
         forward.cache = cache
         forward.asks_cache = cache is not None or uses_cache(call, given, self._backbone.text_config)
+        if forward.pictures and hidden is None:
+            raise unsupported(
+                f"{call.where}.forward",
+                f"the {Role.EMBEDDINGS} as `{call.names[Role.EMBEDDINGS]}`",
+                f"a call with {', '.join(name for name, value in given.items() if value is not None)}",
+            )
         if forward.pictures and hidden is not None:
             forward.prefill = self._start(forward, hidden, not forward.asks_cache)
         elif hidden is None and not forward.call and call.read(Role.IDS, given) is None:
@@ -526,7 +535,7 @@ def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSi
     was_attached, owner.attached = owner.attached, False
     there = model()
     if there is not None:
-        _take_off(there, owner.__eq__)
+        _take_off(there, lambda other: other is owner)
         if encoder is not None:
             encoder.detach()
     if was_attached:

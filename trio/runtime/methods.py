@@ -17,6 +17,8 @@ from trio.runtime import upstream
 class Listener(Protocol):
     """Who is told of the methods' calls: the runtime."""
 
+    within_encoder: bool
+
     def encoding(self, modality: str, arguments: Mapping[str, Any]) -> None:
         """An encoder method is about to run."""
 
@@ -52,7 +54,8 @@ class NotedEncoder(MethodPatch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Notes the arguments, encodes, then tells how many features each image has."""
         listener = self._listener()
-        if listener is None or not self.owner.attached:
+        # Some encoders of videos call that of images: only the outer call is the model's own.
+        if listener is None or not self.owner.attached or listener.within_encoder:
             return super().__call__(*args, **kwargs)
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
@@ -64,7 +67,11 @@ class NotedEncoder(MethodPatch):
                 if value is not None
             },
         )
-        out = super().__call__(*args, **kwargs)
+        listener.within_encoder = True
+        try:
+            out = super().__call__(*args, **kwargs)
+        finally:
+            listener.within_encoder = False
         listener.encoded(self._modality, upstream.feature_counts(out))
         return out
 

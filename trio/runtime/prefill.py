@@ -41,9 +41,10 @@ def start_prefill(
         None where no sample has a picture.
 
     Raises:
-        InputError: the placeholders do not fit the pictures.
+        InputError: the placeholders do not fit the pictures, the mask does not fit the ids, or a sample is all padding.
     """
     ids, valid = _on_host(backbone.upstream.multimodal.read(Role.IDS, forward.call), forward.mask)
+    _check_samples(valid)
     here = forward.modalities | set(encoder_outputs(forward.call))
     used = {name: encoded[name] for name in here if name in encoded}
     layout = backbone.layout(ids, used)
@@ -69,7 +70,7 @@ def _on_host(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor
     """Ids and padding, int64 and bool ``(B, S)`` on the CPU, in one copy: here the prefill waits for the device.
 
     Raises:
-        InputError: the mask does not fit the ids, or a sample is all padding.
+        InputError: the mask does not fit the ids.
     """
     if mask is None:
         ids = ids.cpu()
@@ -81,12 +82,16 @@ def _on_host(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor
             "pass the mask that the processor made with the ids, with ones in front for the tokens of earlier turns"
         )
     ids, present = torch.stack([ids, mask[:, -length:].to(ids)]).cpu()
-    empty = (~present.bool().any(1)).nonzero().flatten().tolist()
+    return ids, present.bool()
+
+
+def _check_samples(valid: torch.Tensor) -> None:
+    """Refuses a sample without any token, from bool ``(B, S)`` on the CPU."""
+    empty = [sample for sample, tokens in enumerate(valid.sum(1).tolist()) if not tokens]
     if empty:
         raise InputError(
             f"mask: sample {empty[0]} has no token that is not padding; pass 1 at every token of the prompt"
         )
-    return ids, present.bool()
 
 
 def _seed(ids: torch.Tensor) -> int:

@@ -137,8 +137,17 @@ class ModelCall:
     open: bool
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name; those that were passed by position get the name of their parameter."""
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
+        """A call's arguments by name; those that were passed by position get the name of their parameter.
+
+        Raises:
+            UnsupportedModelError: more values came by position than the signature has names.
+        """
+        if not args:
+            return dict(kwargs)
+        if len(args) > len(self.parameters):
+            known = ", ".join(self.parameters) or "none"
+            raise unsupported(f"{self.where}.forward", f"values by position for {known}", f"{len(args)} values")
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
 
     def read(self, role: Role, given: Mapping[str, Any]) -> Any:
         """The value of a role in a call, also under a name that a release still accepts; None where it is absent."""
@@ -307,14 +316,19 @@ def layer_call(layer: nn.Module, model: ModelCall) -> LayerCall:
     Raises:
         UnsupportedModelError: hidden states, mask, rotary embeddings or cache have no known name.
     """
-    base = model_call(layer, (Role.HIDDEN,), [role for role in _LAYER_ROLES if role is not Role.HIDDEN])
-    names = dict(base.names)
+    base = model_call(layer, (), _LAYER_ROLES)
+    names, order = dict(base.names), base.parameters
+    if base.open and not order:  # a wrapper that hands everything on: what it is called with is checked at the call
+        names[Role.HIDDEN] = NAMES[Role.HIDDEN][0]
+        order = (names[Role.HIDDEN],)
+    if Role.HIDDEN not in names:
+        model_call(layer, (Role.HIDDEN,))  # raises, and says what was found
     for role in (Role.MASK, Role.ROTARY, Role.CACHE):
         if role not in names and base.open:
             names[role] = model.names.get(role, NAMES[role][0])
         elif role not in names:
             model_call(layer, (role,))  # raises, and says what was found
-    return LayerCall(base.where, base.parameters, names, base.open)
+    return LayerCall(base.where, order, names, base.open)
 
 
 @dataclass(frozen=True)

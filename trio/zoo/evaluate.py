@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trio import zoo
+from trio.runtime.upstream import MASK, Role, cache_of, keywords
 from trio.zoo.questions import KINDS, Asker
 from trio.zoo.scenes import Box, Split, draw_scene
 from trio.zoo.views import varied_scene
@@ -168,14 +169,13 @@ def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_n
         tails = torch.tensor(rest["input_ids"])
         full = torch.cat([ids[:length].expand(len(part), -1), tails], 1)
         mask = torch.cat([torch.ones(len(part), length, dtype=torch.long), (tails != pad).long()], 1)
-        pictures = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        pictures = {k: v for k, v in inputs.items() if k not in ("input_ids", MASK)}
         with torch.no_grad():
-            cache = model(input_ids=ids[None, :length], use_cache=True, logits_to_keep=1, **pictures).past_key_values
+            asked_for = {Role.IDS: ids[None, :length], Role.USE_CACHE: True, Role.LOGITS_TO_KEEP: 1}
+            cache = cache_of(model(**keywords(asked_for), **pictures))
             cache.batch_repeat_interleave(len(part))
             out = model.generate(
-                input_ids=full,
-                attention_mask=mask,
-                past_key_values=cache,
+                **keywords({Role.IDS: full, Role.MASK: mask, Role.CACHE: cache}),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
             )
