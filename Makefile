@@ -4,18 +4,30 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+PREVIOUS := .venv-previous
 LMMS := .venv-lmms
+DOCS := .venv-docs
 PYTEST_ARGS ?= -n auto --dist worksteal
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check lowest lmms-eval format clean
+# Tests that run no model: specs, schedules, cost, selectors, statistics, registries, results, pages.
+QUICK := $(addprefix tests/,$(addsuffix .py,test_check_selector test_cost test_cost_counter test_cost_encoder \
+	test_docs_site test_evaluation_page test_evaluation_statistics test_import test_jsonlines test_merge \
+	test_part_descriptions test_registry test_report test_results_page test_schedule test_spec test_spec_strangers \
+	integrations/test_expected zoo/test_card zoo/test_scenes))
+
+.PHONY: demo test quick check lowest previous versions lmms-eval docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# For the time while one writes; `make test` is what has to pass.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(QUICK)
 
 check: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
@@ -27,10 +39,25 @@ lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -c 'import transformers as t; assert t.__version__.startswith("5.17."), t.__version__'
 	$(LOWEST)/bin/python -m pytest -m contract $(PYTEST_ARGS)
 
+# One contract test of three on the newest minor release but one.
+previous: $(PREVIOUS)/.installed
+	$(PREVIOUS)/bin/python -m pytest -m contract --third $(PYTEST_ARGS)
+
+# Promises by release: an environment for every minor release, and the table in docs/support.md.
+versions: $(VENV)/.dev
+	set -e; for minor in $$($(BIN)/python -m benchmarks.versions --list); do \
+		$(MAKE) --no-print-directory RELEASE=$$minor .venv-$$minor/.installed; \
+		.venv-$$minor/bin/python -m benchmarks.versions; done
+	$(BIN)/python -m benchmarks.support
+
 # The plugin for lmms-eval, run by lmms-eval.
 lmms-eval: $(LMMS)/.installed
 	$(LMMS)/bin/python -c 'import lmms_eval, transformers as t; assert t.__version__.startswith("5."), t.__version__'
 	$(LMMS)/bin/python -m pytest tests/integrations
+
+# The documentation as a site, in site/: strict, and every public name is in the reference.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/python -m ruff format .
@@ -61,10 +88,26 @@ $(LOWEST)/.installed: $(VENV)/.dev
 	$(LOWEST)/bin/python -m pip install --quiet 'transformers==5.17.*'
 	@touch $@
 
+$(PREVIOUS)/.installed: $(VENV)/.dev
+	$(call beside,$(PREVIOUS))
+	$(PREVIOUS)/bin/python -m pip install --quiet \
+		"transformers==$$($(BIN)/python -m benchmarks.versions --list | awk '{print $$(NF-1)}').*"
+	@touch $@
+
+.venv-$(RELEASE)/.installed: $(VENV)/.dev
+	$(call beside,.venv-$(RELEASE))
+	.venv-$(RELEASE)/bin/python -m pip install --quiet "transformers==$(RELEASE).*"
+	@touch $@
+
 $(LMMS)/.installed: $(VENV)/.dev
 	$(call beside,$(LMMS))
 	$(LMMS)/bin/python -m pip install --quiet 'lmms-eval==0.7.*'
 	@touch $@
 
+$(DOCS)/.installed: $(VENV)/.dev
+	$(call beside,$(DOCS))
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(LMMS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(LMMS) $(DOCS) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
