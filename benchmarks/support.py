@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import versions
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- support table: python -m benchmarks.support -->", "<!-- end of the support table -->"
@@ -41,6 +43,9 @@ NAMES = {
     "smolvlm": "SmolVLM (generic)",
     "mistral3": "Mistral3 (generic)",
     "glm4v": "GLM-4V (generic)",
+    "vipllava": "ViP-LLaVA (generic)",
+    "deepseek-vl": "DeepSeek-VL (generic)",
+    "janus": "Janus (generic)",
 }
 WEIGHTS = {"random": "r", "trained": "t", "real": "R"}
 MARKS = {"yes": "", "stock": "*", "by hand": "†"}
@@ -83,8 +88,19 @@ def main() -> None:
     parts = ["# What was tested on which models", LEGEND]
     for data in reversed(found):
         parts += [f"## transformers {data['transformers']} (torch {data['torch']})", table(data)]
+    releases = versions.load()
+    if releases:
+        parts += [
+            "## Promises kept, by release of transformers",
+            "How many checks of each promise hold, over tiny random models of the families that a release has. Bold: "
+            "some do not. Earlier versions of this package gave wrong answers on 5.24 without an error (CHANGELOG.md).",
+            versions.table(releases),
+        ]
+        lines = versions.broken(releases)
+        parts += ["Not kept:", "\n".join(lines)] if lines else []
     parts.append(
-        "Made by `python -m benchmarks.support` from `benchmarks/results/support-*.json`, which the tests wrote."
+        "Made by `python -m benchmarks.support` from `benchmarks/results/support-*.json`, which the tests wrote, and "
+        "`benchmarks/results/versions-*.json`, which `make versions` wrote."
     )
     (ROOT / "docs" / "support.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"

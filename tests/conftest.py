@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +23,15 @@ settings.register_profile("trio", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("trio")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Everything under tests/contract is a contract test; other files mark themselves."""
     for item in items:
         if "contract" in item.path.parts:
             item.add_marker("contract")
+    if config.getoption("--third"):
+        left = [item for item in items if zlib.crc32(item.nodeid.encode()) % 3]
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % 3 == 0]
+        config.hook.pytest_deselected(items=left)
 
 
 def pytest_report_header() -> str:
@@ -36,6 +41,7 @@ def pytest_report_header() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where to write what the contract tests found out about each family (`benchmarks.support` makes the table)."""
+    parser.addoption("--third", action="store_true", help="run one test of three, always the same ones")
     parser.addoption(
         "--support-out", type=Path, help="write family x feature, as the tests found it, to this JSON file"
     )

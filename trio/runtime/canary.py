@@ -115,6 +115,22 @@ def _remembered(subject: _Subject) -> Verdict | None:
     return verdict
 
 
+def tiny_of(backbone: Backbone) -> TinyModel:
+    """A tiny random model of a backbone's classes, the same at every call; nothing of torch's settings changes.
+
+    Raises:
+        UnsupportedModelError: none is known.
+    """
+    with _undisturbed():
+        tiny = backbone.tiny()
+    if tiny is None:
+        raise UnsupportedModelError(
+            f"tiny model: the adapter {type(backbone).__name__} has no tiny_config for a "
+            f"{type(backbone.model).__name__}; give it one (docs/add-an-adapter.md)"
+        )
+    return tiny
+
+
 def _newer() -> str:
     return f"transformers {version()} is newer than {NEWEST_TESTED}, the newest release that trio-vlm was tested on"
 

@@ -65,10 +65,8 @@ class Shrinker:
             tokens = forward.tokens(hidden)
             own.announce(segment.valid, segment.dropped, tokens=tokens, ragged=segment.ragged, reduced=shorter)
         changed = {**given, call.mask: segment.mask, call.rotary: segment.rotary}
-        positions = call.names.get(Role.POSITIONS)
-        if positions is not None:
-            # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
-            changed[positions] = None
+        # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
+        changed.update(dict.fromkeys(call.position_names(given)))
         if shorter:
             changed.update(self._others(forward, call, given, hidden))
         return changed

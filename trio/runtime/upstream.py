@@ -241,6 +241,10 @@ class LayerCall(ModelCall):
             )
         return value
 
+    def position_names(self, given: Mapping[str, Any]) -> list[str]:
+        """The names under which a call holds position ids, also among further keywords."""
+        return [name for name in NAMES[Role.POSITIONS] if name in given]
+
     def check_mask(self, given: Mapping[str, Any]) -> None:
         """Refuses a call whose mask is in a form that cannot be replaced.
 
