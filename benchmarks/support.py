@@ -57,6 +57,22 @@ convention" is the calling convention of flash-attention with a stand-in that re
 was not run."""
 
 
+CHECKS = RESULTS / "checks.json"
+
+
+def checks_cost(data: dict[str, Any]) -> str:
+    """What the checks cost that watch the runtime while it answers."""
+    parts = [
+        f"a {what} ({data['milliseconds'][what]} ms) takes {middle:.3f} times as long ({low:.3f} to {high:.3f})"
+        for what, (low, middle, high) in data["ratio"].items()
+    ]
+    return (
+        f"With the checks that watch caches, masks and calls while the runtime answers, {' and '.join(parts)}. Median "
+        f"and quartiles of {data['rounds']} pairs in one run of `{data['command']}`, on {data['model']} (steps so short "
+        f"that every line of Python shows), spec `{data['spec']}`, {data['machine']}, transformers {data['transformers']}."
+    )
+
+
 def load() -> list[dict[str, Any]]:
     """What the tests found, oldest transformers first."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("support-*.json")]
@@ -96,6 +112,8 @@ def main() -> None:
             "some do not. Earlier versions of this package gave wrong answers on 5.24 without an error (CHANGELOG.md).",
             versions.table(releases),
         ]
+        if CHECKS.exists():
+            parts += [checks_cost(json.loads(CHECKS.read_text()))]
         lines = versions.broken(releases)
         parts += ["Not kept:", "\n".join(lines)] if lines else []
     parts.append(

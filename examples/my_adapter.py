@@ -13,6 +13,7 @@ from torch import nn
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 import trio
+from trio.adapters import tiny
 from trio.adapters.base import Layout
 from trio.adapters.placeholders import images_by_count
 from trio.origins import ImageTokens
@@ -26,6 +27,11 @@ class VipLlavaAdapter(trio.Adapter):
     def matches(cls, model: nn.Module) -> bool:
         """Whether the model is a ViP-LLaVA."""
         return isinstance(model, VipLlavaForConditionalGeneration)
+
+    @classmethod
+    def tiny_config(cls, config: Any) -> Any:
+        """A small copy of a ViP-LLaVA's configuration, for releases of transformers that were not tested."""
+        return tiny.llava(config)
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
         """Every picture takes the same number of placeholders: the tower's grid, without the class token."""
