@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,22 @@ def test_the_table_of_specs_has_each_one_with_its_average() -> None:
         average = resolve(load_spec(name), layers).average(total)
         kept = average if float(number) > 50 else 100 * average / total
         assert kept == pytest.approx(float(number), rel=0.01), name
+
+
+def test_contributing_names_the_check_of_every_kind_of_part() -> None:
+    text = (DOCS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"trio\.testing\.(check_\w+)", text)) == {
+        name for name in trio.testing.__all__ if name.startswith("check_")
+    }
+    for folder in re.findall(r"\| `(trio/\S+/)` \|", text):
+        assert (DOCS.parent / folder / "base.py").is_file(), folder
+    targets = re.findall(r"^\$ make (\S+)", text, re.MULTILINE)
+    makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    assert len(targets) >= 4 and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    modules = re.findall(r"python -m benchmarks\.(\w+)", text)
+    assert len(modules) >= 6 and all((DOCS.parent / "benchmarks" / f"{name}.py").is_file() for name in modules)
+
+
+def test_the_urls_are_of_one_repository() -> None:
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {url.startswith(CONFIG["repo_url"]) for url in project["urls"].values()} == {True}
