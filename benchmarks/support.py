@@ -68,8 +68,9 @@ def checks_cost(data: dict[str, Any]) -> str:
     ]
     return (
         f"With the checks that watch caches, masks and calls while the runtime answers, {' and '.join(parts)}. Median "
-        f"and quartiles of {data['rounds']} pairs in one run of `{data['command']}`, on {data['model']} (steps so short "
-        f"that every line of Python shows), spec `{data['spec']}`, {data['machine']}, transformers {data['transformers']}."
+        f"and quartiles of {data['rounds']} pairs in one run of `{data['command']}`, on {data['model']} (steps so "
+        f"short that every line of Python shows), spec `{data['spec']}`, {data['machine']}, transformers "
+        f"{data['transformers']}."
     )
 
 
