@@ -20,8 +20,9 @@ from unittest import mock
 import torch
 
 import trio
-from trio.runtime import hooks, upstream
-from trio.runtime.upstream import Role, cache_of, keywords
+from trio.core import upstream
+from trio.core.upstream import Role, cache_of, keywords
+from trio.runtime import hooks
 
 OUT = Path(__file__).parent / "results" / "checks.json"
 ROUNDS, STEPS = 40, 8

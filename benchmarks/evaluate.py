@@ -18,8 +18,8 @@ from rich.progress import Progress
 
 import trio
 from trio import zoo
-from trio.evaluation import evaluate, shapesvqa
-from trio.evaluation.shapes import canvas_for
+from trio.measure.evaluation import evaluate, shapesvqa
+from trio.measure.shapesvqa.task import canvas_for
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = {"33": "33.3%", "22": "22.2%", "11": "11.1%"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.readme import defaults
 from benchmarks.tables import LEVEL, method
-from trio.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from trio.measure.evaluation.results import COUNTED, OVERALL, Results, RowResult
 
 #: Methods and controls of the first figure, with colour and line style; "" is the default.
 CURVES = {

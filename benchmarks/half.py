@@ -20,11 +20,11 @@ from rich.table import Table
 import trio
 from benchmarks.evaluate import PUBLISHED, SHARES, two_stages
 from trio import zoo
-from trio.evaluation import Sample, shapesvqa
-from trio.evaluation.shapes import canvas_for
-from trio.inputs import batch_for
-from trio.schedule import resolve
+from trio.core.images import batch_for
+from trio.measure.evaluation import Sample, shapesvqa
+from trio.measure.shapesvqa.task import canvas_for
 from trio.spec import load_spec
+from trio.spec.schedule import resolve
 
 RESULT = Path(__file__).parent / "results" / "half-tiny-llava.json"
 NAME = "tiny-llava"

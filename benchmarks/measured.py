@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def fidelity(out: Console) -> None:
     """The table of `trio fidelity`."""
     from trio.cli.fidelity import print_report
-    from trio.fidelity import FidelityReport
+    from trio.measure.fidelity import FidelityReport
 
     print_report(FidelityReport.from_json((RESULTS / "fidelity-tiny-llava.json").read_text()), out)
 
@@ -28,7 +28,7 @@ def fidelity(out: Console) -> None:
 def tune(out: Console) -> None:
     """What `trio tune` prints; its picture goes beside the page."""
     from trio.cli.tune import print_report
-    from trio.tuning import TuningReport
+    from trio.measure.tuning import TuningReport
 
     print_report(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), out)
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
-from trio.evaluation.results import COUNTED, OVERALL, Results, RowResult
-from trio.evaluation.rows import none_name
+from trio.measure.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from trio.measure.evaluation.rows import none_name
 
 BEGIN, END = "<!-- results: python -m benchmarks.results -->", "<!-- end of results -->"
 MODEL = "tiny-llava"

@@ -15,8 +15,8 @@ from benchmarks import figures
 from benchmarks.findings import findings
 from benchmarks.readme import MODEL, with_block
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
-from trio.evaluation import wording
-from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowResult
+from trio.measure.evaluation import wording
+from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowResult
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -24,11 +24,12 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import trio
+from lab.training.evaluate import any_size, prompt
 from trio import zoo
 from trio.adapters import adapter_for
-from trio.evaluation.results import Estimate
+from trio.measure.evaluation.results import Estimate
+from trio.measure.shapesvqa.examples import examples
 from trio.selectors.nms import centred, unit_length
-from trio.zoo.evaluate import any_size, examples, prompt
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "saliency.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from trio.evaluation.results import Comparison, Results, RowResult
+from trio.measure.evaluation.results import Comparison, Results, RowResult
 
 LEVEL = 0.05
 

@@ -36,9 +36,9 @@ def measure() -> dict[str, Any]:
 
     from trio.adapters import adapter_for
     from trio.adapters.tiny import TINY
+    from trio.core.upstream import default_model, silenced
     from trio.errors import UnsupportedModelError
     from trio.runtime.canary import tiny_of
-    from trio.runtime.upstream import default_model, silenced
     from trio.testing import PROMISES, check_adapter
 
     torch.set_num_threads(1)

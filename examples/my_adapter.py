@@ -16,7 +16,7 @@ import trio
 from trio.adapters import tiny
 from trio.adapters.base import Layout
 from trio.adapters.placeholders import images_by_count
-from trio.origins import ImageTokens
+from trio.core.tokens import ImageTokens
 
 
 @trio.ADAPTERS.register("vip-llava")

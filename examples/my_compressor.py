@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import trio
-from trio.encoders.base import Signal, VisualTokens
-from trio.encoders.merge import leaders_lead, merge, patches_only, ranking
+from trio.core.tokens import Signal, VisualTokens
+from trio.encoders.reading.merge import leaders_lead, merge, patches_only, ranking
 
 
 @trio.COMPRESSORS.register("top-and-rest")

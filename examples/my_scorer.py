@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 import trio
-from trio.probe import rows_at_end
+from trio.core.probe import rows_at_end
 
 
 @trio.SCORERS.register("contrast")

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 import trio
-from trio.selectors.common import first_k, ranking
+from trio.core.ops import first_k, ranking
 
 
 @trio.SELECTORS.register("cells")

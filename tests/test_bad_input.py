@@ -10,7 +10,7 @@ from support.models import IMAGE_TOKEN, inputs, llava, text_config
 from transformers import DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 
 import trio
-from trio.runtime.upstream import Role, cache_of, keywords
+from trio.core.upstream import Role, cache_of, keywords
 
 PROMPTS = [[1, 5, "image", 7, 8, 9, 10], [1, "image", 6, "image", 7, 8], [1, 3, 4, 5]]
 

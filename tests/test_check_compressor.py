@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import trio
-from trio.encoders.average_pool import AveragePool
-from trio.encoders.base import Signal
-from trio.encoders.divprune import DivPrune
-from trio.encoders.merge import keep, merge
-from trio.encoders.random import RandomTokens
-from trio.encoders.uniform_grid import UniformGrid
-from trio.encoders.visionzip import VisionZip
+from trio.core.tokens import Signal
+from trio.encoders.compressors.average_pool import AveragePool
+from trio.encoders.compressors.divprune import DivPrune
+from trio.encoders.compressors.random import RandomTokens
+from trio.encoders.compressors.uniform_grid import UniformGrid
+from trio.encoders.compressors.visionzip import VisionZip
+from trio.encoders.reading.merge import keep, merge
 from trio.testing import check_compressor
 
 OTHER_PARAMETERS = [

@@ -41,8 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of the zoo's recipe with its processor, saved: the commands do not depend on what it knows."""
     import torch
 
-    from trio.zoo.recipes import RECIPES, build_model, build_processor
-    from trio.zoo.vocabulary import build_tokenizer
+    from lab.training.recipes import RECIPES, build_model, build_processor
+    from lab.training.vocabulary import build_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     recipe, tokenizer = RECIPES["tiny-llava"], build_tokenizer()

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from trio.cli import app
-from trio.runtime import canary, upstream
+from trio.core import upstream
+from trio.runtime import canary
 
 
 def run(*arguments: str):

@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from trio.cli import app
-from trio.evaluation.results import Results
+from trio.measure.evaluation.results import Results
 
 
 def trio_(*args: str | Path) -> Result:
@@ -83,7 +83,7 @@ def test_who_stops_it_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trio.evaluation.runner.Runner.generate", stop)
+    monkeypatch.setattr("trio.measure.evaluation.runner.Runner.generate", stop)
     result = trio_("--spec", "trio-11", "--limit", "1", "--out", tmp_path / "out", "--no-html")
     assert result.exit_code == 130 and "goes on where it was" in result.stderr
     assert (tmp_path / "out" / "header.json").exists()

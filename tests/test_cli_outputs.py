@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from trio.cli import app, common
 from trio.cli.common import check_outputs, console, print_json, say, unused, writable, write_text
+from trio.core.printable import visible
 from trio.errors import InputError
-from trio.printable import visible
 
 #: Clears the screen, rings, recolours, and turns the direction of the line.
 HOSTILE = "a\x1b[2J\x07\x9b31m\u202eb\x7f"

@@ -10,17 +10,17 @@ from support import naive_compressors as naive
 from support.naive_compressors import Kept, Tower
 
 import trio
-from trio.encoders.average_pool import AveragePool
-from trio.encoders.base import Compressor, Signal, VisualTokens
-from trio.encoders.divprune import DivPrune
-from trio.encoders.merge import merge, with_class
-from trio.encoders.prumerge import PruMerge, outliers
-from trio.encoders.random import RandomTokens
-from trio.encoders.scan import Scan
-from trio.encoders.uniform_grid import UniformGrid
-from trio.encoders.visionzip import VisionZip
-from trio.encoders.vispruner import VisPruner
-from trio.origins import CLS, ImageTokens
+from trio.core.tokens import CLS, ImageTokens, Signal, VisualTokens
+from trio.encoders.compressors.average_pool import AveragePool
+from trio.encoders.compressors.base import Compressor
+from trio.encoders.compressors.divprune import DivPrune
+from trio.encoders.compressors.prumerge import PruMerge, outliers
+from trio.encoders.compressors.random import RandomTokens
+from trio.encoders.compressors.scan import Scan
+from trio.encoders.compressors.uniform_grid import UniformGrid
+from trio.encoders.compressors.visionzip import VisionZip
+from trio.encoders.compressors.vispruner import VisPruner
+from trio.encoders.reading.merge import merge, with_class
 
 WIDTH = 16
 GRIDS = [(8, 8), (6, 11), (13, 4), (1, 9), (3, 3), (2, 1)]

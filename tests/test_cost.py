@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from trio.cost import CountsFlops, ModelShape, TowerShape, flops, of_report, paper_flops, predict
 from trio.errors import BudgetError, InputError, SpecError, TrioError, UnknownNameError, UnsupportedModelError
 from trio.report import CompressionReport, GroupReport, ImageReport, Origins, SampleReport, StageReport
-from trio.schedule import resolve
 from trio.scorers.objective_gradient import ObjectiveGradient
 from trio.scorers.random import RandomScorer
 from trio.selectors.top_k import TopK
 from trio.spec import PipelineSpec, load_spec
+from trio.spec.schedule import resolve
 
 # Small primes, so that no two products can be taken for each other.
 SMALL = ModelShape(
@@ -296,7 +296,8 @@ def test_parts_from_elsewhere_are_counted_as_they_say_or_noted() -> None:
 
 
 def test_built_in_parts_are_all_counted() -> None:
-    from trio.registry import SCORERS, SELECTORS
+    from trio.scorers.base import SCORERS
+    from trio.selectors.base import SELECTORS
 
     assert isinstance(SCORERS.build("objective-gradient"), ObjectiveGradient)
     assert isinstance(SELECTORS.build("top-k"), TopK)

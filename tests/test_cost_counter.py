@@ -23,10 +23,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from trio.adapters.decoder import RowProbe, llama_like
+from trio.adapters.decoder_probe import RowProbe, llama_like
+from trio.core.probe import LayerInputs, rows_at_end
+from trio.core.upstream import Role, cache_of, keywords
 from trio.cost import ModelShape, flops
-from trio.probe import LayerInputs, rows_at_end
-from trio.runtime.upstream import Role, cache_of, keywords
 
 IMAGE_TOKEN = 90
 TEXT: dict[str, Any] = {

@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 import trio
-from trio.registry import COMPRESSORS, SCORERS, SELECTORS, Registry
-from trio.schedule import resolve
+from trio.encoders.compressors.base import COMPRESSORS
+from trio.registry import Registry
+from trio.scorers.base import SCORERS
+from trio.selectors.base import SELECTORS
 from trio.spec import load_spec, shipped_specs
+from trio.spec.schedule import resolve
 
 DOCS = Path(trio.__file__).parent.parent / "docs"
 CONFIG: dict[str, Any] = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))

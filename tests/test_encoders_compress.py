@@ -8,13 +8,13 @@ from support.library_towers import MODELS, pixels
 from support.towers import TOWERS
 
 import trio
+from trio.core.tokens import CLS, Signal, VisualTokens
 from trio.encoders import compress
-from trio.encoders.base import Compressor, Signal, VisualTokens
-from trio.encoders.merge import keep as keep_tokens
-from trio.encoders.reader import Reader
+from trio.encoders.compressors.base import Compressor
+from trio.encoders.reading.merge import keep as keep_tokens
+from trio.encoders.reading.reader import Reader
 from trio.encoders.towers import tower_for
 from trio.errors import InputError, UnknownNameError, UnsupportedModelError
-from trio.origins import CLS
 
 
 class Loudest(Compressor):

@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 
 import trio
-from trio import evaluation, zoo
-from trio.evaluation import rows as rows_module
-from trio.evaluation.answers import Answer, AnswerFiles
-from trio.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
-from trio.evaluation.pictures import Counter, Shown, without_floor
-from trio.evaluation.protocol import named_specs, weights
-from trio.evaluation.results import Results
-from trio.evaluation.rows import plan
-from trio.evaluation.runner import Runner, remembered
-from trio.evaluation.task import Sample, Task, jsonl, normalise
-from trio.origins import ImageTokens
+from trio import zoo
+from trio.core.tokens import ImageTokens
+from trio.measure import evaluation
+from trio.measure.evaluation import rows as rows_module
+from trio.measure.evaluation.answers import Answer, AnswerFiles
+from trio.measure.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
+from trio.measure.evaluation.pictures import Counter, Shown, without_floor
+from trio.measure.evaluation.protocol import named_specs, weights
+from trio.measure.evaluation.results import Results
+from trio.measure.evaluation.rows import plan
+from trio.measure.evaluation.runner import Runner, remembered
+from trio.measure.evaluation.task import Sample, Task, jsonl, normalise
 from trio.spec import PipelineSpec
 
 SPEC = {"name": "ours", "stages": [{"after_layer": 0, "keep": "11.1%"}]}
@@ -305,7 +306,7 @@ def test_each_row_sees_its_picture(task: Task) -> None:
 
 
 def test_a_processor_without_its_floor(loaded: Loaded) -> None:
-    from trio.zoo.families import FAMILIES
+    from lab.training.families import FAMILIES
 
     assert without_floor(loaded[1]) is loaded[1]  # pictures of one size
     family = FAMILIES["tiny-qwen2.5-vl"]

@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from trio.cli import app
-from trio.evaluation.overlays import Overlay
-from trio.evaluation.report import report_html
-from trio.evaluation.results import Results
+from trio.measure.evaluation.overlays import Overlay
+from trio.measure.evaluation.report import report_html
+from trio.measure.evaluation.results import Results
 
 MARK = "hunter2"
 ATTACKS = [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import trio
-from trio.evaluation.shapes import CANVASES, SPLITS, SUBTASKS, Canvas, drawn_scenes, reveals, shapesvqa
-from trio.evaluation.task import Task
-from trio.zoo.questions import Question
-from trio.zoo.scenes import COLOURS, HELD_OUT, SHAPES, Scene
+from trio.measure.evaluation.task import Task
+from trio.measure.shapesvqa.questions import Question
+from trio.measure.shapesvqa.scenes import COLOURS, HELD_OUT, SHAPES, Scene
+from trio.measure.shapesvqa.task import CANVASES, SPLITS, SUBTASKS, Canvas, drawn_scenes, reveals, shapesvqa
 
 SCENES = 150
 #: SHA-256 of the questions; who changes them must raise `VERSION`, since committed results refer to them.

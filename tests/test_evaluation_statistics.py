@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trio.evaluation import wording
-from trio.evaluation.answers import Answer
-from trio.evaluation.results import COUNTED, OVERALL, Comparison, Results
-from trio.evaluation.rows import SEEDS, Row, Schedule, none_name
-from trio.evaluation.statistics import (
+from trio.measure.evaluation import wording
+from trio.measure.evaluation.answers import Answer
+from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Results
+from trio.measure.evaluation.rows import SEEDS, Row, Schedule, none_name
+from trio.measure.evaluation.summary import Summary
+from trio.measure.evaluation.task import Sample, Task
+from trio.measure.statistics import (
     Bootstrap,
     Paired,
     holm,
@@ -22,8 +24,6 @@ from trio.evaluation.statistics import (
     scenes_to_reject,
     smallest_p,
 )
-from trio.evaluation.summary import Summary
-from trio.evaluation.task import Sample, Task
 from trio.spec import PipelineSpec
 
 SCENES, EACH = 50, 6

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 import trio
-from trio.prompts import Prompt
-from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
+from trio.adapters.base import ADAPTERS
+from trio.core.prompts import Prompt
+from trio.encoders.compressors.base import COMPRESSORS
+from trio.scorers.base import SCORERS
+from trio.selectors.base import SELECTORS
 from trio.testing import TokenInputs, check_adapter, check_compressor, check_scorer, check_selector, tiny_llava
 
 ROOT = Path(__file__).parent.parent
@@ -152,8 +155,7 @@ def test_my_compressor_is_found_by_name_and_passes(capsys: pytest.CaptureFixture
 def test_my_compressor_keeps_and_averages_what_it_says() -> None:
     import torch
 
-    from trio.encoders.base import VisualTokens
-    from trio.origins import ImageTokens
+    from trio.core.tokens import ImageTokens, VisualTokens
 
     compressor = runpy.run_path(str(EXAMPLES / "my_compressor.py"), run_name="my_compressor")["TopAndRest"]()
     attention = torch.tensor([0.1, 0.3, 0.05, 0.2, 0.15])

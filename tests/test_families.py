@@ -15,8 +15,8 @@ import trio
 import trio.adapters
 from trio.adapters.tiles import best_resolution, tiled_image, unpadded
 from trio.adapters.tiny_inputs import SIZES, noise, size_of
-from trio.origins import CLS, NEWLINE, PATCH, ImageTokens
-from trio.prompts import Prompt
+from trio.core.prompts import Prompt
+from trio.core.tokens import CLS, NEWLINE, PATCH, ImageTokens
 from trio.selectors.top_k import TopK
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]

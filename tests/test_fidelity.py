@@ -19,12 +19,12 @@ import trio
 from trio import zoo
 from trio.cli import app
 from trio.errors import InputError, TrioError
-from trio.fidelity import DESCRIBE, FidelityReport, Sample, measure, read_samples
-from trio.fidelity.compare import compare, edit_similarity, kl
-from trio.fidelity.floor import random_floor
-from trio.fidelity.intervals import estimate, share
+from trio.measure.fidelity import DESCRIBE, FidelityReport, Sample, measure, read_samples
+from trio.measure.fidelity.compare import compare, edit_similarity, kl
+from trio.measure.fidelity.floor import random_floor
+from trio.measure.fidelity.intervals import estimate, share
+from trio.measure.shapesvqa.examples import examples
 from trio.spec import load_spec
-from trio.zoo.evaluate import examples
 
 ROOT = Path(trio.__file__).parent.parent
 EVERYTHING = {"version": 1, "name": "everything", "stages": [{"after_layer": 0, "keep": "100%"}]}
@@ -192,7 +192,7 @@ def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, ask
 
 
 def test_the_answers_are_the_model_s_own(report: FidelityReport, tiny: tuple[Any, Any], asked: list[Sample]) -> None:
-    from trio.inputs import inputs_for
+    from trio.core.images import inputs_for
 
     model, processor = tiny
     sample = asked[9]

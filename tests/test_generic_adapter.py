@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import trio
 from trio.adapters import adapter_for
 from trio.adapters.generic import why_not
-from trio.evaluation.pictures import Counter
-from trio.prompts import Prompt
-from trio.runtime.backbone import FEATURE_COUNTS
+from trio.core.backbone import FEATURE_COUNTS
+from trio.core.prompts import Prompt
+from trio.measure.evaluation.pictures import Counter
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import trio
-from trio import jsonlines
-from trio.evaluation.answers import Answer, AnswerFiles
-from trio.evaluation.task import jsonl
-from trio.fidelity import read_samples
+from trio.measure import jsonlines
+from trio.measure.evaluation.answers import Answer, AnswerFiles
+from trio.measure.evaluation.task import jsonl
+from trio.measure.fidelity import read_samples
 
 #: Every character at which `str.splitlines` ends a line.
 BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"

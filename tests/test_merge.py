@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trio.encoders.base import Signal, VisualTokens
-from trio.encoders.grid import cells, windows
-from trio.encoders.merge import (
+from trio.core.tokens import CLS, MERGED, PATCH, ImageTokens, Signal, VisualTokens
+from trio.encoders.reading.grid import cells, windows
+from trio.encoders.reading.merge import (
     group_mean,
     keep,
     largest,
@@ -22,7 +22,6 @@ from trio.encoders.merge import (
     with_class,
     without_class,
 )
-from trio.origins import CLS, MERGED, PATCH, ImageTokens
 
 ATTENTION, KEYS, CLASS = Signal("attention", -2), Signal("keys", -2), Signal("cls", -1)
 

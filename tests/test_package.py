@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "trio").rglob("*") if path.is_file()}
     assert {name for name in here if "__pycache__" not in name} <= set(wheel.namelist())
-    assert {"trio/py.typed", "trio/specs/trio-11.yaml"} <= set(wheel.namelist())
+    assert {"trio/py.typed", "trio/spec/shipped/trio-11.yaml"} <= set(wheel.namelist())
     assert not [name for name in wheel.namelist() if not name.startswith(("trio/", "trio_vlm-"))]
     assert not [name for name in wheel.namelist() if "__pycache__" in name or name.startswith("trio/tests")]
 

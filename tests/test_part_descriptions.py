@@ -10,8 +10,11 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 import trio
-from trio.part import Part
-from trio.registry import COMPRESSORS, SCORERS, SELECTORS, Registry
+from trio.core.part import Part
+from trio.encoders.compressors.base import COMPRESSORS
+from trio.registry import Registry
+from trio.scorers.base import SCORERS
+from trio.selectors.base import SELECTORS
 
 KINDS: dict[str, Registry[Any]] = {"scorers": SCORERS, "selectors": SELECTORS, "compressors": COMPRESSORS}
 PARTS = [(kind, name) for kind, registry in KINDS.items() for name in registry.names()]

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
-from trio.adapters.decoder import RowProbe
-from trio.probe import LayerInputs, Past, Rows, rows_at_end
+from trio.adapters.decoder_probe import RowProbe
+from trio.core.probe import LayerInputs, Past, Rows, rows_at_end
 
 LAYER = 3
 TEXTS = ["llama", "mistral", "qwen2", "qwen3"]
@@ -196,9 +196,7 @@ def test_attention_rows_equal_eager_attention():
     mask = mask.masked_fill(~inputs.valid[:, None, None], torch.finfo(torch.float32).min)
     with torch.no_grad():
         layer = adapter.layers[LAYER]
-        _, weights = layer.self_attn(
-            layer.input_layernorm(inputs.hidden), inputs.rotary, attention_mask=mask
-        )
+        _, weights = layer.self_attn(layer.input_layernorm(inputs.hidden), inputs.rotary, attention_mask=mask)
     probe = adapter.probe(LAYER, inputs)
     assert isinstance(probe, RowProbe)
     torch.testing.assert_close(probe.attention_rows(rows), weights[:, :, -2:], rtol=1e-5, atol=1e-6)

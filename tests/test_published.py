@@ -28,14 +28,14 @@ from support.published import (
 )
 
 import trio
-from trio.encoders.base import Compressor, VisualTokens
-from trio.encoders.divprune import farthest
-from trio.encoders.matching import match
-from trio.encoders.prumerge import PruMerge, neighbourhoods
-from trio.encoders.scan import Scan
-from trio.encoders.visionzip import VisionZip
-from trio.encoders.vispruner import VisPruner
-from trio.origins import ImageTokens
+from trio.core.tokens import ImageTokens, VisualTokens
+from trio.encoders.compressors.base import Compressor
+from trio.encoders.compressors.divprune import farthest
+from trio.encoders.compressors.prumerge import PruMerge, neighbourhoods
+from trio.encoders.compressors.scan import Scan
+from trio.encoders.compressors.visionzip import VisionZip
+from trio.encoders.compressors.vispruner import VisPruner
+from trio.encoders.reading.matching import match
 from trio.selectors.nms import NMS, unit_length
 
 FOLDER = Path(__file__).parent / "fixtures" / "published"

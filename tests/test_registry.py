@@ -11,8 +11,8 @@ import pytest
 from pydantic import Field
 
 import trio
+from trio.core.part import Part
 from trio.errors import InputError, PluginError, SpecError, UnknownNameError
-from trio.part import Part
 from trio.registry import Registry
 from trio.spec import PartSpec
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trio.core.printable import visible
 from trio.errors import InputError
-from trio.printable import visible
 from trio.report import (
     CompressionReport,
     GroupReport,

@@ -16,9 +16,9 @@ from benchmarks.findings import PAIRS, findings
 from benchmarks.results import RESULTS, measured, pages, verdict
 from benchmarks.tables import budgets, flipped
 from trio import zoo
-from trio.evaluation.protocol import weights
-from trio.evaluation.results import Comparison, Estimate, Gate, Results, RowResult
-from trio.evaluation.shapes import shapesvqa
+from trio.measure.evaluation.protocol import weights
+from trio.measure.evaluation.results import Comparison, Estimate, Gate, Results, RowResult
+from trio.measure.shapesvqa.task import shapesvqa
 
 DOCS = Path(trio.__file__).parent.parent / "docs"
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from trio.errors import BudgetError, InputError, SpecError
-from trio.schedule import Schedule, resolve
 from trio.spec import PipelineSpec, load_spec
+from trio.spec.schedule import Schedule, resolve
 
 
 def spec(*stages: tuple[Any, Any], **more: Any) -> PipelineSpec:

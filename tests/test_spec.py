@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import trio
 from trio.errors import InputError, SpecError, UnknownNameError
 from trio.spec import PartSpec, PipelineSpec, load_spec, shipped_specs
-from trio.spec_rules import format_share, parse_share
-from trio.spec_text import path, steps
+from trio.spec.messages import path, steps
+from trio.spec.rules import format_share, parse_share
 
 FULL: dict[str, Any] = {
     "version": 1,

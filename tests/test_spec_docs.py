@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import trio
-from trio.schedule import resolve
 from trio.spec import load_spec
+from trio.spec.schedule import resolve
 
 DOCS = Path(trio.__file__).parent.parent / "docs"
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from trio.core.printable import visible
 from trio.errors import SpecError
-from trio.printable import visible
 from trio.spec import PipelineSpec, load_spec
-from trio.spec_yaml import dump, load
+from trio.spec.reading import dump, load
 
 HEAD = "version: 1\nstages: [{after_layer: 1, keep: 9}]\n"
 

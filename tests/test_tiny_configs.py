@@ -12,7 +12,7 @@ from support.families import FAMILIES, family
 import trio
 from trio.adapters import adapter_for, tiny
 from trio.adapters.tiny_inputs import MAKERS, tiny_inputs
-from trio.prompts import Prompt
+from trio.core.prompts import Prompt
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 

@@ -12,14 +12,13 @@ from support.library_towers import MODELS, pixels
 from support.towers import TOWERS
 from torch import nn
 
+from trio.core.tokens import ImageTokens, Signal, VisualTokens
 from trio.encoders import compress
-from trio.encoders.base import Signal, VisualTokens
-from trio.encoders.matching import match
-from trio.encoders.reader import Reader
-from trio.encoders.tome import ToMe, grouped
+from trio.encoders.compressors.tome import ToMe, grouped
+from trio.encoders.reading.matching import match
+from trio.encoders.reading.reader import Reader
 from trio.encoders.towers import tower_for
 from trio.errors import InputError, UnsupportedModelError
-from trio.origins import ImageTokens
 from trio.testing import TokenInputs, check_adapter, tiny_llava
 
 Attend = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

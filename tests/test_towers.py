@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.towers import TOWERS, TowerCase
 
-from trio.encoders.base import Signal
-from trio.encoders.reader import Reader, Reading
+from trio.core.tokens import Signal
+from trio.encoders.reading.reader import Reader, Reading
 from trio.encoders.towers import tower_for
 from trio.encoders.towers.base import hidden_of
 from trio.errors import AttachError, InputError, UnsupportedModelError

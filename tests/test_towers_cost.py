@@ -14,11 +14,11 @@ from support.memory import flops, peak_bytes
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from trio.encoders.attention import received
-from trio.encoders.base import Signal
-from trio.encoders.reader import Reader
+from trio.core.tokens import Signal
+from trio.encoders.compressors.visionzip import VisionZip
+from trio.encoders.reading.attention import received
+from trio.encoders.reading.reader import Reader
 from trio.encoders.towers import tower_for
-from trio.encoders.visionzip import VisionZip
 
 LAYERS = 2
 

@@ -10,7 +10,7 @@ import torch
 from test_examples import run_page
 
 import trio
-from trio.registry import TOWERS
+from trio.encoders.towers.base import TOWERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +23,7 @@ def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     torch.manual_seed(0)
     assert run_page(ROOT / "docs" / "towers.md", names) == 6
     first = names["first"]
-    assert isinstance(first, trio.encoders.base.VisualTokens)
+    assert isinstance(first, trio.encoders.compressors.base.VisualTokens)
     assert first.features.shape == (64, 384) and len(first.merged) == 196
     shown = capsys.readouterr().out
     assert "[ok]" in shown and "FAILED" not in shown

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from support.library_towers import MODELS, SIDE, pixels, whole_attention
 
-from trio.encoders.base import Signal
-from trio.encoders.reader import Reader, Reading
+from trio.core.tokens import Signal
+from trio.encoders.reading.reader import Reader, Reading
 from trio.encoders.towers import tower_for
 from trio.errors import UnsupportedModelError
 

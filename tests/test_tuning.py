@@ -22,16 +22,16 @@ from trio import zoo
 from trio.adapters import adapter_for
 from trio.cli import app
 from trio.errors import BudgetError, InputError, SpecError
-from trio.fidelity import Sample
-from trio.schedule import resolve
+from trio.measure.fidelity import Sample
+from trio.measure.shapesvqa.examples import examples
+from trio.measure.tuning import Candidate, TuningReport, best_spec, parse_target, tune
+from trio.measure.tuning.plot import draw
+from trio.measure.tuning.space import Space
+from trio.measure.tuning.study import Study, front
+from trio.measure.tuning.trials import Found, Judge, standard_error
+from trio.measure.tuning.tune import choose, split
 from trio.spec import PipelineSpec, load_spec
-from trio.tuning import Candidate, TuningReport, best_spec, parse_target, tune
-from trio.tuning.plot import draw
-from trio.tuning.space import Space
-from trio.tuning.study import Study, front
-from trio.tuning.trials import Found, Judge, standard_error
-from trio.tuning.tune import choose, split
-from trio.zoo.evaluate import examples
+from trio.spec.schedule import resolve
 
 ROOT = Path(trio.__file__).parent.parent
 
@@ -382,7 +382,7 @@ def test_report_comes_back_from_json(report: TuningReport) -> None:
 
 
 def test_a_timed_target_measures_time(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
-    from trio.fidelity.answering import Answerer
+    from trio.measure.fidelity.answering import Answerer
 
     judge = Judge(Answerer(*tiny, max_new_tokens=1), asked[:4], batch_size=4, timed=True)
     assert judge.tokens == 144

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import trio
-from trio.runtime.upstream import NAMES, Role
+from trio.core.upstream import NAMES, Role
 
 ROOT = Path(trio.__file__).parent
 #: Names of caches, masks, positions, layer calls and ways of generating, and of the classes and modules behind them.
@@ -49,7 +49,7 @@ SPELT = {
 TRAINING = {"trio/zoo/" + name for name in ("language.py", "packing.py", "tower.py")}
 #: The judge shares nothing with what it judges; the stand-in for flash-attention has the signature that it stands for.
 JUDGES = {"trio/testing/" + name for name in ("oracle.py", "stock.py", "varlen.py", "promises/oracle.py")}
-EXEMPT = {"trio/runtime/upstream.py", *TRAINING, *JUDGES}
+EXEMPT = {"trio/core/upstream.py", *TRAINING, *JUDGES}
 
 
 def names_in(source: str) -> set[tuple[str, int]]:
@@ -96,5 +96,5 @@ def test_the_test_sees_what_it_looks_for():
     source = 'from transformers.cache_utils import X\nf(past_key_values=1)\na.use_cache\nd["attention_mask"]\n'
     assert {"cache_utils", "past_key_values", "use_cache", "attention_mask"} <= {name for name, _ in names_in(source)}
     assert names_in('"""attention_mask"""\n') == set()
-    upstream = names_in((ROOT / "runtime" / "upstream.py").read_text(encoding="utf-8"))
+    upstream = names_in((ROOT / "core" / "upstream.py").read_text(encoding="utf-8"))
     assert {"past_key_values", "create_causal_mask"} <= {name for name, _ in upstream}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from trio.errors import InputError
 from trio.report import CompressionReport, GroupReport, ImageReport, Origins, SampleReport, StageReport
-from trio.viz import Kept, overlay, overlay_from_report, seen_region
+from trio.report.draw import Kept, overlay, overlay_from_report, seen_region
 
 GAP, PANEL = 16, 384
 COLOUR = (40, 200, 90)

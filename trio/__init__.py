@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trio import cost, encoders, testing, zoo
-    from trio.adapters.base import Adapter
-    from trio.context import LayerContext
-    from trio.encoders.base import Compressor
-    from trio.encoders.towers.base import Tower
+    from trio.adapters.base import ADAPTERS, Adapter
+    from trio.core.context import LayerContext
+    from trio.encoders.compressors.base import COMPRESSORS, Compressor
+    from trio.encoders.towers.base import TOWERS, Tower
     from trio.errors import (
         AttachError,
         BudgetError,
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from trio.pipeline import Pipeline
-    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS, TOWERS
     from trio.report import CompressionReport
-    from trio.scorers.base import Scorer
-    from trio.selectors.base import Selector
+    from trio.scorers.base import SCORERS, Scorer
+    from trio.selectors.base import SELECTORS, Selector
     from trio.spec import Budget, CompressorSpec, Keep, PipelineSpec, StageSpec, load_spec
     from trio.spec import StageSpec as Stage
 
@@ -82,15 +81,19 @@ __all__ = [
 # Public name -> "module:attribute"; a module alone is a public submodule.
 _LAZY = {
     "Adapter": "trio.adapters.base:Adapter",
-    "Compressor": "trio.encoders.base:Compressor",
-    "LayerContext": "trio.context:LayerContext",
+    "Compressor": "trio.encoders.compressors.base:Compressor",
+    "LayerContext": "trio.core.context:LayerContext",
     "Pipeline": "trio.pipeline:Pipeline",
     "CompressionReport": "trio.report:CompressionReport",
     "Scorer": "trio.scorers.base:Scorer",
     "Selector": "trio.selectors.base:Selector",
     "Stage": "trio.spec:StageSpec",
     "Tower": "trio.encoders.towers.base:Tower",
-    **{name: f"trio.registry:{name}" for name in ("ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS", "TOWERS")},
+    "ADAPTERS": "trio.adapters.base:ADAPTERS",
+    "COMPRESSORS": "trio.encoders.compressors.base:COMPRESSORS",
+    "SCORERS": "trio.scorers.base:SCORERS",
+    "SELECTORS": "trio.selectors.base:SELECTORS",
+    "TOWERS": "trio.encoders.towers.base:TOWERS",
     **{
         name: f"trio.spec:{name}"
         for name in ("Budget", "CompressorSpec", "Keep", "PipelineSpec", "StageSpec", "load_spec")

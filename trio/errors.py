@@ -87,3 +87,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence `Did you mean 'x' or 'y'? `, or an empty string where nothing is near."""
     close = nearest(name, known)
     return f"Did you mean {' or '.join(repr(candidate) for candidate in close)}? " if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

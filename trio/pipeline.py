@@ -14,22 +14,22 @@ import torch
 from torch import nn
 
 from trio.adapters import adapter_for
-from trio.adapters.base import Adapter
-from trio.encoders.base import Compressor, Signal
+from trio.adapters.base import ADAPTERS, Adapter
+from trio.core.tokens import Signal
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
 from trio.errors import InputError, SpecError, UnsupportedModelError
-from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS
 from trio.report import CompressionReport
-from trio.reporting import make_report, saliencies
+from trio.report.build import make_report, saliencies
 from trio.runtime.canary import check_release
-from trio.runtime.compress import BoundCompressor
+from trio.runtime.encoder_side import BoundCompressor
 from trio.runtime.hooks import Runtime
 from trio.runtime.prefill import Selection
 from trio.runtime.record import PrefillRecord
 from trio.runtime.stage import BoundStage
-from trio.schedule import resolve
-from trio.scorers.base import Scorer
-from trio.selectors.base import Selector
+from trio.scorers.base import SCORERS, Scorer
+from trio.selectors.base import SELECTORS, Selector
 from trio.spec import Budget, CompressorSpec, PipelineSpec, StageSpec, load_spec
+from trio.spec.schedule import resolve
 
 #: Reports that a pipeline remembers; older ones are forgotten.
 REMEMBERED = 64

@@ -1,4 +1,4 @@
-"""Parts by name: one generic registry, and the five that the package uses.
+"""Parts by name: one generic registry; those that the package uses stand beside the base classes of their parts.
 
 A part is found by name in this order: what was registered with the decorator in this process, the built-in modules
 (imported at the first look-up), the entry points of third-party distributions (loaded only when asked for by name).
@@ -15,19 +15,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from trio.errors import InputError, PluginError, SpecError, UnknownNameError, did_you_mean
 
-if TYPE_CHECKING:
-    from trio.adapters.base import Adapter
-    from trio.encoders.base import Compressor
-    from trio.encoders.towers.base import Tower
-    from trio.scorers.base import Scorer
-    from trio.selectors.base import Selector
-    from trio.spec import PartSpec
+__all__ = ["Parameter", "PartInfo", "Registry", "registry_of"]
 
-__all__ = ["ADAPTERS", "COMPRESSORS", "SCORERS", "SELECTORS", "TOWERS", "Parameter", "PartInfo", "Registry"]
+#: Where the registry of each kind of part stands: beside its base class, which is imported when it is first needed.
+HOMES = {
+    "scorer": (".scorers.base", "SCORERS"),
+    "selector": (".selectors.base", "SELECTORS"),
+    "compressor": (".encoders.compressors.base", "COMPRESSORS"),
+    "tower": (".encoders.towers.base", "TOWERS"),
+    "adapter": (".adapters.base", "ADAPTERS"),
+}
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -73,17 +74,19 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the parts are called in messages, for example "scorer".
-        base: "module:Class" of the base class, imported when first needed.
-        builtin: package whose modules (those without a leading underscore) hold the built-in parts.
-        group: entry-point group through which third-party distributions offer parts.
+        base: the class that every part of this kind derives from.
+        builtin: package whose modules (those without a leading underscore) hold the built-in parts; by default that of
+            the base class.
+        group: entry-point group through which third-party distributions offer parts; by default "trio." and the kind's
+            plural.
     """
 
-    def __init__(self, kind: str, *, base: str, builtin: str, group: str) -> None:
+    def __init__(self, kind: str, base: Any, *, builtin: str | None = None, group: str | None = None) -> None:
         """Store where the parts are to be found; nothing is imported."""
         self.kind = kind
-        self.group = group
-        self._base = base
-        self._builtin = builtin
+        self.group = f"trio.{kind}s" if group is None else group
+        self.base: Any = base
+        self._builtin: str = base.__module__.rpartition(".")[0] if builtin is None else builtin
         self._parts: dict[str, type[T]] = {}
         self._aliases: dict[str, str] = {}
         self._sources: dict[str, str] = {}
@@ -92,10 +95,8 @@ class Registry(Generic[T]):
         self._lock = threading.RLock()
 
     @property
-    def base(self) -> type[T]:
-        """The class that every part of this kind derives from."""
-        module, _, name = self._base.partition(":")
-        return cast("type[T]", getattr(importlib.import_module(module), name))
+    def _base_name(self) -> str:
+        return f"{self.base.__module__}.{self.base.__qualname__}"
 
     def register(self, name: str, *, aliases: Sequence[str] = ()) -> Callable[[type[S]], type[S]]:
         """Class decorator that registers a part under `name` and `aliases` and returns the class unchanged.
@@ -113,9 +114,8 @@ class Registry(Generic[T]):
     def _add(self, name: str, aliases: Sequence[str], cls: type[T]) -> None:
         if not isinstance(cls, type) or not issubclass(cls, self.base):
             raise InputError(
-                f"{self.kind} {name!r}: {cls!r} is not a subclass of {self._base.replace(':', '.')}; derive it from "
-                "that "
-                "class before registering it."
+                f"{self.kind} {name!r}: {cls!r} is not a subclass of {self._base_name}; derive it from "
+                "that class before registering it."
             )
         with self._lock:
             for one in (name, *aliases):
@@ -132,7 +132,7 @@ class Registry(Generic[T]):
                     )
             self._parts[name] = cls
             self._aliases.update(dict.fromkeys(aliases, name))
-            own = cls.__module__ == self._builtin or cls.__module__.startswith("trio.")
+            own = cls.__module__.startswith(f"{__package__}.")
             self._sources[name] = self._loading_plugin or ("trio" if own else cls.__module__)
 
     def _load_builtins(self) -> None:
@@ -232,7 +232,7 @@ class Registry(Generic[T]):
             parameters=tuple(_parameters(cls)),
         )
 
-    def build(self, part: str | Mapping[str, Any] | PartSpec | type[T] | T, **params: Any) -> T:
+    def build(self, part: str | Mapping[str, Any] | Any | type[T] | T, **params: Any) -> T:
         """Make a part from a name, a mapping with `name` and parameters, a `PartSpec`, a class or a ready object.
 
         Args:
@@ -268,10 +268,10 @@ class Registry(Generic[T]):
                     f"{self.kind} {part!r} is a ready object and has its parameters; {', '.join(params)} cannot be "
                     "changed. Give the class, or make the object with them."
                 )
-            return part
+            return cast("T", part)
         raise InputError(
             f"{self.kind}: found {part!r}; allowed are a registered name, a mapping with 'name', or a subclass or an "
-            f"object of {self._base.replace(':', '.')}."
+            f"object of {self._base_name}."
         )
 
     def _example(self) -> str:
@@ -280,7 +280,7 @@ class Registry(Generic[T]):
     def _make(self, cls: type[T], name: str, params: dict[str, Any]) -> T:
         from pydantic import ValidationError
 
-        from trio.part import explain
+        from trio.core.part import explain
 
         try:
             return cls(**params)
@@ -301,7 +301,7 @@ def _distribution(point: metadata.EntryPoint) -> str:
 
 
 def _parameters(cls: type[Any]) -> list[Parameter]:
-    from trio.part import type_name
+    from trio.core.part import type_name
 
     return [
         Parameter(
@@ -314,12 +314,14 @@ def _parameters(cls: type[Any]) -> list[Parameter]:
     ]
 
 
-def _registry(kind: str, base: str, builtin: str) -> Registry[Any]:
-    return Registry(kind, base=base, builtin=builtin, group=f"trio.{kind}s")
+def registry_of(kind: str) -> Registry[Any]:
+    """The registry of a kind of part ("scorer", "selector", "compressor", "tower" or "adapter").
 
-
-SCORERS: Registry[Scorer] = _registry("scorer", "trio.scorers.base:Scorer", "trio.scorers")
-SELECTORS: Registry[Selector] = _registry("selector", "trio.selectors.base:Selector", "trio.selectors")
-COMPRESSORS: Registry[Compressor] = _registry("compressor", "trio.encoders.base:Compressor", "trio.encoders")
-ADAPTERS: Registry[Adapter] = _registry("adapter", "trio.adapters.base:Adapter", "trio.adapters")
-TOWERS: Registry[Tower] = _registry("tower", "trio.encoders.towers.base:Tower", "trio.encoders.towers")
+    Raises:
+        InputError: there is no such kind.
+    """
+    if kind not in HOMES:
+        raise InputError(f"registry: there is no kind {kind!r} of parts; the kinds are {', '.join(HOMES)}.")
+    module, name = HOMES[kind]
+    found: Registry[Any] = getattr(importlib.import_module(module, __package__), name)
+    return found

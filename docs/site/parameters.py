@@ -11,11 +11,11 @@ from typing import Any
 
 import griffe
 
-BASE = "trio.part.Part"
+BASE = "trio.core.part.Part"
 
 
 class FieldsAsParameters(griffe.Extension):
-    """Gives each class derived from `trio.part.Part` the ``__init__`` that it has at run time."""
+    """Gives each class derived from `trio.core.part.Part` the ``__init__`` that it has at run time."""
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Called when everything is loaded, so that base classes are known."""

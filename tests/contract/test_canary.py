@@ -14,10 +14,11 @@ from transformers.models.llama import modeling_llama
 import trio
 from trio.adapters import adapter_for
 from trio.adapters.llava import LlavaAdapter
+from trio.core import upstream
+from trio.core.upstream import Role
 from trio.errors import UnsupportedModelError
-from trio.runtime import canary, upstream
+from trio.runtime import canary
 from trio.runtime.shrink import Shrinker
-from trio.runtime.upstream import Role
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 

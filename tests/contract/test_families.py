@@ -8,7 +8,7 @@ from support.families import FAMILIES, IMAGE_TOKEN, family
 from support.features import features_of
 
 import trio
-from trio.runtime.upstream import Role, cache_of, keywords
+from trio.core.upstream import Role, cache_of, keywords
 from trio.testing import Prompt, check_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:no adapter knows")

@@ -13,9 +13,9 @@ from transformers import masking_utils
 from transformers.generation.utils import GenerationMixin
 
 import trio
+from trio.core import upstream
+from trio.core.upstream import DynamicLayer, Role, keywords
 from trio.errors import CacheError, InputError, TrioError, UnsupportedModelError
-from trio.runtime import upstream
-from trio.runtime.upstream import DynamicLayer, Role, keywords
 from trio.spec import PartSpec
 
 pytestmark = pytest.mark.contract
@@ -165,7 +165,7 @@ def test_a_release_whose_caches_have_moved_says_so_when_it_is_imported(tmp_path)
         "del c.DynamicLayer\n"
         "from trio.errors import UnsupportedModelError\n"
         "try:\n"
-        "    import trio.runtime.upstream\n"
+        "    import trio.core.upstream\n"
         "except UnsupportedModelError as error:\n"
         "    assert 'DynamicLayer' in str(error) and transformers.__version__ in str(error), error\n"
         "    sys.exit(7)\n"

@@ -10,8 +10,8 @@ from support.models import IMAGE_TOKEN, inputs, llava
 
 import trio
 from trio.adapters import adapter_for
+from trio.core.upstream import Role, cache_of, dynamic_cache, keywords
 from trio.errors import CacheError, SpecError, UnsupportedModelError
-from trio.runtime.upstream import Role, cache_of, dynamic_cache, keywords
 
 pytestmark = pytest.mark.contract
 

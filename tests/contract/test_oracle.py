@@ -19,8 +19,8 @@ import trio.testing.oracle
 import trio.testing.stock
 import trio.testing.survivors
 from trio.adapters import adapter_for
+from trio.core.upstream import Role, dynamic_cache, keywords
 from trio.report import CompressionReport
-from trio.runtime.upstream import Role, dynamic_cache, keywords
 from trio.testing.adapters import TOLERANCES
 from trio.testing.bench import AT_INPUT, RAGGED, TWO_STAGES, Bench, Setting
 from trio.testing.oracle import compact_logits, kept_columns, masked_logits

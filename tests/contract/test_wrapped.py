@@ -10,7 +10,7 @@ from support.bench import TOKENS, bench
 from support.models import llava
 
 import trio
-from trio.runtime.upstream import Role, cache_of, keywords
+from trio.core.upstream import Role, cache_of, keywords
 from trio.testing import Prompt, check_adapter
 from trio.testing.bench import NEW, ONE, RAGGED, TWO, extended
 

@@ -20,8 +20,9 @@ from lmms_eval.utils import load_yaml_config
 
 import trio
 from benchmarks.expected import HERE, measured, spec_of
+from lab.training.evaluate import answers
 from trio import zoo
-from trio.zoo.evaluate import Example, answers, examples
+from trio.measure.shapesvqa.examples import Example, examples
 
 SCENES, SPEC = 6, "trio-11"
 

@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
-from trio.runtime.upstream import DynamicCache, Role, cache_name, causal_mask, keywords
+from trio.core.upstream import DynamicCache, Role, cache_name, causal_mask, keywords
 
 
 def _turn(module: Any, forward: Callable[..., Any]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.training.card import card, filled, sections
 from trio import zoo
-from trio.zoo.card import card, filled, sections
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from lab.training.export import export
+from lab.training.families import FAMILIES, Family, family_of
+from lab.training.language import Grown, Trainee, train_language
+from lab.training.loop import Clock
+from lab.training.packing import CHUNK
+from lab.training.recipes import RECIPES
+from lab.training.tower import IGNORE, train_tower
 from trio import zoo
-from trio.zoo.export import export
-from trio.zoo.families import FAMILIES, Family, family_of
-from trio.zoo.language import Grown, Trainee, train_language
-from trio.zoo.loop import Clock
-from trio.zoo.packing import CHUNK
-from trio.zoo.recipes import RECIPES
-from trio.zoo.tower import IGNORE, train_tower
 
 GROWN = [name for name, family in FAMILIES.items() if family.grown]
 

@@ -13,19 +13,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from lab.training.evaluate import answers, answers_by_scene, any_size, blank, prompt, summary
 from trio import zoo
 from trio.errors import UnknownNameError
-from trio.zoo.evaluate import (
-    answers,
-    answers_by_scene,
-    any_size,
-    blank,
-    by_scene,
-    examples,
-    prompt,
-    summary,
-    wilson,
-)
+from trio.measure.shapesvqa.examples import examples
+from trio.measure.statistics import by_scene, wilson
 
 SLOTS = 144
 

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from trio.zoo.questions import KINDS, Asker, Question, dense_questions, side
-from trio.zoo.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
+from trio.measure.shapesvqa.questions import KINDS, Asker, Question, dense_questions, side
+from trio.measure.shapesvqa.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from lab.training.export import export
+from lab.training.language import Branches, dense_share, train_language
+from lab.training.loop import Clock
+from lab.training.packing import CHUNK, NAME, local_mask
+from lab.training.recipes import RECIPES, Recipe, build_model
+from lab.training.tower import IGNORE, dense_labels, train_tower
+from lab.training.vocabulary import build_tokenizer
 from trio import zoo
-from trio.zoo.export import export
-from trio.zoo.language import Branches, dense_share, train_language
-from trio.zoo.loop import Clock
-from trio.zoo.packing import CHUNK, NAME, local_mask
-from trio.zoo.recipes import RECIPES, Recipe, build_model
-from trio.zoo.scenes import draw_scene
-from trio.zoo.tower import IGNORE, dense_labels, train_tower
-from trio.zoo.vocabulary import build_tokenizer
+from trio.measure.shapesvqa.scenes import draw_scene
 
 SMALL = Recipe(name="small", tower_width=32, tower_layers=3, width=32, heads=2, layers=2)
 

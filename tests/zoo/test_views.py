@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trio.zoo.next import NEXT, Views, picture_settings, tile_grid
-from trio.zoo.qwen import LEAST, MOST, QWEN_VL, MergedPatches, SizedBranches
-from trio.zoo.tower import IGNORE, normalised, pixels
-from trio.zoo.views import LARGEST, canvas_of, tile, varied_scene, view, whole
-from trio.zoo.vocabulary import build_tokenizer
+from lab.training.next import NEXT, Views, picture_settings, tile_grid
+from lab.training.qwen import LEAST, MOST, QWEN_VL, MergedPatches, SizedBranches
+from lab.training.tower import IGNORE, normalised, pixels
+from lab.training.vocabulary import build_tokenizer
+from trio.measure.shapesvqa.views import LARGEST, canvas_of, tile, varied_scene, view, whole
 
 
 def test_sizes_and_aspect_ratios_vary() -> None:

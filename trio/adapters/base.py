@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from trio.adapters.decoder import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
-from trio.adapters.patches import PatchMap
+from trio.adapters.decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
+from trio.core import upstream
+from trio.core.backbone import Backbone, Layout, TinyModel
+from trio.core.patches import PatchMap
+from trio.core.probe import LayerInputs, Past, Probe, Rows
+from trio.core.prompts import InputsFactory
+from trio.core.tokens import ImageTokens
+from trio.core.upstream import Role, Upstream
 from trio.errors import UnsupportedModelError
-from trio.origins import ImageTokens
-from trio.probe import LayerInputs, Past, Probe, Rows
-from trio.prompts import InputsFactory
-from trio.runtime import upstream
-from trio.runtime.backbone import TinyModel
-from trio.runtime.upstream import Role, Upstream
+from trio.registry import Registry
 
 if TYPE_CHECKING:
-    from trio.encoders.base import Signal
-    from trio.encoders.reader import Reader
+    from trio.core.tokens import Signal
+    from trio.encoders.reading.reader import Reader
+
+__all__ = ["ADAPTERS", "Adapter", "Layout", "Positions"]
 
 Positions = Literal["compact", "original"]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the visual tokens of a call stand.
-
-    Attributes:
-        visual: bool ``(B, S)`` on the CPU.
-        images: for each sample its images in the order of the sequence; their tokens add up to the sample's True.
-        modalities: for each of these images the modality that encoded it (see `Adapter.encoders`); None: all ``image``.
-    """
-
-    visual: torch.Tensor
-    images: tuple[tuple[ImageTokens, ...], ...]
-    modalities: tuple[tuple[str, ...], ...] | None = None
-
-
-class Adapter(ABC):
+class Adapter(Backbone):
     """Finds the parts of a model and reads its calls; the only place that knows the family.
 
     A subclass says which models it takes (`matches`), where their modules are, and how a call's placeholders are laid
@@ -213,7 +200,7 @@ class Adapter(ABC):
         return out
 
     def tower_offers(self) -> frozenset[str]:
-        """Kinds of signals that the vision tower offers (`trio.encoders.base.Signal`); empty where it is not known."""
+        """Kinds of signals that the vision tower offers (`Signal`); empty where it is not known."""
         from trio.encoders.towers import tower_for
 
         if not self.reads_tower:
@@ -229,7 +216,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: the tower is not known, or does not offer a signal.
         """
-        from trio.encoders.reader import Reader
+        from trio.encoders.reading.reader import Reader
         from trio.encoders.towers import tower_for
 
         return Reader(tower_for(self.vision_tower), signals, keep=keep)
@@ -401,6 +388,10 @@ class Adapter(ABC):
         output = self.layers[layer].forward(**given)
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
+
+
+#: Adapters by name.
+ADAPTERS: Registry[Adapter] = Registry("adapter", Adapter)
 
 
 def _first_line(error: Exception) -> str:

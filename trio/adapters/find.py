@@ -6,9 +6,8 @@ import warnings
 
 from torch import nn
 
-from trio.adapters.base import Adapter
+from trio.adapters.base import ADAPTERS, Adapter
 from trio.errors import PluginError, UnsupportedModelError
-from trio.registry import ADAPTERS
 
 
 def base_model(model: nn.Module) -> nn.Module:

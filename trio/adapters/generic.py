@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from trio.adapters import tiny
-from trio.adapters.base import Adapter, Layout, Positions
+from trio.adapters.base import ADAPTERS, Adapter, Layout, Positions
 from trio.adapters.placeholders import images_by_count, images_by_features, picture_rows, unplaced
+from trio.core.backbone import FEATURE_COUNTS
+from trio.core.tokens import ImageTokens
+from trio.core.upstream import encoder_outputs
 from trio.errors import InputError, UnsupportedModelError
-from trio.origins import ImageTokens
-from trio.registry import ADAPTERS
-from trio.runtime.backbone import FEATURE_COUNTS
-from trio.runtime.upstream import encoder_outputs
 
 #: Attributes under which models keep their text decoder and their vision tower.
 DECODERS = ("language_model", "text_model")

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from trio.adapters import tiny
-from trio.adapters.base import Layout
+from trio.adapters.base import ADAPTERS, Layout
 from trio.adapters.llava import LlavaAdapter
-from trio.adapters.patches import PatchMap, join
 from trio.adapters.placeholders import runs_of_tiles
-from trio.origins import ImageTokens
-from trio.registry import ADAPTERS
+from trio.core.patches import PatchMap, join
+from trio.core.tokens import ImageTokens
 
 
 @ADAPTERS.register("internvl")

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from trio.adapters import tiny
-from trio.adapters.base import Adapter, Layout
-from trio.adapters.patches import PatchMap
+from trio.adapters.base import ADAPTERS, Adapter, Layout
 from trio.adapters.placeholders import images_by_count
+from trio.core.patches import PatchMap
+from trio.core.tokens import CLS, ImageTokens
 from trio.errors import UnsupportedModelError
-from trio.origins import CLS, ImageTokens
-from trio.registry import ADAPTERS
 
 
 @ADAPTERS.register("llava")

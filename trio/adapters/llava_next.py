@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from trio.adapters import tiny
-from trio.adapters.base import Layout
+from trio.adapters.base import ADAPTERS, Layout
 from trio.adapters.llava import LlavaAdapter
-from trio.adapters.patches import PatchMap
 from trio.adapters.placeholders import encoded_argument, images_in_order
 from trio.adapters.tiles import tiled_image, tiled_patches
-from trio.origins import ImageTokens
-from trio.registry import ADAPTERS
+from trio.core.patches import PatchMap
+from trio.core.tokens import ImageTokens
 
 
 @ADAPTERS.register("llava-next")

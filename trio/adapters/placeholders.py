@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from trio.adapters.base import Layout
+from trio.core.backbone import FEATURE_COUNTS
+from trio.core.tokens import ImageTokens
 from trio.errors import InputError
-from trio.origins import ImageTokens
-from trio.runtime.backbone import FEATURE_COUNTS
 
 
 def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> Layout:

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from trio.adapters import tiny
-from trio.adapters.base import Adapter, Layout, Positions
-from trio.adapters.patches import PatchMap
+from trio.adapters.base import ADAPTERS, Adapter, Layout, Positions
 from trio.adapters.placeholders import encoded_argument, images_in_order
+from trio.core.patches import PatchMap
+from trio.core.tokens import ImageTokens
 from trio.errors import UnsupportedModelError
-from trio.origins import ImageTokens
-from trio.registry import ADAPTERS
 
 
 @ADAPTERS.register("qwen-vl", aliases=("qwen2-vl", "qwen2.5-vl"))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from trio.adapters.patches import PatchMap, join, tiled
-from trio.origins import ImageTokens
+from trio.core.patches import PatchMap, join, tiled
+from trio.core.tokens import ImageTokens
 
 
 def tiled_image(

@@ -1,18 +1,18 @@
-"""What the commands share: output and models; pictures and prompts come from `trio.inputs`."""
+"""What the commands share: output and models; pictures and prompts come from `trio.core.images`."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio.errors import InputError, UnsupportedModelError, did_you_mean
-from trio.inputs import inputs_for, load_picture
-from trio.printable import HIDDEN, visible
+from trio.core.images import inputs_for, load_picture
+from trio.core.printable import HIDDEN, visible
+from trio.errors import InputError, UnsupportedModelError, first_line
+from trio.zoo.find import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,32 +191,6 @@ def layer_ranges(*columns: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
     return [(str(first) if first == last else f"{first}-{last}", values) for first, last, values in runs]
 
 
-def find_model(name: str) -> str:
-    """A zoo model's folder, a local folder, or a hub name, as `from_pretrained` takes it.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    from trio import zoo
-
-    if name in zoo.names():
-        return str(zoo.path(name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"model {name!r}: the folder has no config.json; give a folder that `save_pretrained` wrote."
-            )
-        return str(folder)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
-        return name
-    raise InputError(
-        f"model {name!r}: neither a model of the zoo ({', '.join(zoo.names()) or 'empty'}), nor a folder, nor a hub "
-        "name "
-        f"such as llava-hf/llava-1.5-7b-hf. {did_you_mean(name, zoo.names())}".rstrip()
-    )
-
-
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """A model in evaluation mode, and its processor.
 
@@ -272,8 +246,3 @@ def load_config(name: str) -> Any:
         return transformers.AutoConfig.from_pretrained(place)
     except Exception as error:  # as in load_model
         raise InputError(f"model {name!r}: its config cannot be read ({first_line(error)}).") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

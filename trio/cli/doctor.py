@@ -25,8 +25,8 @@ def doctor(
     Exit code 1 where a promise does not hold. Nothing is downloaded: the models are random, of a few thousand weights.
     """
     from trio.cli.common import print_json
+    from trio.core.upstream import NEWEST_TESTED
     from trio.runtime.canary import is_untested
-    from trio.runtime.upstream import NEWEST_TESTED
 
     families = _chosen(family)
     found: dict[str, Any] = {
@@ -106,7 +106,7 @@ def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
 def _tiny(name: str) -> Any:
     from trio.adapters import adapter_for
     from trio.adapters.tiny import TINY
-    from trio.runtime.upstream import default_model
+    from trio.core.upstream import default_model
 
     model, config = default_model(name)
     return adapter_for(model(TINY[name](config)).eval())

@@ -11,8 +11,8 @@ import typer
 from trio.cli.common import DType
 
 if TYPE_CHECKING:
-    from trio.evaluation.results import Results
-    from trio.evaluation.task import Task
+    from trio.measure.evaluation.results import Results
+    from trio.measure.evaluation.task import Task
 
 
 class TaskName(StrEnum):
@@ -66,14 +66,14 @@ def evaluate(
     specs may be added to a finished one.
     """
     from trio.cli.common import load_model, progress_bar, write_text
-    from trio.evaluation.protocol import check_baseline, named_specs
-    from trio.evaluation.protocol import evaluate as run
+    from trio.measure.evaluation.protocol import check_baseline, named_specs
+    from trio.measure.evaluation.protocol import evaluate as run
 
     specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
     check_baseline(baseline, specs)
     _check_out(out, force)
     if html:
-        from trio.evaluation.figures import check_matplotlib
+        from trio.measure.evaluation.figures import check_matplotlib
 
         check_matplotlib()
     if threads is not None:
@@ -104,8 +104,8 @@ def evaluate(
         raise typer.Exit(130) from None
     written = _write(results, out)
     if html:
-        from trio.evaluation.overlays import overlays
-        from trio.evaluation.report import report_html
+        from trio.measure.evaluation.overlays import overlays
+        from trio.measure.evaluation.report import report_html
 
         page = report_html(results, overlays(network, processor, asked, specs, results))
         write_text(out / "report.html", page, "--out")
@@ -130,7 +130,7 @@ def _check_out(out: Path, force: bool) -> None:
 
 def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
     from trio.errors import InputError
-    from trio.evaluation.task import jsonl
+    from trio.measure.evaluation.task import jsonl
 
     if data is None:
         raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
@@ -139,7 +139,7 @@ def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
 
 def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, seed: int | None) -> Task:
     from trio.errors import InputError
-    from trio.evaluation.shapes import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
+    from trio.measure.shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
 
     if data is not None:
         raise InputError("--data: shapesvqa draws its own pictures; leave --data out, or give --task jsonl.")
@@ -163,7 +163,7 @@ def _print(results: Results) -> None:
     from rich.text import Text
 
     from trio.cli.common import console
-    from trio.evaluation import wording
+    from trio.measure.evaluation import wording
 
     out = console()
     for title, header, rows in (wording.short_table(results), wording.gate_table(results)):

@@ -13,7 +13,7 @@ from trio.cli.common import DType
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio.fidelity import FidelityReport
+    from trio.measure.fidelity import FidelityReport
 
 
 def fidelity(
@@ -43,7 +43,7 @@ def fidelity(
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
     from trio.cli.common import check_outputs, console, load_model, progress_bar, say, write_text
-    from trio.fidelity import measure, read_samples
+    from trio.measure.fidelity import measure, read_samples
     from trio.spec import load_spec
 
     # before the model: a wrong name should not cost a minute

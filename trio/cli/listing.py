@@ -33,8 +33,12 @@ def list_parts(
     from fnmatch import fnmatch
 
     from trio import zoo
+    from trio.adapters.base import ADAPTERS
     from trio.cli.common import print_json
-    from trio.registry import ADAPTERS, COMPRESSORS, SCORERS, SELECTORS, TOWERS
+    from trio.encoders.compressors.base import COMPRESSORS
+    from trio.encoders.towers.base import TOWERS
+    from trio.scorers.base import SCORERS
+    from trio.selectors.base import SELECTORS
     from trio.spec import load_spec, shipped_specs
 
     registries: dict[str, Any] = {

@@ -166,7 +166,7 @@ def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | 
 
 def _draw(target: Path, pictures: list[Any], processor: Any, report: CompressionReport) -> None:
     from trio.errors import InputError
-    from trio.viz import overlay_from_report, seen_region
+    from trio.report.draw import overlay_from_report, seen_region
 
     regions = [seen_region(picture, processor) for picture in pictures]
     drawn = overlay_from_report(pictures, report, regions=regions)

@@ -29,8 +29,8 @@ def show(
     """Show the tokens by layer and the predicted cost of a spec on a model."""
     from trio.cli.common import print_json
     from trio.cost import predict
-    from trio.schedule import resolve
     from trio.spec import load_spec
+    from trio.spec.schedule import resolve
 
     loaded = load_spec(spec)
     if as_yaml:

@@ -13,8 +13,8 @@ from trio.cli.common import DType
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio.fidelity import Sample
-    from trio.tuning import TuningReport
+    from trio.measure.fidelity import Sample
+    from trio.measure.tuning import TuningReport
 
 
 class TaskName(StrEnum):
@@ -70,11 +70,11 @@ def tune(
 ) -> None:
     """Search for the spec that meets a target, and judge it on pictures that the search has not seen."""
     from trio.cli.common import check_outputs, console, load_model, progress_bar, say, writable, write_text
-    from trio.fidelity import read_samples
-    from trio.tuning import best_spec, parse_target
-    from trio.tuning import tune as search
-    from trio.tuning.plot import draw, matplotlib
-    from trio.tuning.study import optuna
+    from trio.measure.fidelity import read_samples
+    from trio.measure.tuning import best_spec, parse_target
+    from trio.measure.tuning import tune as search
+    from trio.measure.tuning.plot import draw, matplotlib
+    from trio.measure.tuning.study import optuna
 
     wanted = parse_target(target)  # everything that can be wrong without the model, before it
     optuna()
@@ -133,8 +133,8 @@ def _check_source(images: Path | None, prompts: Path | None, task: TaskName | No
 
 def _shapesvqa(network: Any, limit: int | None) -> list[Sample]:
     """Questions of the split for choosing; the split that is reported stays unseen."""
-    from trio.evaluation.shapes import canvas_for, shapesvqa
-    from trio.fidelity import Sample
+    from trio.measure.fidelity import Sample
+    from trio.measure.shapesvqa.task import canvas_for, shapesvqa
 
     questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
     return [Sample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]

@@ -9,7 +9,7 @@ from trio.cost.flops import projector_flops
 from trio.cost.shape import ModelShape, TowerShape
 
 if TYPE_CHECKING:
-    from trio.encoders.base import Compressor
+    from trio.encoders.compressors.base import Compressor
 
 
 def reading_flops(tower: TowerShape, tokens: int, compressor: Compressor) -> int:

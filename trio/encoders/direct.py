@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.encoders.base import Compressor, Signal, VisualTokens
-from trio.encoders.reader import Reader, Reading
+from trio.core.tokens import ImageTokens, Signal, VisualTokens
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
+from trio.encoders.reading.reader import Reader, Reading
 from trio.encoders.towers import Tower, tower_for
 from trio.errors import InputError, UnknownNameError
-from trio.origins import ImageTokens
-from trio.registry import COMPRESSORS
-from trio.spec_rules import parse_share
+from trio.spec.rules import parse_share
 
 Images = torch.Tensor | Mapping[str, Any]
 

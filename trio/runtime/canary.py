@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trio.context import LayerContext
+from trio.core.backbone import Backbone, TinyModel
+from trio.core.context import LayerContext
+from trio.core.probe import rows_at_end
+from trio.core.prompts import Inputs, Prompt
+from trio.core.upstream import MASK, NEWEST_TESTED, Role, cache_of, dynamic_cache, keywords, silenced, version
 from trio.errors import UnsupportedModelError
-from trio.probe import rows_at_end
-from trio.prompts import Inputs, Prompt
-from trio.runtime.backbone import Backbone, TinyModel
 from trio.runtime.hooks import Runtime
 from trio.runtime.prefill import Selection
 from trio.runtime.record import PrefillRecord
 from trio.runtime.stage import BoundStage
-from trio.runtime.upstream import MASK, NEWEST_TESTED, Role, cache_of, dynamic_cache, keywords, silenced, version
 from trio.scorers.base import Scorer
 from trio.selectors.base import Selector
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.probe import LayerInputs
+from trio.core.probe import LayerInputs
 from trio.runtime.stage import Prefill
 
 

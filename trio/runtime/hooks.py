@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.context import ProbeName
+from trio.core.backbone import FEATURE_COUNTS, Backbone
+from trio.core.context import ProbeName
+from trio.core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
+from trio.core.probe import LayerInputs, Probe
+from trio.core.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
 from trio.errors import AttachError, InputError, NonFiniteError
-from trio.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
-from trio.probe import LayerInputs, Probe
-from trio.runtime.backbone import FEATURE_COUNTS, Backbone
 from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
-from trio.runtime.compress import BoundCompressor, EncoderSide, merged_features
+from trio.runtime.encoder_side import BoundCompressor, EncoderSide, merged_features
 from trio.runtime.forward import Forward
 from trio.runtime.methods import GuardedGenerate, NotedEncoder
 from trio.runtime.prefill import Selection, Uncached, given_tokens, start_prefill
 from trio.runtime.record import PrefillRecord
-from trio.runtime.sequence import NewlinePolicy
-from trio.runtime.sequence import Sequence as Tokens
 from trio.runtime.shrink import Shrinker
 from trio.runtime.stage import BoundStage, Prefill, now, run_stage
-from trio.runtime.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
+from trio.runtime.state import NewlinePolicy
+from trio.runtime.state import Sequence as Tokens
 
 
 class Runtime:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from trio.core import upstream
+from trio.core.hooking import MethodPatch, Owner, patches_on
 from trio.errors import InputError
-from trio.hooking import MethodPatch, Owner, patches_on
-from trio.runtime import upstream
 
 
 class Listener(Protocol):

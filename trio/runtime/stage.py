@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trio.context import LayerContext, ProbeName
+from trio.core.context import LayerContext, ProbeName
+from trio.core.probe import Probe
 from trio.errors import InputError
-from trio.probe import Probe
 from trio.runtime.record import PrefillRecord, StageRecord
-from trio.runtime.sequence import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
+from trio.runtime.state import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
 
 if TYPE_CHECKING:
     from trio.scorers.base import Scorer

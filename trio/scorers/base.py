@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from trio.context import LayerContext
-from trio.part import Part
+from trio.core.context import LayerContext
+from trio.core.part import Part
+from trio.registry import Registry
 
 
 class Scorer(Part, ABC):
@@ -33,3 +34,7 @@ class Scorer(Part, ABC):
         Returns:
             float32 ``(B, N)``, finite at visual tokens, -inf where a sample has fewer than N.
         """
+
+
+#: Scorers by name.
+SCORERS: Registry[Scorer] = Registry("scorer", Scorer)

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from trio.context import LayerContext
-from trio.probe import rows_at_end
-from trio.registry import SCORERS
-from trio.scorers.base import Scorer
+from trio.core.context import LayerContext
+from trio.core.probe import rows_at_end
+from trio.scorers.base import SCORERS, Scorer
 
 
 @SCORERS.register("objective-gradient", aliases=("trio",))

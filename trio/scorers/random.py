@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trio.context import LayerContext
-from trio.registry import SCORERS
-from trio.scorers.base import Scorer
+from trio.core.context import LayerContext
+from trio.scorers.base import SCORERS, Scorer
 
 
 @SCORERS.register("random")

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from trio.part import Part
+from trio.core.part import Part
+from trio.registry import Registry
 
 
 class Selector(Part, ABC):
@@ -43,3 +44,7 @@ class Selector(Part, ABC):
             Indices, int64 ``(G, K)`` in rising order with K the largest k, and bool ``(G, K)``, True at the first k of
             each group. The same tokens come out for a group in any batch.
         """
+
+
+#: Selectors by name.
+SELECTORS: Registry[Selector] = Registry("selector", Selector)

@@ -7,9 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from trio.registry import SELECTORS
-from trio.selectors.base import Selector
-from trio.selectors.common import first_k, ranking
+from trio.core.ops import first_k, ranking
+from trio.selectors.base import SELECTORS, Selector
 from trio.selectors.nms import unit_length
 
 

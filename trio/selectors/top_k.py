@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trio.registry import SELECTORS
-from trio.selectors.base import Selector
-from trio.selectors.common import first_k, ranking
+from trio.core.ops import first_k, ranking
+from trio.selectors.base import SELECTORS, Selector
 
 
 @SELECTORS.register("top-k", aliases=("topk",))

@@ -4,7 +4,7 @@
 prove a new part with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
 """
 
-from trio.prompts import InputsFactory, Prompt
+from trio.core.prompts import InputsFactory, Prompt
 from trio.testing.adapters import check_adapter
 from trio.testing.compressors import check_compressor
 from trio.testing.inputs import ProcessorInputs

@@ -10,9 +10,9 @@ from torch import nn
 
 from trio.adapters import adapter_for
 from trio.adapters.base import Adapter
+from trio.core.prompts import InputsFactory
+from trio.encoders.compressors.base import COMPRESSORS
 from trio.errors import InputError, did_you_mean
-from trio.prompts import InputsFactory
-from trio.registry import COMPRESSORS
 from trio.spec import CompressorSpec
 from trio.testing.bench import AT_INPUT, TWO_STAGES, Bench, Setting
 from trio.testing.inputs import as_factory

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from trio.adapters.base import Adapter
+from trio.core import upstream
+from trio.core.prompts import Inputs, InputsFactory, Prompt, Side
+from trio.core.upstream import Role
 from trio.pipeline import Pipeline
-from trio.prompts import Inputs, InputsFactory, Prompt, Side
 from trio.report import CompressionReport
-from trio.runtime import upstream
-from trio.runtime.upstream import Role
 from trio.testing.results import require
 
 #: Kept tokens by stage, sample and image.

@@ -9,9 +9,8 @@ from itertools import pairwise
 
 import torch
 
-from trio.encoders.base import Compressor, Signal, VisualTokens
-from trio.origins import CLS, KINDS, MERGED, PATCH, ImageTokens
-from trio.registry import COMPRESSORS
+from trio.core.tokens import CLS, KINDS, MERGED, PATCH, ImageTokens, Signal, VisualTokens
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
 from trio.testing.results import Case, Results, require, run_cases
 
 
@@ -140,7 +139,8 @@ class _Suite:
             require(same, f"{name} are on {tensor.device}, expected {tokens.features.device}")
         require(out.origins.tokens == m, f"{out.origins.tokens} origins for {m} tokens")
         require(
-            out.signals.keys() == tokens.signals.keys(), "the signals are not brought forward: use trio.encoders.merge"
+            out.signals.keys() == tokens.signals.keys(),
+            "the signals are not brought forward: see trio.encoders.reading.merge",
         )
         for signal, value in out.signals.items():
             rows = tokens.signals[signal].shape[0] if signal.kind == "cls" else m

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trio.core.prompts import InputsFactory, Prompt, Side
 from trio.errors import InputError
-from trio.prompts import InputsFactory, Prompt, Side
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from trio.context import LayerContext
+from trio.core.context import LayerContext
+from trio.core.prompts import InputsFactory, Prompt
 from trio.pipeline import Pipeline
-from trio.prompts import InputsFactory, Prompt
-from trio.registry import SCORERS
-from trio.scorers.base import Scorer
+from trio.scorers.base import SCORERS, Scorer
 from trio.spec import StageSpec
 from trio.testing.bench import END, ONE, RAGGED, TWO
 from trio.testing.inputs import as_factory

@@ -9,8 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from trio.registry import SELECTORS
-from trio.selectors.base import Selector
+from trio.selectors.base import SELECTORS, Selector
 from trio.testing.results import Case, Results, require, run_cases
 
 

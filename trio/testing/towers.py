@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.encoders.base import Signal
-from trio.encoders.reader import Reader, Reading
+from trio.core.tokens import Signal
+from trio.encoders.reading.reader import Reader, Reading
 from trio.encoders.towers import Heads, Layout, Tower, tower_for
 from trio.encoders.towers.base import hidden_of
 from trio.errors import UnsupportedModelError

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from trio.errors import InputError, UnsupportedModelError
+from trio.registry import Registry
 
 #: What `Signal.kind` may name, for messages.
 KINDS = ("attention", "keys", "hidden", "cls", "groups")
@@ -186,6 +187,10 @@ class Tower(ABC):
             self.attention(0)
         except AttributeError as error:
             raise self.refuse(f"its blocks are not built as those known to {type(self).__name__}: {error}") from error
+
+
+#: Towers by name.
+TOWERS: Registry[Tower] = Registry("tower", Tower)
 
 
 def is_a(module: nn.Module, *names: str) -> bool:

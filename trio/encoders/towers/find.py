@@ -6,9 +6,8 @@ import warnings
 
 from torch import nn
 
-from trio.encoders.towers.base import Tower
+from trio.encoders.towers.base import TOWERS, Tower
 from trio.errors import PluginError, UnsupportedModelError
-from trio.registry import TOWERS
 
 #: Where models keep their vision tower: open_clip's models, its timm wrapper, transformers' models.
 _INSIDE = ("visual", "trunk", "vision_model", "vision_tower", "model")

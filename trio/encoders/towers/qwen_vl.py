@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.towers.base import Heads, Layout, Tower, is_a, split_heads
+from trio.core.upstream import ROTARY
+from trio.encoders.towers.base import TOWERS, Heads, Layout, Tower, is_a, split_heads
 from trio.errors import InputError
-from trio.registry import TOWERS
-from trio.runtime.upstream import ROTARY
 
 _MODELS = "transformers.models."
 

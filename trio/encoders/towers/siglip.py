@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from trio.encoders.towers.base import is_a
+from trio.encoders.towers.base import TOWERS, is_a
 from trio.encoders.towers.projected import ProjectedTower
-from trio.registry import TOWERS
 
 
 @TOWERS.register("siglip")

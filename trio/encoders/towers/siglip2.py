@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.towers.base import Layout, is_a
+from trio.encoders.towers.base import TOWERS, Layout, is_a
 from trio.encoders.towers.projected import ProjectedTower
 from trio.errors import InputError
-from trio.registry import TOWERS
 
 _ARGUMENTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from trio.core.images import load_picture
 from trio.errors import InputError, did_you_mean
-from trio.inputs import load_picture
 
 
 @dataclass(frozen=True)

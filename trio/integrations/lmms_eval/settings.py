@@ -124,7 +124,8 @@ def load(settings: Settings) -> tuple[Any, Any]:
     """
     import transformers
 
-    from trio.cli.common import find_model, first_line
+    from trio.errors import first_line
+    from trio.zoo.find import find_model
 
     source = find_model(settings.pretrained)
     device = place(settings)

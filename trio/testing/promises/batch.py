@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.prompts import Prompt, Side
+from trio.core.prompts import Prompt, Side
 from trio.testing.bench import RAGGED, Bench, Selection, Setting, kept_by_all
 from trio.testing.results import Case
 

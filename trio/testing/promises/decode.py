@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.prompts import Prompt
+from trio.core.prompts import Prompt
 from trio.testing.bench import ONE, RAGGED, TWO, Bench, Setting
 from trio.testing.results import Case
 

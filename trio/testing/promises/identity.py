@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from trio.prompts import Side
+from trio.core.prompts import Side
 from trio.spec import Keep, StageSpec
 from trio.testing.bench import ONE, RAGGED, TEXT, Bench, Setting
 from trio.testing.results import Case, require

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from trio.core.upstream import MASK, Role, cache_of, keywords
 from trio.errors import BudgetError, NonFiniteError, SpecError
-from trio.runtime.upstream import MASK, Role, cache_of, keywords
 from trio.testing.bench import ONE, Bench, Setting, reduced
 from trio.testing.promises.identity import bitwise
 from trio.testing.promises.refusals import refusal

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from trio.prompts import Inputs, Prompt, Side
+from trio.core.prompts import Inputs, Prompt, Side
 from trio.report import CompressionReport
 from trio.testing.bench import RAGGED, Bench, Setting, extended, reduced, relative
 from trio.testing.oracle import compact_logits, kept_columns, masked_logits, merged_features

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.errors import AttachError, CacheError, InputError, TrioError
-from trio.runtime.upstream import (
+from trio.core.upstream import (
     ASSISTANT,
     CACHE_KIND,
     CHUNK,
@@ -23,6 +22,7 @@ from trio.runtime.upstream import (
     StaticCache,
     keywords,
 )
+from trio.errors import AttachError, CacheError, InputError, TrioError
 from trio.testing.bench import ONE, TEXT, Bench
 from trio.testing.promises.identity import bitwise
 from trio.testing.results import Case, require

@@ -1,0 +1,1 @@
+"""Research that ships in no wheel: how the zoo was trained."""

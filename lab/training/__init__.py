@@ -1,0 +1,1 @@
+"""Training the zoo's models, and measuring and describing them."""

@@ -1,0 +1,1 @@
+"""Compressors: fewer visual tokens on the encoder side, one method a file."""

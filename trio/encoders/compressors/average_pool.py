@@ -1,0 +1,23 @@
+"""Averages over the cells of a grid."""
+
+from __future__ import annotations
+
+from trio.core.tokens import VisualTokens
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
+from trio.encoders.reading.grid import cells
+from trio.encoders.reading.merge import merge, patches_only
+
+
+@COMPRESSORS.register("average-pool")
+class AveragePool(Compressor):
+    """Averages the tokens of each of k near-equal cells of the picture, a floor for methods that merge.
+
+    Exactly k tokens for any grid: bands of rows, each cut into its part of the cells. Where k cells fit the grid
+    (24 x 24 into 12 x 12) this is average pooling; elsewhere cells hold near-equal numbers of tokens.
+    """
+
+    @patches_only
+    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
+        """See `Compressor.compress`."""
+        middles, into = (index.to(tokens.places.device) for index in cells(tokens.origins, k))
+        return merge(tokens, middles, into)

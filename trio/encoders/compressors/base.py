@@ -1,0 +1,52 @@
+"""The interface of compressors: what the encoder side gives them, and what they give back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from trio.core.part import Part
+from trio.core.tokens import Signal, VisualTokens
+from trio.registry import Registry
+
+Space = Literal["tower", "language"]
+
+
+class Compressor(Part, ABC):
+    """Takes the visual tokens of a picture on the encoder side and gives fewer, by dropping or merging.
+
+    A pipeline on a model whose tower cannot give what `reads` names is refused when it is built.
+    """
+
+    #: Where features are taken and merged: as they leave the tower, or as they enter the language model. Families whose
+    #: projector mixes patches (Qwen, InternVL) have the second alone, and give it in both cases.
+    space: ClassVar[Space] = "tower"
+    #: True where the method decides the number itself; `compress` is then called with k = n.
+    decides_count: ClassVar[bool] = False
+    #: True where it draws from `VisualTokens.seed`, so that another prompt about the picture keeps other tokens.
+    draws: ClassVar[bool] = False
+
+    def reads(self) -> tuple[Signal, ...]:
+        """What it reads off the tower."""
+        return ()
+
+    @property
+    def wants_cls(self) -> bool:
+        """Whether it may keep the class token as one of its k tokens."""
+        return False
+
+    @abstractmethod
+    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
+        """Reduces to k tokens.
+
+        Args:
+            tokens: one input's tokens with the signals asked for.
+            k: tokens to keep, between 1 and n.
+
+        Returns:
+            The tokens left, in raster order (the class token first), with sizes, places and merge map brought forward.
+        """
+
+
+#: Compressors by name.
+COMPRESSORS: Registry[Compressor] = Registry("compressor", Compressor)

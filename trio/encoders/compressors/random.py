@@ -1,0 +1,34 @@
+"""Random tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from trio.core.tokens import VisualTokens
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
+from trio.encoders.reading.merge import keep, largest, patches_only
+
+
+@COMPRESSORS.register("random")
+class RandomTokens(Compressor):
+    """Keeps tokens drawn at random, a floor that every method must beat, and a strong one (arXiv 2511.02650).
+
+    The draw comes from `VisualTokens.seed`, so that a picture keeps the same tokens in any batch, and the smaller of
+    two counts keeps a part of what the larger one keeps.
+
+    Parameters:
+        seed: another number gives another draw.
+    """
+
+    draws: ClassVar[bool] = True
+
+    seed: int = 0
+
+    @patches_only
+    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
+        """See `Compressor.compress`."""
+        generator = torch.Generator().manual_seed((tokens.seed ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
+        draws = torch.rand(len(tokens.merged), generator=generator)  # one for each place of the start
+        return keep(tokens, largest(draws.to(tokens.places.device)[tokens.places], k))

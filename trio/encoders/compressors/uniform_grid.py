@@ -1,0 +1,22 @@
+"""Tokens spread evenly over the picture."""
+
+from __future__ import annotations
+
+from trio.core.tokens import VisualTokens
+from trio.encoders.compressors.base import COMPRESSORS, Compressor
+from trio.encoders.reading.grid import cells
+from trio.encoders.reading.merge import keep, patches_only
+
+
+@COMPRESSORS.register("uniform-grid")
+class UniformGrid(Compressor):
+    """Keeps one token in the middle of each of k near-equal cells of the picture: a floor that looks at nothing.
+
+    Exactly k tokens for any grid; the cells are those of `average-pool`.
+    """
+
+    @patches_only
+    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
+        """See `Compressor.compress`."""
+        middles, _ = cells(tokens.origins, k)
+        return keep(tokens, middles.to(tokens.places.device))

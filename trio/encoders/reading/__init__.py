@@ -1,0 +1,1 @@
+"""Reading a vision tower while it runs: signals, attention rows, merging inside."""

@@ -1,0 +1,43 @@
+"""How much of what a model knew is left: questions, controls, statistics and reports.
+
+```python
+from trio.measure import evaluation
+
+task = evaluation.shapesvqa(limit=50)
+results = evaluation.evaluate(model, processor, task, ["trio-soft-11"], out="runs/eval")
+```
+
+`docs/evaluation.md` says what is measured and how, `docs/shapesvqa.md` what is asked. Names are resolved when they are
+first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trio.measure.evaluation.protocol import evaluate
+    from trio.measure.evaluation.results import Results
+    from trio.measure.evaluation.task import Sample, Task, jsonl
+    from trio.measure.shapesvqa.task import shapesvqa
+
+__all__ = ["Results", "Sample", "Task", "evaluate", "jsonl", "shapesvqa"]
+
+_HOME = {
+    "Results": "results",
+    "Sample": "task",
+    "Task": "task",
+    "evaluate": "protocol",
+    "jsonl": "task",
+    "shapesvqa": "shapes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'trio.measure.evaluation' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"trio.measure.evaluation.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,214 @@
+"""One evaluation from beginning to end."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import trio
+from trio.errors import InputError
+from trio.measure.evaluation.answers import AnswerFiles
+from trio.measure.evaluation.results import Results
+from trio.measure.evaluation.rows import Row, plan
+from trio.measure.evaluation.runner import LOOKED_AT, Runner
+from trio.measure.evaluation.speed import measure
+from trio.measure.evaluation.summary import Summary
+from trio.measure.evaluation.task import Task
+from trio.measure.statistics import DRAWS, FEW
+from trio.pipeline import Pipeline
+from trio.spec import PipelineSpec, load_spec
+
+__all__ = ["evaluate", "named_specs"]
+
+SpecLike = str | Path | Mapping[str, Any] | PipelineSpec
+ROUNDS = 5
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    task: Task,
+    specs: Sequence[SpecLike],
+    *,
+    out: str | Path | None = None,
+    name: str = "",
+    batch_size: int = 32,
+    baseline: str | None = None,
+    margin: float = 1.0,
+    speed_rounds: int = ROUNDS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Results:
+    """Asks a model every question of a task, full, with every spec and with every control, and counts.
+
+    Args:
+        model: a vision-language model in evaluation mode.
+        processor: its processor.
+        task: the questions, for example `trio.measure.evaluation.shapesvqa()`.
+        specs: what `trio.load_spec` takes, each with a name of its own; the first one of a budget is the baseline.
+        out: folder for the answers; a run that was stopped goes on there, and more specs may be added. None: nothing is
+            kept.
+        name: what results call the model; by default where it was loaded from.
+        batch_size: questions in a batch.
+        baseline: name of the spec that all others are compared with, whatever their budget.
+        margin: of the non-inferiority test, in points.
+        speed_rounds: rounds of measuring times; 0: none.
+        progress: told the finished and all batches.
+
+    Raises:
+        InputError: there is no spec, two have one name, or `out` holds answers to something else.
+        TrioError: a spec does not fit the model.
+    """
+    loaded = named_specs(specs)
+    check_baseline(baseline, loaded)
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return evaluate(
+                model,
+                processor,
+                task,
+                loaded,
+                out=folder,
+                name=name,
+                batch_size=batch_size,
+                baseline=baseline,
+                margin=margin,
+                speed_rounds=speed_rounds,
+                progress=progress,
+            )
+    runner = Runner(model, processor, task, batch_size)
+    started = [runner.counter.of_size(size) for size in runner.sizes]
+    typical = round(sum(started) / len(started))
+    rows, schedules = plan(
+        model,
+        loaded,
+        typical,
+        several_pictures=task.scenes > 1,
+        maps=all(sample.item_map is not None for sample in task.samples),
+        smallest=runner.smallest(),
+        entered={spec.name: typical * _entered(runner, spec) for spec in loaded if _decides(spec)},
+    )
+    facts = _model(model, name, runner, typical)
+    versions = {
+        "trio-vlm": trio.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    asked = {"name": task.name, "version": task.version, **task.facts, "sha256": task.fingerprint()}
+    header = {"model": facts, "task": asked, "versions": versions, "batch_size": batch_size}
+    files = AnswerFiles(Path(out), {**header, "max_new_tokens": task.max_new_tokens})
+    possible = [row for row in rows if not row.refused]
+    answers = runner.run(possible, files, progress)
+    summary = Summary(task, rows, schedules, answers, baseline=baseline, margin=margin)
+    return Results(
+        model=facts,
+        task={**asked, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
+        settings={
+            "batch_size": batch_size,
+            "max_new_tokens": task.max_new_tokens,
+            "bootstrap_draws": DRAWS,
+            "baseline": baseline,
+            "margin": margin,
+        },
+        versions=versions,
+        rows=summary.rows(),
+        gates=summary.gates,
+        comparisons=summary.comparisons(),
+        notes=_notes(runner, rows),
+        questions={"scene": [s.scene for s in task.samples], "kind": [s.kind for s in task.samples]},
+        right=summary.right,
+        device=str(model.device),
+        speed=measure(runner, possible, speed_rounds),
+    )
+
+
+def check_baseline(baseline: str | None, specs: Sequence[PipelineSpec]) -> None:
+    """Refuse a baseline that is none of the specs.
+
+    Raises:
+        InputError: it is not.
+    """
+    names = [spec.name for spec in specs]
+    if baseline is not None and baseline not in names:
+        raise InputError(f"baseline {baseline!r}: it is none of the specs; give one of {', '.join(names)}.")
+
+
+def named_specs(specs: Sequence[SpecLike]) -> list[PipelineSpec]:
+    """The specs, each with a name of its own; a file whose spec has none gives it the file's.
+
+    Raises:
+        InputError: there is none, or two have one name.
+        TrioError: a spec is wrong.
+    """
+    loaded = []
+    for source in specs:
+        spec = load_spec(source)
+        if spec.name == "custom" and isinstance(source, str | Path):
+            spec = spec.model_copy(update={"name": Path(source).stem})
+        loaded.append(spec)
+    if not loaded:
+        raise InputError("specs: none was given; name at least one, for example trio-soft-11.")
+    names = [spec.name for spec in loaded]
+    for one in names:
+        if names.count(one) > 1:
+            raise InputError(f"specs: {names.count(one)} of them are called {one!r}; give each a `name` of its own.")
+    return loaded
+
+
+def _decides(spec: PipelineSpec) -> bool:
+    return spec.compressor is not None and spec.compressor.keep is None
+
+
+def _entered(runner: Runner, spec: PipelineSpec) -> float:
+    """Share of the tokens that a compressor leaves of the first pictures."""
+    pipeline = Pipeline.from_spec(spec, runner.model)
+    first = {sample.scene: sample for sample in reversed(runner.task.samples)}
+    left = full = 0
+    for scene in sorted(first)[:LOOKED_AT]:
+        inputs = runner.inputs([([first[scene].picture()], first[scene].question)], "own")
+        with pipeline, torch.no_grad():
+            runner.model(**inputs)
+        (sample,) = pipeline.report.samples
+        left, full = left + sum(image.start for image in sample.images), full + sample.visual_tokens
+    return left / full
+
+
+def _counts(task: Task) -> dict[str, int]:
+    return {kind: sum(sample.kind == kind for sample in task.samples) for kind in task.kinds}
+
+
+def _model(model: Any, name: str, runner: Runner, typical: int) -> dict[str, Any]:
+    return {
+        "name": name or Path(model.name_or_path).name or type(model).__name__,
+        "class": type(model).__name__,
+        "weights": weights(model),
+        "layers": len(runner.adapter.layers),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "visual_tokens": typical,
+    }
+
+
+def weights(model: Any) -> str:
+    """SHA-256 of a model's weights as they are in memory, by name; of a large one on a hub its commit."""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return f"commit {commit}"
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _notes(runner: Runner, rows: Sequence[Row]) -> list[str]:
+    notes = [] if runner.shape is not None else [runner.no_flops]
+    scenes = runner.task.scenes
+    if scenes < FEW:
+        pictures = f"{scenes} {'picture is' if scenes == 1 else 'pictures are'}"
+        notes.append(f"{pictures} too few for intervals by bootstrap: they are too narrow")
+    return notes + [f"{row.name}: not applicable: {row.refused}" for row in rows if row.refused]

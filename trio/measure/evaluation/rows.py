@@ -1,0 +1,247 @@
+"""The rows of an evaluation: the specs, and the controls that belong to each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from trio.adapters import adapter_for
+from trio.errors import InputError, TrioError
+from trio.measure.evaluation.floors import Oracle, UniformGrid
+from trio.pipeline import Pipeline
+from trio.spec import CompressorSpec, Keep, PartSpec, PipelineSpec, StageSpec
+from trio.spec.schedule import resolve
+
+__all__ = ["SEEDS", "Row", "Schedule", "none_name", "plan"]
+
+SEEDS = range(5)
+Control = Literal["full", "no picture", "wrong picture", "none", "uniform", "random", "oracle", "lower resolution"]
+Picture = Literal["own", "blank", "wrong", "small"]
+#: Retention of the random row that the validity gate looks at, and how near to it a schedule's own must be.
+GATE_SHARE, GATE_NEAR = 0.111, 0.015
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where tokens go and how many stay; specs that differ in nothing else share their controls,
+    as do those whose counts differ by no more than a token in a typical picture.
+
+    Attributes:
+        label: for people: the layers, and the average share that stays.
+        layers: decoder layers that run before each stage.
+        spec: stages with the numbers alone; scorers and selectors are to be replaced.
+        average: visual tokens averaged over the layers, for a picture of `started` tokens.
+        started: visual tokens of a typical picture.
+    """
+
+    label: str
+    layers: tuple[int, ...]
+    spec: PipelineSpec = field(repr=False)
+    average: float
+    started: int
+
+    @property
+    def first(self) -> int:
+        """Decoder layers that run before the first stage."""
+        return self.layers[0]
+
+    @property
+    def share(self) -> float:
+        """Average share that stays."""
+        return self.average / self.started
+
+    def with_parts(self, name: str, scorer: Any, selector: Any = "top-k") -> PipelineSpec:
+        """The schedule with another way to choose."""
+        parts = {"scorer": PartSpec.parse(scorer), "selector": PartSpec.parse(selector)}
+        stages = [stage.model_copy(update=parts) for stage in self.spec.stages]
+        return self.spec.model_copy(update={"name": name, "stages": stages})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of answering all questions.
+
+    Attributes:
+        name: unique; five draws of random have a name each.
+        group: name of the row in tables: the draws of random share it.
+        control: which control it is; empty for a spec that was asked for.
+        schedule: label of the schedule that it belongs to; empty for the full model with some picture.
+        spec: what runs; None for the model as it is.
+        picture: which picture is shown.
+        tokens: for a smaller picture, the share of its tokens that it should have.
+        refused: why the row cannot be had here; empty where it can.
+    """
+
+    name: str
+    group: str
+    control: Control | Literal[""] = ""
+    schedule: str = ""
+    spec: PipelineSpec | None = None
+    picture: Picture = "own"
+    tokens: float = 0.0
+    refused: str = ""
+
+
+def plan(
+    model: Any,
+    specs: Sequence[PipelineSpec],
+    started: int,
+    *,
+    several_pictures: bool,
+    maps: bool,
+    smallest: float,
+    entered: dict[str, float] | None = None,
+) -> tuple[list[Row], dict[str, Schedule]]:
+    """All rows of an evaluation.
+
+    Args:
+        model: the model.
+        specs: what is evaluated, each with a name of its own.
+        started: visual tokens of a typical picture.
+        several_pictures: whether there is another picture to show.
+        maps: whether it is known where in the pictures things are.
+        smallest: share of the tokens that is left of a picture when it is made as small as can be.
+        entered: by name, the tokens that a compressor without a stated count leaves of a typical picture.
+
+    Returns:
+        The rows, and the schedules by label.
+
+    Raises:
+        TrioError: a spec does not fit the model.
+    """
+    layers = len(adapter_for(model).layers)
+    rows = [Row("full", "full", "full"), Row("no picture", "no picture", "no picture", picture="blank")]
+    wrong = Row("wrong picture", "wrong picture", "wrong picture", picture="wrong")
+    if not several_pictures:
+        wrong = replace(wrong, refused="there is only one picture")
+    rows.append(wrong)
+    schedules: dict[str, Schedule] = {}
+    for spec in specs:
+        try:
+            Pipeline.from_spec(spec, model)  # a spec that does not fit is refused before anything runs
+        except TrioError as error:
+            raise type(error)(f"spec {spec.name!r}: {error}") from error
+        schedule = _schedule(spec, layers, started, (entered or {}).get(spec.name), schedules.values())
+        schedules[schedule.label] = schedule
+        rows.append(Row(spec.name, spec.name, "", schedule.label, spec))
+    for schedule in {one.first: one for one in schedules.values()}.values():
+        rows.append(_nothing(schedule))
+    for schedule in schedules.values():
+        rows += _controls(model, schedule, maps, smallest)
+    if not any(abs(schedule.share - GATE_SHARE) <= GATE_NEAR for schedule in schedules.values()):
+        gate = _gate(next(iter(schedules.values())), layers)
+        schedules[gate.label] = gate
+        for seed in SEEDS:
+            floor = gate.with_parts("random", {"name": "random", "seed": seed})
+            rows.append(Row(f"random {seed}, {gate.label}", f"random, {gate.label}", "random", gate.label, floor))
+    return rows, schedules
+
+
+def _schedule(
+    spec: PipelineSpec, layers: int, started: int, entered: float | None, known: Iterable[Schedule]
+) -> Schedule:
+    stages = [stage.model_copy(update=_RANDOM) for stage in spec.stages]
+    budget = spec.budget
+    if spec.compressor is not None:  # the same count, dropped before the first layer
+        keep = spec.compressor.keep
+        if keep is None:
+            if entered is None:
+                raise InputError(f"spec {spec.name!r}: its compressor decides its own count, which was not measured.")
+            keep, budget = Keep.parse(_share(entered, started)), None
+        first = StageSpec(after_layer=0, keep=keep, if_fewer=spec.compressor.if_fewer, **_RANDOM)
+        if stages and resolve(spec, layers).layers[0] == 0:  # two reductions in one place: what the second one leaves
+            compressed = None if entered is None else round(entered)
+            count = resolve(spec, layers).stage_counts(started, compressed=compressed)[0]
+            first = first.model_copy(update={"keep": Keep.parse(_share(count, started) if count else 0)})
+            stages, budget = stages[1:], None
+        stages = [first, *stages]
+    plain = PipelineSpec(
+        name="schedule", stages=stages, positions=spec.positions, newlines=spec.newlines, budget=budget
+    )
+    resolved = resolve(plain, layers)
+    for one in known:
+        if _alike(one.spec, plain, layers, started):
+            return one
+    average = resolved.average(started)
+    label = f"after {', '.join(map(str, resolved.layers))}: {100 * average / started:.1f}%"
+    taken = sum(one.label.partition(" #")[0] == label for one in known)
+    return Schedule(f"{label} #{taken + 1}" if taken else label, tuple(resolved.layers), plain, average, started)
+
+
+_RANDOM = {"scorer": PartSpec(name="random"), "selector": PartSpec(name="top-k")}
+
+
+def _share(count: float, started: int) -> str:
+    return f"{100 * count / started:.4f}%"
+
+
+def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) -> bool:
+    """Whether two schedules drop at the same layers and leave as many, a token more or less in a typical picture."""
+    rules = [(spec.positions, spec.newlines, [(s.keep.per, s.if_fewer) for s in spec.stages]) for spec in (one, other)]
+    if rules[0] != rules[1]:
+        return False
+    both = [resolve(spec, layers) for spec in (one, other)]
+    if both[0].layers != both[1].layers:
+        return False
+    for times in (1, 2):  # a count and a share that agree on one size do not on the other
+        left = [resolved.stage_counts(times * started) for resolved in both]
+        if any(abs(a - b) > times for a, b in zip(*left, strict=True)):
+            return False
+    return True
+
+
+def _gate(like: Schedule, layers: int) -> Schedule:
+    """One stage at the place of the first one that leaves 11.1% there."""
+    stage = StageSpec(after_layer=like.first, keep=Keep.parse("11.1%"), **_RANDOM)
+    spec = like.spec.model_copy(update={"stages": [stage], "budget": None})
+    average = resolve(spec, layers).average(like.started)
+    return Schedule(f"after {like.first}: 11.1% there", (like.first,), spec, average, like.started)
+
+
+def none_name(first: int) -> str:
+    """Name of the row in which all visual tokens are dropped after so many layers."""
+    return f"none after layer {first}"
+
+
+def _nothing(schedule: Schedule) -> Row:
+    stage = StageSpec(after_layer=schedule.first, keep=Keep.parse(0), **_RANDOM)
+    spec = schedule.spec.model_copy(update={"name": "none", "stages": [stage], "budget": None})
+    name = none_name(schedule.first)
+    return Row(name, name, "none", "", spec)
+
+
+def _controls(model: Any, schedule: Schedule, maps: bool, smallest: float) -> list[Row]:
+    label = schedule.label
+
+    def row(control: Control, name: str, spec: PipelineSpec | None = None, **more: Any) -> Row:
+        return Row(name, f"{control}, {label}", control, label, spec, **more)
+
+    rows = [_lower_resolution(model, schedule, smallest, row)]
+    rows.append(row("uniform", f"uniform, {label}", schedule.with_parts("uniform", UniformGrid())))
+    for seed in SEEDS:
+        spec = schedule.with_parts("random", {"name": "random", "seed": seed})
+        rows.append(row("random", f"random {seed}, {label}", spec))
+    oracle = schedule.with_parts("oracle", Oracle())
+    reason = "" if maps else "the task does not say where in the pictures things are"
+    rows.append(row("oracle", f"oracle, {label}", oracle, refused=reason))
+    return rows
+
+
+def _lower_resolution(model: Any, schedule: Schedule, smallest: float, row: Any) -> Row:
+    """A smaller picture with as many tokens in every layer; where the model cannot have one, pooled features."""
+    name = f"lower resolution, {schedule.label}"
+    result: Row
+    if smallest <= schedule.share:
+        result = row("lower resolution", name, picture="small", tokens=schedule.share)
+        return result
+    pooled = CompressorSpec.parse({"name": "average-pool", "keep": _share(schedule.average, schedule.started)})
+    try:
+        spec = PipelineSpec(name="average-pool", compressor=pooled, positions=schedule.spec.positions)
+        Pipeline.from_spec(spec, model)
+    except TrioError as error:
+        reason = f"no picture gives this model so few tokens, and its features cannot be pooled: {error}"
+        result = row("lower resolution", name, refused=reason)
+        return result
+    result = row("lower resolution", name, spec)
+    return result

@@ -1,0 +1,63 @@
+"""How fast each row is: all rows take turns on one batch, so that what else the machine does falls on all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from trio.measure.evaluation.results import Speed
+from trio.measure.evaluation.rows import Row
+from trio.measure.evaluation.runner import Runner
+
+__all__ = ["measure"]
+
+#: Questions in the batch that is timed.
+BATCH = 8
+
+
+def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed]:
+    """Medians over rounds, by the rows' names in tables; the first round is not counted.
+
+    Args:
+        runner: model and task.
+        rows: rows that are not refused; of several draws the first is measured, and a grey or wrong picture is not.
+        rounds: how many; 0: nothing is measured.
+    """
+    chosen = {row.group: row for row in reversed(rows) if row.picture in ("own", "small")}
+    if rounds < 1:
+        return {}
+    batch = runner.batches[(len(runner.batches) - 1) // 2][:BATCH]
+    samples = [runner.task.samples[i] for i in batch]
+    pipelines = {name: runner.pipeline(row) if row.spec is not None else None for name, row in chosen.items()}
+    inputs: dict[str, Any] = {}
+    for name, row in chosen.items():
+        pictures = runner.shown.pictures(samples, row.picture, row.tokens)
+        prompts = [([picture], sample.question) for picture, sample in zip(pictures, samples, strict=True)]
+        inputs[name] = runner.inputs(prompts, row.picture)
+    seconds: dict[tuple[str, int], list[float]] = {}
+    lengths = (1, runner.task.max_new_tokens)
+    for _ in range(rounds + 1):
+        for name in reversed(chosen):
+            for length in lengths:
+                _wait(runner.model.device)
+                begin = time.perf_counter()
+                runner.generate(inputs[name], samples, pipelines[name], length)
+                _wait(runner.model.device)
+                seconds.setdefault((name, length), []).append(time.perf_counter() - begin)
+    medians = {key: median(taken[1:]) for key, taken in seconds.items()}
+    return {
+        name: Speed(
+            first_token=medians[name, lengths[0]], answer=medians[name, lengths[1]], rounds=rounds, batch=len(batch)
+        )
+        for name in reversed(chosen)
+    }
+
+
+def _wait(device: torch.device) -> None:
+    """Until queued work of an accelerator is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,11 @@
+"""Fidelity: how far a compressed model answers as the full one does, measured without labels.
+
+`measure` asks a model every question with all visual tokens, with each spec, and with a random choice of as many tokens
+at the same places (the floor), and compares the answers.
+"""
+
+from trio.measure.fidelity.measure import measure
+from trio.measure.fidelity.report import Estimate, FidelityReport, Row, SpecFidelity
+from trio.measure.fidelity.samples import DESCRIBE, Sample, read_samples
+
+__all__ = ["DESCRIBE", "Estimate", "FidelityReport", "Row", "Sample", "SpecFidelity", "measure", "read_samples"]

@@ -1,0 +1,208 @@
+"""Measures fidelity: full, each spec and its random floor take turns on every batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import trio
+from trio.cost import ModelShape
+from trio.errors import InputError, UnsupportedModelError
+from trio.measure.fidelity.answering import Answered, Answerer
+from trio.measure.fidelity.compare import compare
+from trio.measure.fidelity.floor import random_floor
+from trio.measure.fidelity.report import Asked, FidelityReport, SpecFidelity
+from trio.measure.fidelity.samples import Sample
+from trio.measure.fidelity.ways import Pair, Way, gain, middle
+from trio.spec import PipelineSpec, load_spec
+
+#: Draws of the floor; batches take them in turn, because prompts that are alike draw alike.
+DRAWS = 5
+#: Batches timed at least; with fewer, the first one is answered again.
+TURNS = 3
+#: Pictures below which a bootstrap's intervals are too narrow to trust.
+FEW = 10
+#: FLOPs of a prefill below which a processor's time goes to dispatching operations, not to them.
+SMALL = 10**11
+
+SpecSource = str | Path | Mapping[str, Any] | PipelineSpec
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    specs: SpecSource | Sequence[SpecSource],
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 4,
+    seed: int = 0,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FidelityReport:
+    """How far a model answers with compressed pictures as it does with whole ones.
+
+    Every batch is answered by the full model, by each spec and by each spec's floor (as many tokens at the same places,
+    drawn at random), in an order that rotates. The first batch is answered once more before that, unmeasured.
+
+    Args:
+        model: a vision-language model of transformers, in evaluation mode.
+        processor: its processor.
+        specs: one spec or several, in every form that `trio.load_spec` takes.
+        samples: what to ask; `read_samples` reads them from a folder.
+        max_new_tokens: longest greedy answer.
+        batch_size: samples in a batch.
+        seed: of the floor.
+        name: of the model, for the report; its class where not given.
+        progress: told (batches done, batches in all) before the first batch and after each.
+
+    Raises:
+        InputError: there is no sample, a number is not positive, or a picture cannot be read.
+        TrioError: a spec is wrong or does not fit the model.
+    """
+    given = [specs] if isinstance(specs, str | Path | Mapping | PipelineSpec) else list(specs)
+    for label, number in (("specs", len(given)), ("samples", len(samples))):
+        if not number:
+            raise InputError(f"{label}: there is none; give at least one.")
+    for label, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if number < 1:
+            raise InputError(f"{label}: found {number}; give 1 or more.")
+    answerer = Answerer(model, processor, max_new_tokens=max_new_tokens)
+    run = _Run(answerer, _named([load_spec(one) for one in given]), seed)
+    batches = [list(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+    whole = sum(len(batch) == len(batches[0]) for batch in batches)  # a shorter last one has times of its own
+    for index, batch in enumerate(batches):
+        if progress is not None:
+            progress(index, len(batches))
+        inputs = answerer.inputs(batch)
+        if index == 0:
+            run.warm_up(inputs)
+            for turn in range(whole, TURNS):
+                run.turn(inputs, turn)
+        run.compare(run.turn(inputs, index, timed=len(batch) == len(batches[0])))
+    if progress is not None:
+        progress(len(batches), len(batches))
+    return run.report(samples, batch_size, name or type(answerer.adapter.model).__name__)
+
+
+class _Run:
+    """Asks the full model and every way in turn, and gathers what they say."""
+
+    def __init__(self, answerer: Answerer, specs: Sequence[PipelineSpec], seed: int) -> None:
+        self.answerer = answerer
+        self.seed = seed
+        self.specs = [Way([spec], answerer) for spec in specs]  # refused before anything runs
+        self.floors: list[Way] = []
+        self.full: list[Pair] = []
+        self.texts: list[str] = []
+        self.notes: list[str] = []
+        self.shape: ModelShape | None = None
+        try:
+            self.shape = ModelShape.from_config(answerer.adapter.model.config)
+        except UnsupportedModelError as error:
+            self.notes.append(f"FLOPs are not known: {error}")
+
+    @property
+    def ways(self) -> list[Way]:
+        return [way for pair in zip(self.specs, self.floors, strict=True) for way in pair]
+
+    def warm_up(self, inputs: Any) -> None:
+        """Pays for loading and caches, and finds how many tokens the floors are to keep."""
+        self.answerer(inputs, max_new_tokens=2)
+        for way in self.specs:
+            report = self.answerer(inputs, way.pipeline(0), max_new_tokens=2).report
+            assert report is not None  # a pipeline was given
+            images = [image for sample in report.samples for image in sample.images]
+            entered = sum(image.start for image in images) / max(1, sum(image.tokens for image in images))
+            decides = way.spec.compressor is not None and way.spec.compressor.keep is None
+            if decides:
+                self.notes.append(
+                    f"{way.spec.name}: its compressor decides how many tokens stay; the floor's keeps the share of "
+                    f"the first batch, {entered:.1%}, of every picture"
+                )
+            floors = [random_floor(way.spec, seed=self.seed + draw, entered=entered) for draw in range(DRAWS)]
+            self.floors.append(Way(floors, self.answerer))
+            self.answerer(inputs, self.floors[-1].pipeline(0), max_new_tokens=2)
+
+    def turn(self, inputs: Any, number: int, *, timed: bool = True) -> list[Answered]:
+        """The answers of the full model and of every way; who comes first changes from turn to turn."""
+        ways: list[Way | None] = [None, *self.ways]
+        order = [(number + place) % len(ways) for place in range(len(ways))]
+        answers: dict[int, Answered] = {}
+        for place in order:
+            way = ways[place]
+            answers[place] = answer = self.answerer(inputs, None if way is None else way.pipeline(number))
+            if timed:
+                (self.full if way is None else way.seconds).append((answer.first_token, answer.answer))
+        return [answers[place] for place in range(len(ways))]
+
+    def compare(self, answers: Sequence[Answered]) -> None:
+        """Compares a batch's answers with the full model's, the first of them."""
+        full, *others = answers
+        self.texts += full.texts
+        for way, other in zip(self.ways, others, strict=True):
+            way.add(other, compare(full.logits, other.logits, full.texts, other.texts), self.shape)
+
+    def report(self, samples: Sequence[Sample], batch_size: int, name: str) -> FidelityReport:
+        """Everything, with intervals."""
+        pictures = [sample.name for sample in samples]
+        distinct = len(set(pictures))
+        notes = list(self.notes)
+        if distinct < FEW:
+            notes.append(f"{distinct} pictures are too few for intervals by bootstrap: they are too narrow")
+        prefill = self.specs[0].tokens.full_flops / len(samples)
+        model = self.answerer.model
+        if self.shape is not None and prefill < SMALL and model.device.type == "cpu":
+            notes.append(
+                "a model this small spends its time on overhead outside the layers, so its times say nothing about "
+                "large ones"
+            )
+        return FidelityReport(
+            model=name,
+            versions={
+                "trio-vlm": trio.__version__,
+                **{package: metadata.version(package) for package in ("torch", "transformers")},
+            },
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            pictures=distinct,
+            max_new_tokens=self.answerer.max_new_tokens,
+            batch_size=batch_size,
+            seed=self.seed,
+            full=middle(self.full),
+            results=[
+                SpecFidelity(
+                    spec=spec.row(pictures, self.full),
+                    floor=floor.row(pictures, self.full),
+                    gain=gain(spec.likenesses, floor.likenesses, pictures),
+                )
+                for spec, floor in zip(self.specs, self.floors, strict=True)
+            ],
+            asked=[
+                Asked(
+                    picture=sample.name,
+                    prompt=sample.prompt,
+                    full=self.texts[index],
+                    answers={way.spec.name: way.texts[index] for way in self.ways},
+                    top1={way.spec.name: way.likenesses[index].top1 for way in self.ways},
+                    kl={way.spec.name: way.likenesses[index].kl for way in self.ways},
+                )
+                for index, sample in enumerate(samples)
+            ],
+            notes=notes,
+        )
+
+
+def _named(specs: list[PipelineSpec]) -> list[PipelineSpec]:
+    """Specs with names of their own: of two with one name the second gets a number."""
+    taken: set[str] = set()
+    out = []
+    for spec in specs:
+        names = itertools.chain([spec.name], (f"{spec.name} ({number})" for number in itertools.count(2)))
+        name = next(one for one in names if one not in taken)
+        taken.add(name)
+        out.append(spec if name == spec.name else spec.model_copy(update={"name": name}))
+    return out

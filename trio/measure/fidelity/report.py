@@ -1,0 +1,178 @@
+"""What a measurement of fidelity found: pydantic records that serialise to JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from trio.core.record import Document, Record
+
+
+class Estimate(Record):
+    """A mean with its 95% interval, and how the interval was found (by a bootstrap over pictures, or Wilson's)."""
+
+    value: float
+    low: float
+    high: float
+    method: Literal["bootstrap", "wilson"]
+
+    def percent(self) -> str:
+        """A share as ``96.2% (93.1 to 98.0)``."""
+        return f"{self.value:.1%} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+    def points(self) -> str:
+        """A difference of shares, in points, as ``+4.1 (+1.0 to +7.2)``."""
+        return f"{100 * self.value:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+    def plain(self) -> str:
+        """As ``0.031 (0.020 to 0.045)``."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def change(self) -> str:
+        """A difference as ``-0.031 (-0.045 to -0.020)``."""
+        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+class Times(Record):
+    """Of one batch, from the call of `generate`: to the first token, and to the end of the answer.
+
+    Seconds (medians over the batches), or ratios full / compressed (medians of the ratios of the same batch).
+    """
+
+    first_token: float
+    answer: float
+
+
+class Likenesses(Record):
+    """Agreement with the full model, or the difference of two agreements.
+
+    Attributes:
+        top1: share of samples whose most probable first token is the full model's.
+        kl: mean KL(full || compressed) of the first token's distribution, nats.
+        exact: share of samples whose greedy answer is the full model's, to the letter.
+        edit: mean similarity of the greedy answers, 0 to 1 (1 - Levenshtein / longer length, characters).
+    """
+
+    top1: Estimate
+    kl: Estimate
+    exact: Estimate
+    edit: Estimate
+
+
+class Row(Record):
+    """One way of compressing.
+
+    Attributes:
+        name: of the spec; of a floor the spec's with ", random".
+        spec: as plain data; None where a part has no registered name.
+        agreement: with the full model.
+        visual_tokens: of the full model, a sample, on average.
+        average_kept: visual tokens averaged over the decoder layers, a sample, on average.
+        flops: FLOPs of prefill and tower as a share of the full model's, scoring included; None where the cost of the
+            model or of a part is not known (`notes` says why).
+        seconds: of a batch.
+        speedup: full / compressed.
+        notes: what a reader should know.
+    """
+
+    name: str
+    spec: dict[str, Any] | None
+    agreement: Likenesses
+    visual_tokens: float
+    average_kept: float
+    flops: float | None
+    seconds: Times
+    speedup: Times
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def retention(self) -> float:
+        """`average_kept` / `visual_tokens`; 1.0 without visual tokens."""
+        return self.average_kept / self.visual_tokens if self.visual_tokens else 1.0
+
+
+class SpecFidelity(Record):
+    """A spec beside its floor: as many tokens, at the same places, drawn at random.
+
+    Attributes:
+        spec: the spec.
+        floor: random tokens.
+        gain: agreement of the spec minus that of the floor, on the same samples. Below zero for `kl` is better.
+    """
+
+    spec: Row
+    floor: Row
+    gain: Likenesses
+
+
+class Asked(Record):
+    """One sample: the answers of the full model and of each row, and the row's divergence and agreement."""
+
+    picture: str
+    prompt: str
+    full: str
+    answers: dict[str, str]
+    top1: dict[str, bool]
+    kl: dict[str, float]
+
+
+class FidelityReport(Document):
+    """How far compressed models answered as the full one did.
+
+    Attributes:
+        version: of this format: 1.
+        model: name or class of the model.
+        versions: of trio-vlm, torch and transformers.
+        device: where it ran, and in which number format.
+        pictures: how many; the samples of one picture are drawn together by the intervals.
+        max_new_tokens: longest answer; longer ones were compared up to there.
+        batch_size: samples in a batch.
+        seed: of the random choice of tokens.
+        full: seconds of a batch of the full model.
+        results: one for each spec, in the order given.
+        asked: the samples with all answers.
+        notes: what a reader should know.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    pictures: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    full: Times
+    results: list[SpecFidelity]
+    asked: list[Asked]
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(self.asked)
+
+    def rows(self) -> list[Row]:
+        """Every spec followed by its floor."""
+        return [row for result in self.results for row in (result.spec, result.floor)]
+
+    def summary(self) -> str:
+        """A few plain lines for people."""
+        lines = [f"{self.model}: {self.samples} prompts on {self.pictures} pictures, full against compressed"]
+        for row in self.rows():
+            found = row.agreement
+            lines.append(
+                f"  {row.name}: {row.average_kept:.1f} of {row.visual_tokens:.1f} tokens; first token the same "
+                f"{found.top1.percent()}, KL {found.kl.plain()} nats; same answer {found.exact.percent()}, edit "
+                f"similarity {found.edit.plain()}; {row.speedup.first_token:.2f}x to the first token, "
+                f"{row.speedup.answer:.2f}x to the end"
+            )
+        lines += [f"  {one.spec.name} above random, points: top-1 {one.gain.top1.points()}" for one in self.results]
+        lines += [f"  note: {note}" for note in self.all_notes()]
+        return "\n".join(lines)
+
+    def all_notes(self) -> list[str]:
+        """The report's notes and those of its rows, each once."""
+        return list(dict.fromkeys([*self.notes, *(note for row in self.rows() for note in row.notes)]))

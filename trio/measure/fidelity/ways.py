@@ -1,0 +1,128 @@
+"""What is gathered of one way of compressing while a measurement runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from trio.cost import ModelShape, of_report
+from trio.errors import TrioError
+from trio.measure.fidelity.answering import Answered, Answerer
+from trio.measure.fidelity.compare import Likeness
+from trio.measure.fidelity.intervals import estimate, share
+from trio.measure.fidelity.report import Likenesses, Row, Times
+from trio.pipeline import Pipeline
+from trio.report import CompressionReport
+from trio.spec import PipelineSpec
+
+#: Seconds to the first token and to the end, of one batch.
+Pair = tuple[float, float]
+
+
+@dataclass
+class Tokens:
+    """Visual tokens and FLOPs, added up over batches."""
+
+    visual: int = 0
+    kept: float = 0.0
+    full_flops: int = 0
+    flops: int = 0
+    unknown: str = ""
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def add(self, report: CompressionReport, spec: PipelineSpec, shape: ModelShape | None) -> None:
+        """Adds a batch's report; `shape` is None where the model's cost is not known."""
+        self.visual += report.visual_tokens
+        self.kept += report.average_kept
+        self.notes.update(dict.fromkeys(report.notes))
+        if shape is None or self.unknown:
+            return
+        try:
+            cost = of_report(report, spec, shape)
+        except TrioError as error:
+            self.unknown = str(error)
+            return
+        self.full_flops += cost.full.flops.total
+        self.flops += cost.compressed.flops.total
+        self.notes.update(dict.fromkeys(cost.notes))
+
+    @property
+    def flops_share(self) -> float | None:
+        """FLOPs of prefill and tower, compressed / full; None where they are not known."""
+        return self.flops / self.full_flops if self.full_flops and not self.unknown else None
+
+
+class Way:
+    """A spec, or several draws of a random one that batches take in turn."""
+
+    def __init__(self, specs: Sequence[PipelineSpec], answerer: Answerer) -> None:
+        """Builds the pipelines, which share the answerer's adapter.
+
+        Raises:
+            TrioError: a spec does not fit the model.
+        """
+        self.spec = specs[0]
+        self.pipelines = [Pipeline.from_spec(spec, answerer.adapter.model, adapter=answerer.adapter) for spec in specs]
+        self.tokens = Tokens()
+        self.likenesses: list[Likeness] = []
+        self.texts: list[str] = []
+        self.seconds: list[Pair] = []
+
+    def pipeline(self, batch: int) -> Pipeline:
+        """The pipeline for a batch."""
+        return self.pipelines[batch % len(self.pipelines)]
+
+    def add(self, answered: Answered, likenesses: Sequence[Likeness], shape: ModelShape | None) -> None:
+        """Adds a batch."""
+        assert answered.report is not None  # every way has a pipeline
+        self.tokens.add(answered.report, self.spec, shape)
+        self.likenesses += likenesses
+        self.texts += answered.texts
+
+    def row(self, pictures: Sequence[str], full: Sequence[Pair]) -> Row:
+        """What was found, with intervals over pictures; `full` are the times of the full model on the same batches."""
+        count = len(self.likenesses)
+        notes = [*self.tokens.notes, *([f"FLOPs are not known: {self.tokens.unknown}"] if self.tokens.unknown else [])]
+        try:
+            plain = self.spec.to_dict()
+        except TrioError as error:
+            plain = None
+            notes.append(f"the spec cannot be written down: {error}")
+        return Row(
+            name=self.spec.name,
+            spec=plain,
+            agreement=agreement(self.likenesses, pictures),
+            visual_tokens=self.tokens.visual / count,
+            average_kept=self.tokens.kept / count,
+            flops=self.tokens.flops_share,
+            seconds=middle(self.seconds),
+            speedup=middle([(a / b, c / d) for (a, c), (b, d) in zip(full, self.seconds, strict=True)]),
+            notes=notes,
+        )
+
+
+def middle(pairs: Sequence[Pair]) -> Times:
+    """Medians of pairs of numbers."""
+    return Times(first_token=median(one for one, _ in pairs), answer=median(two for _, two in pairs))
+
+
+def agreement(likenesses: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
+    """Means with intervals."""
+    return Likenesses(
+        top1=share([float(one.top1) for one in likenesses], pictures),
+        kl=estimate([one.kl for one in likenesses], pictures),
+        exact=share([float(one.exact) for one in likenesses], pictures),
+        edit=share([one.edit for one in likenesses], pictures),
+    )
+
+
+def gain(spec: Sequence[Likeness], floor: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
+    """Agreement of a spec minus that of its floor on the same samples, with intervals."""
+    pairs = list(zip(spec, floor, strict=True))
+    return Likenesses(
+        top1=estimate([float(one.top1) - float(two.top1) for one, two in pairs], pictures),
+        kl=estimate([one.kl - two.kl for one, two in pairs], pictures),
+        exact=estimate([float(one.exact) - float(two.exact) for one, two in pairs], pictures),
+        edit=estimate([one.edit - two.edit for one, two in pairs], pictures),
+    )

@@ -1,0 +1,1 @@
+"""ShapesVQA: drawn scenes and questions about them, made from a seed."""

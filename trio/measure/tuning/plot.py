@@ -1,0 +1,103 @@
+"""The picture of a search: quality against FLOPs, what was tried, the front, and the verdict on unseen pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trio.errors import InputError
+from trio.measure.fidelity.report import Row
+from trio.measure.tuning.report import TuningReport, cost_of, quality_of
+from trio.measure.tuning.target import COSTS, QUALITIES, parse_target
+
+#: Colours that the colour-blind tell apart (Okabe and Ito), with a marker of their own each.
+TUNED, DEFAULT, CHANCE = ("#0072B2", "o"), ("#D55E00", "s"), ("#555555", "X")
+
+
+def matplotlib() -> Any:
+    """The module `matplotlib.figure`, which needs no display.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import matplotlib.figure as module
+    except ImportError as error:
+        raise InputError(
+            "plot: matplotlib is missing; install it with `pip install trio-vlm[plot]`, or leave the picture out."
+        ) from error
+    return module
+
+
+def draw(report: TuningReport, file: Path) -> None:
+    """Writes the picture (PNG, PDF or SVG, by the file's name).
+
+    Raises:
+        InputError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = matplotlib().Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    quality = report.quality
+    tried = [(one.values["flops"], one.values[quality]) for one in report.candidates]
+    axes.scatter(*_percent(tried), s=16, color="#BBBBBB", label=f"tried ({len(tried)}), pictures of the search")
+    best = [report.candidate(trial).values for trial in report.front]
+    axes.step(
+        *_percent([(one["flops"], one[quality]) for one in best]),
+        where="post",
+        color=TUNED[0],
+        linewidth=1.2,
+        label="front, pictures of the search",
+    )
+    chosen = report.candidate(report.best).values
+    axes.scatter(
+        *_percent([(chosen["flops"], chosen[quality])]),
+        s=90,
+        facecolors="none",
+        edgecolors=TUNED[0],
+        linewidths=1.6,
+        zorder=4,
+        label="chosen, pictures of the search",
+    )
+    tuned, default = report.unseen.results
+    rows = ((tuned.spec, "chosen", TUNED), (default.spec, default.spec.name, DEFAULT))
+    for row, label, style in (*rows, (tuned.floor, "random, as the chosen", CHANCE)):
+        _judged(axes, row, quality, f"{label}, unseen pictures", *style)
+    for bound in parse_target(report.target.split(" and ")).bounds:
+        if bound.metric == quality:
+            axes.axhline(100 * bound.value, color="black", linestyle=":", linewidth=1, label=f"target {bound}")
+        elif bound.metric == "flops":
+            axes.axvline(100 * bound.value, color="black", linestyle=":", linewidth=1, label=f"target {bound}")
+    unknown = any("FLOPs are not known" in note for note in report.notes)
+    axes.set_xlabel(f"{'visual tokens' if unknown else COSTS['flops'][2]}, %")
+    axes.set_ylabel(f"{QUALITIES[quality].removesuffix(', in percent')}, %")
+    axes.set_title(f"{report.model}: {report.trials} specs tried for {report.target}", loc="left")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"plot {str(file)!r}: cannot be written ({error}); end the name in .png, .pdf or .svg."
+        ) from error
+
+
+def _judged(axes: Any, row: Row, quality: str, label: str, colour: str, marker: str) -> None:
+    found = quality_of(row, quality)
+    assert found is not None  # a report's quality is one
+    value = 100 * found.value
+    axes.errorbar(
+        [100 * cost_of(row, "flops")],
+        [value],
+        yerr=[[max(0.0, value - 100 * found.low)], [max(0.0, 100 * found.high - value)]],
+        color=colour,
+        marker=marker,
+        markersize=8,
+        capsize=4,
+        linestyle="none",
+        zorder=5,
+        label=label,
+    )
+
+
+def _percent(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [100 * x for x, _ in points], [100 * y for _, y in points]

@@ -1,0 +1,116 @@
+"""Asks the model what a trial's spec leaves of its answers, against answers of the full model kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, median
+
+from trio.cost import ModelShape
+from trio.errors import UnsupportedModelError
+from trio.measure.fidelity.answering import Answered, Answerer
+from trio.measure.fidelity.compare import Likeness, compare
+from trio.measure.fidelity.samples import Sample
+from trio.measure.fidelity.ways import Tokens
+from trio.pipeline import Pipeline
+from trio.spec import PipelineSpec, load_spec
+
+#: Turns of the full and the compressed model where times are asked for; the median of their ratios counts.
+TURNS = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a spec was found to do.
+
+    Attributes:
+        values: by metric, see `trio.measure.tuning.target`.
+        errors: standard errors of the qualities, prompts of one picture together.
+        kl: mean KL of the first token, nats.
+    """
+
+    values: Mapping[str, float]
+    errors: Mapping[str, float]
+    kl: float
+
+
+class Judge:
+    """Knows the full model's answers to the samples of the search."""
+
+    def __init__(self, answerer: Answerer, samples: Sequence[Sample], *, batch_size: int, timed: bool) -> None:
+        """Asks the full model once.
+
+        Args:
+            answerer: asks; its longest answer is compared.
+            samples: of the search.
+            batch_size: samples in a batch.
+            timed: whether `Found.values` has a speed.
+        """
+        self._answerer = answerer
+        self._timed = timed
+        self._pictures = [sample.name for sample in samples]
+        self.unknown = ""
+        try:
+            self._shape: ModelShape | None = ModelShape.from_config(answerer.adapter.model.config)
+        except UnsupportedModelError as error:
+            self._shape, self.unknown = None, str(error)
+        starts = range(0, len(samples), batch_size)
+        self._inputs = [answerer.inputs(samples[start : start + batch_size]) for start in starts]
+        self._full: list[Answered] = [answerer(inputs) for inputs in self._inputs]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of the first picture, found with a spec that keeps them all."""
+        spec = load_spec({"version": 1, "stages": [{"after_layer": 0, "keep": "100%", "scorer": "random"}]})
+        pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
+        report = self._answerer(self._inputs[0], pipeline, max_new_tokens=1).report
+        assert report is not None  # a pipeline was given
+        return report.samples[0].visual_tokens
+
+    def judge(self, spec: PipelineSpec) -> Found:
+        """What a spec does to the samples.
+
+        ``flops`` is the share of visual tokens where the model's cost is not known (`unknown` says why).
+
+        Raises:
+            TrioError: it does not fit the model.
+        """
+        pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
+        tokens, found = Tokens(), list[Likeness]()
+        for inputs, full in zip(self._inputs, self._full, strict=True):
+            other = self._answerer(inputs, pipeline)
+            assert other.report is not None  # a pipeline was given
+            tokens.add(other.report, spec, self._shape)
+            found += compare(full.logits, other.logits, full.texts, other.texts)
+        share = tokens.kept / tokens.visual if tokens.visual else 1.0
+        qualities = {
+            "agreement": [float(one.top1) for one in found],
+            "answers": [float(one.exact) for one in found],
+            "similarity": [one.edit for one in found],
+        }
+        values = {metric: fmean(each) for metric, each in qualities.items()}
+        errors = {metric: standard_error(each, self._pictures) for metric, each in qualities.items()}
+        values |= {"tokens": share, "flops": share if tokens.flops_share is None else tokens.flops_share}
+        if self._timed:
+            values["speed"] = self._speed(pipeline)
+        return Found(values, errors, fmean(one.kl for one in found))
+
+    def _speed(self, pipeline: Pipeline) -> float:
+        inputs = self._inputs[0]
+        ratios = []
+        for _ in range(TURNS):
+            full = self._answerer(inputs, max_new_tokens=1).first_token
+            ratios.append(full / self._answerer(inputs, pipeline, max_new_tokens=1).first_token)
+        return median(ratios)
+
+
+def standard_error(values: Sequence[float], pictures: Sequence[str]) -> float:
+    """Of a mean whose values come in clusters, one a picture (linearised ratio; 0 where all values are alike)."""
+    mean, away = fmean(values), dict.fromkeys(pictures, 0.0)
+    for value, picture in zip(values, pictures, strict=True):
+        away[picture] += value - mean
+    groups = len(away)
+    if groups < 2:
+        return 0.0
+    return sqrt(groups / (groups - 1) * sum(one**2 for one in away.values())) / len(values)

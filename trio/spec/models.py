@@ -1,0 +1,557 @@
+"""The pydantic models of a spec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self, cast, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from trio.core.printable import HIDDEN
+from trio.errors import SpecError, TrioError, did_you_mean
+from trio.registry import registry_of
+from trio.spec.messages import Wrong, at, short, translate
+from trio.spec.reading import dump, load
+from trio.spec.rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
+
+__all__ = [
+    "Budget",
+    "CompressorSpec",
+    "Keep",
+    "PartSpec",
+    "PipelineSpec",
+    "StageSpec",
+]
+
+KEEP_HELP = (
+    'a count for each image such as 32, a share such as "5.6%", {share: "33.3%", of: start | current, per: image | '
+    'sample}, {count: 64, per: image | sample}, or "auto" (solved from budget.average); a compressor\'s number may '
+    "also be `per: tile` (a tile of a tiled picture, a frame of a video)"
+)
+DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
+PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
+Group = Literal["image", "sample", "tile"]
+MAX_NUMBER = 10**9  # no model has so many tokens or layers; larger numbers do not even fit a float
+MAX_STAGES = 1000
+_PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
+
+
+class _Model(BaseModel):
+    """Base of the spec's models: frozen, unknown keys refused, problems raised as `SpecError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
+
+    def __init__(self, **data: Any) -> None:
+        """Validate the fields.
+
+        Raises:
+            SpecError: a field is missing, unknown or wrong, or fields contradict each other.
+        """
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise translate(error, type(self)) from error
+
+    # Says that this __init__ only calls pydantic's own, so that nested models are validated in one go.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """Validate a value in any of the forms that a spec file allows.
+
+        Raises:
+            SpecError: it is in none of them.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise translate(error, cls) from error
+
+
+class Keep(_Model):
+    """How many visual tokens are kept: exactly one of `count`, `share` and `auto`.
+
+    Attributes:
+        count: tokens for each image (or sample), 0 or more; 0 drops them all.
+        share: a percentage above 0% and up to 100%, as text, for example "5.6%".
+        of: what the share is of: the tokens that the group started with, or those that reach the stage.
+        per: the group that the number is for: each image, all images of a sample together, or (compressors only) each
+            input of the vision tower: a tile of a tiled picture, a frame of a video.
+        auto: solved from `budget.average`.
+    """
+
+    count: int | None = None
+    share: str | None = None
+    of: Literal["start", "current"] = "start"
+    per: Group = "image"
+    auto: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        if isinstance(value, Keep):
+            return value
+        if isinstance(value, str):
+            value = {"auto": True} if value.strip() == "auto" else {"share": value}
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = {"count": value}
+        elif isinstance(value, float):
+            raise Wrong(
+                f"found {value!r}. A number is a count and has no fraction; write a share as a percentage, for example "
+                f'"{value * 100:g}%".'
+                if math.isfinite(value)
+                else f"found {value!r}. Allowed: {KEEP_HELP}."
+            )
+        if not isinstance(value, Mapping):
+            raise Wrong(f"found {short(value)}. Allowed: {KEEP_HELP}.")
+        return cls._checked(dict(value))
+
+    @classmethod
+    def _checked(cls, value: dict[str, Any]) -> dict[str, Any]:
+        keys = ("count", "share", "of", "per")
+        for key in value:
+            if key not in (*keys, "auto"):
+                raise Wrong(f"unknown key {key!r}. {did_you_mean(str(key), keys)}Allowed: {', '.join(keys)}.", (key,))
+        given = [key for key in ("count", "share", "auto") if value.get(key) is not None and value[key] is not False]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
+        for key, options in (("of", ("start", "current")), ("per", get_args(Group))):
+            if key in value and value[key] not in options:
+                raise Wrong(f"found {short(value[key])}; allowed: {' or '.join(options)}.", (key,))
+        if "share" in given:
+            try:
+                share = parse_share(value["share"])
+            except ValueError:
+                raise Wrong(f"found {short(value['share'])}. Allowed: {KEEP_HELP}.") from None
+            if not 0 < share <= 1:
+                raise Wrong(
+                    f"found {short(value['share'])}; a share is above 0% and at most 100%. To drop every visual token, "
+                    "write the count 0."
+                )
+            value["share"] = format_share(share)
+        elif value.get("of", "start") != "start":
+            raise Wrong("only a share is `of: current`; remove `of`, or write a share.", ("of",))
+        if "count" in given:
+            count = value["count"]
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_NUMBER:
+                raise Wrong(f"found {short(count)}; a count is a whole number of tokens, 0 or more (at most 10^9).")
+        if "auto" in given and value.get("per", "image") != "image":
+            raise Wrong(
+                f"auto is solved for each image; remove `per: {value['per']}`, or write a count or a share.", ("per",)
+            )
+        return value
+
+    @property
+    def fraction(self) -> Fraction | None:
+        """The share as an exact fraction, or None."""
+        return None if self.share is None else parse_share(self.share)
+
+    @model_serializer
+    def _short_form(self) -> int | str | dict[str, Any]:
+        if self.auto:
+            return "auto"
+        long: dict[str, Any] = {} if self.per == "image" else {"per": self.per}
+        if self.count is not None:
+            return {"count": self.count, **long} if long else self.count
+        if self.of != "start":
+            long = {"of": self.of, **long}
+        return {"share": self.share, **long} if long else cast("str", self.share)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        per = {"enum": list(get_args(Group)), "default": "image", "description": "the group that the number is for"}
+        count = {"type": "integer", "minimum": 0}
+        of = {"enum": ["start", "current"], "default": "start", "description": "what the share is of"}
+        return {
+            "description": KEEP_HELP,
+            "anyOf": [
+                {**count, "description": "tokens kept for each image"},
+                {**_PERCENT, "description": "share of the tokens that the image started with"},
+                {"const": "auto", "description": "solved from budget.average"},
+                _object({"count": count, "per": per}, ["count"]),
+                _object({"share": _PERCENT, "of": of, "per": per}, ["share"]),
+            ],
+        }
+
+
+def _depth(value: Any) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER:
+        return value
+    try:
+        share = parse_share(value)
+    except ValueError:
+        raise Wrong(f"found {short(value)}. Allowed: {DEPTH_HELP}.") from None
+    if share >= 1:
+        raise Wrong(f"found {short(value)}: no layer is left after the last one. Allowed: {DEPTH_HELP}.")
+    return format_share(share)
+
+
+Depth = Annotated[
+    int | str,
+    PlainValidator(_depth),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, _PERCENT], "description": DEPTH_HELP}),
+]
+
+
+def _average(value: Any) -> int | float | str:
+    allowed = 'Allowed: tokens for each image, 1 or more, or a share above "0%" and below "100%"'
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= MAX_NUMBER and math.isfinite(value):
+        if value >= 1:
+            return value
+        raise Wrong(f'found {value!r}. {allowed}; did you mean "{value * 100:g}%"?')
+    try:
+        share = parse_share(value)
+    except ValueError:
+        raise Wrong(f"found {short(value)}. {allowed}.") from None
+    if not 0 < share < 1:
+        raise Wrong(f"found {short(value)}. {allowed}.")
+    return format_share(share)
+
+
+class Budget(_Model):
+    """A promise about the whole pipeline, checked, and what `keep: auto` is solved from.
+
+    Attributes:
+        average: visual tokens averaged over all decoder layers: a number for each image, or a share such as "11.1%" of
+            the tokens that the image started with.
+    """
+
+    average: Annotated[
+        int | float | str,
+        PlainValidator(_average),
+        WithJsonSchema({"anyOf": [{"type": "number", "minimum": 1}, _PERCENT]}),
+    ] = Field(description='visual tokens averaged over the decoder layers: a number for each image, or a share "11.1%"')
+
+    @property
+    def fraction(self) -> Fraction | None:
+        """The average as an exact fraction of the tokens at the start, or None where it is a number of tokens."""
+        return parse_share(self.average) if isinstance(self.average, str) else None
+
+
+class PartSpec(_Model):
+    """A part and its parameters; in a file, a name or a flat mapping.
+
+    Attributes:
+        name: the registered name (of an object: its class's name).
+        params: the part's own parameters.
+        obj: an object or a class given in place of a name; not written to files.
+    """
+
+    name: str = Field(min_length=1)
+    params: dict[str, Any] = Field(default_factory=dict)
+    obj: Any = Field(default=None, exclude=True, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        if isinstance(value, PartSpec):
+            return value
+        return _flat(value, own=())
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The flat mapping that the registries build from."""
+        return {"name": self.name, **self.params}
+
+    @model_serializer
+    def _short_form(self) -> str | dict[str, Any]:
+        return self.as_mapping() if self.params else self.name
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        return {
+            "description": PART_HELP,
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
+            ],
+        }
+
+
+def _flat(value: Any, own: Sequence[str]) -> Any:
+    """A part in any of its forms as {name, params, obj, ...own}; `own` are keys that are not the part's parameters."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, Mapping):
+        if value is None or isinstance(value, bool | int | float | Sequence):
+            raise Wrong(f"found {short(value)}. Allowed: {PART_HELP}.")
+        return _from_object(value)
+    data = dict(value)
+    if any(not isinstance(key, str) for key in data):
+        raise Wrong(f"found {short(value)}; keys are names. Allowed: {PART_HELP}.")
+    if data.keys() <= {"name", "params", "obj", *own} and isinstance(data.get("params"), dict):
+        flat = data
+    else:
+        kept = {key: data.pop(key) for key in ("name", *own) if key in data}
+        flat = {**kept, "params": data}
+    if not isinstance(flat.get("name", ""), str):
+        flat = {**flat, **_from_object(flat["name"])}
+    return flat
+
+
+def _from_object(value: Any) -> dict[str, Any]:
+    cls = value if isinstance(value, type) else type(value)
+    if value is None or isinstance(value, bool | int | float | Sequence | Mapping):
+        raise Wrong(f"found {short(value)}; a name is text. Allowed: {PART_HELP}.", ("name",))
+    return {"name": cls.__name__, "obj": value}
+
+
+class CompressorSpec(PartSpec):
+    """The reduction on the encoder side: the compressor, its parameters, and how many tokens it leaves.
+
+    Attributes:
+        name: the registered name.
+        keep: tokens that it leaves; None where the method decides its own count.
+        if_fewer: what happens where an image has fewer tokens than the count.
+        split: how the number of an image or a sample is split over its tiles: `even`, in proportion to their tokens, or
+            by `saliency`, the attention that each tile's place gets in the whole picture that comes with the tiles.
+        params: the compressor's own parameters.
+        obj: an object or a class given in place of a name.
+    """
+
+    keep: Keep | None = Field(default=None, description=KEEP_HELP)
+    if_fewer: Literal["keep-all", "error"] = "keep-all"
+    split: Literal["even", "saliency"] = "even"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forms(cls, value: Any) -> Any:
+        return value if isinstance(value, CompressorSpec) else _flat(value, own=("keep", "if_fewer", "split"))
+
+    @model_serializer
+    def _short_form(self) -> str | dict[str, Any]:
+        own: dict[str, Any] = {} if self.keep is None else {"keep": self.keep.model_dump()}
+        if self.if_fewer != "keep-all":
+            own["if_fewer"] = self.if_fewer
+        if self.split != "even":
+            own["split"] = self.split
+        return {"name": self.name, **own, **self.params} if own or self.params else self.name
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        properties = {
+            "name": {"type": "string", "minLength": 1},
+            "keep": Keep.__get_pydantic_json_schema__(None, None),
+            "if_fewer": {"enum": ["keep-all", "error"], "default": "keep-all"},
+            "split": {"enum": ["even", "saliency"], "default": "even", "description": "a number over several tiles"},
+        }
+        return {
+            "description": "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters",
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "object", "properties": properties, "required": ["name"]},
+            ],
+        }
+
+
+class StageSpec(_Model):
+    """One reduction inside the language model.
+
+    Attributes:
+        after_layer: decoder layers already run when the stage acts (0: at the input), or a share of the depth such as
+            "50%", rounded down.
+        keep: how many tokens are kept.
+        if_fewer: where an image has fewer tokens than the count, keep them all (and report it), or raise.
+        scorer: what rates the tokens: a name, a mapping, a `Scorer` class or object.
+        selector: what chooses by the rating: a name, a mapping, a `Selector` class or object.
+    """
+
+    after_layer: Depth = Field(description=DEPTH_HELP)
+    keep: Keep = Field(description=KEEP_HELP)
+    if_fewer: Literal["keep-all", "error"] = Field(
+        default="keep-all", description="where an image has fewer tokens than the count: keep them all, or raise"
+    )
+    scorer: PartSpec = Field(default=PartSpec(name="objective-gradient"), description=f"rates the tokens: {PART_HELP}")
+    selector: PartSpec = Field(default=PartSpec(name="soft-nms"), description=f"chooses by the rating: {PART_HELP}")
+
+    def __init__(self, **fields: Any) -> None:
+        """Validate the fields; `keep`, `scorer` and `selector` take every form that a spec file allows, and objects.
+
+        Raises:
+            SpecError: a field is missing, unknown or wrong.
+        """
+        super().__init__(**fields)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in _Model
+
+
+def _name(value: str) -> str:
+    if HIDDEN.search(value):
+        raise Wrong(f"found {short(value)}; a name is printed, so it has no control characters. Write it without them.")
+    return value
+
+
+class PipelineSpec(_Model):
+    """The declarative description of a pipeline.
+
+    Attributes:
+        version: of the format: 1.
+        name: what reports call it.
+        description: what it does, in a line or two.
+        source: paper, address or file that it follows.
+        compressor: the reduction on the encoder side, or None.
+        stages: the reductions inside the language model, in the order of the layers.
+        positions: `original` leaves each survivor its own, `compact` renumbers them, `auto` does as the family's
+            published code. On the zoo's tiny-llava original ones keep more (docs/results.md).
+        budget: a promise about the average, checked; needed by `keep: auto`.
+    """
+
+    version: Literal[1] = Field(default=1, description="version of the format: 1")
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        default="custom", min_length=1, description="what reports call it"
+    )
+    description: str = Field(default="", description="what it does, in a line or two")
+    source: str = Field(default="", description="paper, address or file that it follows")
+    compressor: CompressorSpec | None = Field(default=None, description="the reduction on the encoder side")
+    stages: list[StageSpec] = Field(
+        default_factory=list, max_length=MAX_STAGES, description="the reductions inside the language model"
+    )
+    positions: Literal["auto", "compact", "original"] = Field(
+        default="original",
+        description="original: each survivor keeps its own; compact: renumber them; auto: as the published code does",
+    )
+    newlines: Literal["with-row", "always", "never"] = Field(
+        default="with-row",
+        description="tokens that end the rows of a tiled picture (LLaVA-NeXT, OneVision) and are no picture: kept "
+        "while their row has a token, always, or never",
+    )
+    budget: Budget | None = Field(default=None, description="a promise about the average, and what auto is solved from")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        # An explicit null says "none", as in JSON that other programs write.
+        if isinstance(value, Mapping) and isinstance(value.get("version"), bool):
+            raise Wrong(f"found {value['version']!r}; allowed: 1.", ("version",))
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.compressor is None and not self.stages:
+            raise Wrong("the spec does nothing: give a compressor, at least one stage, or both.")
+        check_order(self.stages)
+        check_groups(self.compressor, self.stages)
+        check_growth(self.compressor, self.stages)
+        check_budget(self.budget, self.compressor, self.stages)
+        return self
+
+    def reductions(self) -> Iterator[tuple[str, CompressorSpec | StageSpec]]:
+        """The compressor, where there is one, and the stages, each with its place in the spec."""
+        if self.compressor is not None:
+            yield "compressor", self.compressor
+        for index, stage in enumerate(self.stages):
+            yield f"stages[{index}]", stage
+
+    def check_parts(self) -> None:
+        """Make every part once, so that wrong names and parameters are found before a model is there.
+
+        Raises:
+            UnknownNameError: no registry has the name.
+            PluginError: the part's distribution is broken.
+            SpecError: a parameter is unknown, missing or wrong.
+        """
+
+        def made(place: str, kind: str, part: PartSpec) -> None:
+            try:
+                registry_of(kind).build(part)
+            except TrioError as error:
+                raise at(error, place) from error
+
+        if self.compressor is not None:
+            made("compressor", "compressor", self.compressor)
+        for index, stage in enumerate(self.stages):
+            made(f"stages[{index}].scorer", "scorer", stage.scorer)
+            made(f"stages[{index}].selector", "selector", stage.selector)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data in its canonical short forms, defaults left out.
+
+        Raises:
+            SpecError: a part is an object that no registry knows by name.
+        """
+        full = self.model_dump()
+        data = {key: value for key, value in full.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+        if self.compressor is not None and self.compressor.obj is not None:
+            named = _named(self.compressor.obj, "compressor", "compressor")
+            own = full["compressor"] if isinstance(full["compressor"], dict) else {}
+            data["compressor"] = {**own, **named}
+        for index, (stage, out) in enumerate(zip(self.stages, data.get("stages", []), strict=True)):
+            for kind, part in (("scorer", stage.scorer), ("selector", stage.selector)):
+                if part.obj is not None:
+                    out[kind] = _named(part.obj, kind, f"stages[{index}].{kind}")
+            if out["if_fewer"] == "keep-all":
+                del out["if_fewer"]
+        return data
+
+    def to_yaml(self) -> str:
+        """The spec as YAML that `load_spec` reads back to an equal spec.
+
+        Raises:
+            SpecError: a part is an object that no registry knows by name, or a parameter is not plain data.
+        """
+        try:
+            data = self.to_dict()
+            text = dump(data)
+            # Written plainly, some line-breaking characters (U+0085, U+2028) come back as others: escape those texts,
+            # and those that would steer a terminal.
+            if not HIDDEN.search(text.replace("\n", "")) and load(text) == data:
+                return text
+            return dump(data, ascii_only=True)
+        except yaml.YAMLError as error:
+            raise SpecError(
+                f"spec {self.name!r}: a parameter is not plain data ({error}); write it as text."
+            ) from error
+
+    @classmethod
+    def json_schema(cls, *, parts: bool = False) -> dict[str, Any]:
+        """The JSON schema (draft 2020-12) of spec files, for editors and other programs.
+
+        Args:
+            parts: also offer the names of all registered parts, which imports them (seconds, not milliseconds).
+        """
+        from trio.spec.schema import json_schema
+
+        return json_schema(cls, parts=parts)
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+# What `to_dict` leaves out.
+_DEFAULTS: dict[str, Any] = {
+    "description": "",
+    "source": "",
+    "compressor": None,
+    "stages": [],
+    "positions": "original",
+    "newlines": "with-row",
+    "budget": None,
+}
+
+
+def _named(obj: Any, kind: str, place: str) -> dict[str, Any]:
+    """An object as the mapping that makes an equal one by name."""
+    cls = obj if isinstance(obj, type) else type(obj)
+    name = registry_of(kind).name_of(cls)
+    if name is None:
+        raise SpecError(
+            f"{place}: {cls.__qualname__} is not registered and cannot be written by name; decorate it with "
+            f'@trio.{kind.upper()}S.register("...") first.',
+            place=place,
+        )
+    params = {} if isinstance(obj, type) else obj.model_dump(exclude_defaults=True)
+    return {"name": name, **params}

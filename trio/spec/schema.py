@@ -1,0 +1,47 @@
+"""The JSON schema of spec files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from trio.registry import registry_of
+from trio.spec.models import PART_HELP
+
+
+def json_schema(spec: type[BaseModel], *, parts: bool) -> dict[str, Any]:
+    """The schema (draft 2020-12) of a spec's files.
+
+    Args:
+        spec: the model of a whole spec.
+        parts: also offer the names of all registered parts, which imports them.
+    """
+    schema = spec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "trio pipeline spec"
+    schema["required"] = ["version"]
+    schema["anyOf"] = [{"required": ["compressor"]}, {"required": ["stages"]}]
+    if parts:
+        stage = schema["$defs"]["StageSpec"]["properties"]
+        for kind in ("scorer", "selector"):
+            stage[kind] = _part_schema(registry_of(kind).names(), stage[kind], schema)
+        properties = schema["properties"]
+        names = registry_of("compressor").names()
+        properties["compressor"] = _part_schema(names, properties["compressor"], schema)
+    return schema
+
+
+def _part_schema(names: list[str], old: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a part with its known names offered first; other names (of plugins elsewhere) stay allowed."""
+    if not names:
+        return old
+    return {
+        "description": old.get("description", PART_HELP),
+        "default": old.get("default"),
+        "anyOf": [
+            {"enum": names},
+            {"type": "object", "properties": {"name": {"anyOf": [{"enum": names}, {"type": "string"}]}}},
+            *[{key: value for key, value in old.items() if key not in ("description", "default")}],
+        ],
+    }
