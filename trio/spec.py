@@ -544,15 +544,16 @@ class PipelineSpec(_Model):
             from trio.registry import COMPRESSORS, SCORERS, SELECTORS
 
             stage = schema["$defs"]["StageSpec"]["properties"]
-            stage["scorer"] = _part_schema(SCORERS.names(), stage["scorer"], schema)
-            stage["selector"] = _part_schema(SELECTORS.names(), stage["selector"], schema)
+            stage["scorer"] = _part_schema(SCORERS, stage["scorer"], schema)
+            stage["selector"] = _part_schema(SELECTORS, stage["selector"], schema)
             properties = schema["properties"]
-            properties["compressor"] = _part_schema(COMPRESSORS.names(), properties["compressor"], schema)
+            properties["compressor"] = _part_schema(COMPRESSORS, properties["compressor"], schema)
         return schema
 
 
-def _part_schema(names: list[str], old: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a part with its known names offered first; other names (of plugins elsewhere) stay allowed."""
+def _part_schema(registry: Registry[Any], old: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a part with its known names and their parameters offered first; other names stay allowed."""
+    names = registry.names()
     if not names:
         return old
     return {
@@ -560,9 +561,22 @@ def _part_schema(names: list[str], old: dict[str, Any], schema: dict[str, Any]) 
         "default": old.get("default"),
         "anyOf": [
             {"enum": names},
+            *(_known_part(registry, name) for name in names if not registry.describe(name).broken),
             {"type": "object", "properties": {"name": {"anyOf": [{"enum": names}, {"type": "string"}]}}},
             *[{key: value for key, value in old.items() if key not in ("description", "default")}],
         ],
+    }
+
+
+def _known_part(registry: Registry[Any], name: str) -> dict[str, Any]:
+    """What an editor offers once the name is written: the parameters, with what they mean."""
+    info = registry.describe(name)
+    parameters = {one.name: {"description": one.description} for one in info.parameters}
+    return {
+        "type": "object",
+        "description": info.summary,
+        "properties": {"name": {"enum": [name, *info.aliases]}, **parameters},
+        "required": ["name"],
     }
 
 
