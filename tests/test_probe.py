@@ -196,9 +196,7 @@ def test_attention_rows_equal_eager_attention():
     mask = mask.masked_fill(~inputs.valid[:, None, None], torch.finfo(torch.float32).min)
     with torch.no_grad():
         layer = adapter.layers[LAYER]
-        _, weights = layer.self_attn(
-            layer.input_layernorm(inputs.hidden), inputs.rotary, attention_mask=mask
-        )
+        _, weights = layer.self_attn(layer.input_layernorm(inputs.hidden), inputs.rotary, attention_mask=mask)
     probe = adapter.probe(LAYER, inputs)
     assert isinstance(probe, RowProbe)
     torch.testing.assert_close(probe.attention_rows(rows), weights[:, :, -2:], rtol=1e-5, atol=1e-6)

@@ -147,8 +147,8 @@ def _uncached(bench: Bench, more: dict[str, Any]) -> str:
     try:
         inputs = bench.inputs(*prompts)
         stock = [bench.generate(inputs, **_caching(cached), **more).sequences for cached in (True, False)]
-    except Exception as error:  # whatever the stock model does without a cache
-        return f"not promised: the stock model itself fails without a cache ({type(error).__name__})"
+    except Exception as failed:  # whatever the stock model does without a cache
+        return f"not promised: the stock model itself fails without a cache ({type(failed).__name__})"
     if bench.exact and not torch.equal(*stock):
         return "not promised: the stock model itself gives other tokens without a cache"
     pipeline, cached, selection = _run(bench, prompts, **more)
