@@ -11,10 +11,10 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-# Tests that run no model: specs, schedules, cost, selectors, statistics, registries, results, pages.
+# Tests that run no model: specs, schedules, cost, selectors, compressors, statistics, registries, reference pages.
 QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_selector test_compressors test_cost \
 	test_cost_counter test_cost_encoder test_docs_site test_evaluation_page test_evaluation_statistics test_import \
-	test_jsonlines test_merge test_part_descriptions test_registry test_report test_results_page test_schedule \
+	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
 .PHONY: demo test quick check lowest previous versions lmms-eval docs format clean

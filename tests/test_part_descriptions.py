@@ -31,6 +31,17 @@ def listed() -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    """What `trio schema` prints."""
+    from trio.cli import app
+
+    result = CliRunner().invoke(app, ["schema"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.output)
+    return found
+
+
 @pytest.mark.parametrize(("kind", "name"), PARTS)
 def test_every_parameter_of_every_part_is_described(kind: str, name: str, listed: dict[str, Any]) -> None:
     cls = KINDS[kind].get(name)
@@ -41,6 +52,18 @@ def test_every_parameter_of_every_part_is_described(kind: str, name: str, listed
         assert schema[parameter.name]["description"] == parameter.description
         assert shown[parameter.name]["description"] == parameter.description
         assert parameter.name + ": " in (cls.__doc__ or ""), "the reference shows the docstring"
+
+
+@pytest.mark.parametrize(("kind", "name"), PARTS)
+def test_the_schema_of_specs_offers_each_part_with_its_parameters(kind: str, name: str, schema: dict[str, Any]) -> None:
+    """What an editor shows beside the name."""
+    place = schema["properties"] if kind == "compressors" else schema["$defs"]["StageSpec"]["properties"]
+    info = KINDS[kind].describe(name)
+    offers = [one for one in place[kind.removesuffix("s")]["anyOf"] if one.get("required") == ["name"]]
+    (offered,) = [one for one in offers if one["properties"]["name"] == {"enum": [name, *info.aliases]}]
+    expected = {one.name: {"description": one.description} for one in info.parameters}
+    assert {key: value for key, value in offered["properties"].items() if key != "name"} == expected
+    assert offered["description"] == info.summary
 
 
 def test_some_parts_have_parameters() -> None:

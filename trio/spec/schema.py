@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trio.registry import registry_of
+from trio.registry import Registry, registry_of
 from trio.spec.models import PART_HELP
 
 
@@ -25,15 +25,15 @@ def json_schema(spec: type[BaseModel], *, parts: bool) -> dict[str, Any]:
     if parts:
         stage = schema["$defs"]["StageSpec"]["properties"]
         for kind in ("scorer", "selector"):
-            stage[kind] = _part_schema(registry_of(kind).names(), stage[kind], schema)
+            stage[kind] = _part_schema(registry_of(kind), stage[kind], schema)
         properties = schema["properties"]
-        names = registry_of("compressor").names()
-        properties["compressor"] = _part_schema(names, properties["compressor"], schema)
+        properties["compressor"] = _part_schema(registry_of("compressor"), properties["compressor"], schema)
     return schema
 
 
-def _part_schema(names: list[str], old: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a part with its known names offered first; other names (of plugins elsewhere) stay allowed."""
+def _part_schema(registry: Registry[Any], old: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a part with its known names and their parameters offered first; other names stay allowed."""
+    names = registry.names()
     if not names:
         return old
     return {
@@ -41,7 +41,20 @@ def _part_schema(names: list[str], old: dict[str, Any], schema: dict[str, Any]) 
         "default": old.get("default"),
         "anyOf": [
             {"enum": names},
+            *(_known_part(registry, name) for name in names if not registry.describe(name).broken),
             {"type": "object", "properties": {"name": {"anyOf": [{"enum": names}, {"type": "string"}]}}},
             *[{key: value for key, value in old.items() if key not in ("description", "default")}],
         ],
+    }
+
+
+def _known_part(registry: Registry[Any], name: str) -> dict[str, Any]:
+    """What an editor offers once the name is written: the parameters, with what they mean."""
+    info = registry.describe(name)
+    parameters = {one.name: {"description": one.description} for one in info.parameters}
+    return {
+        "type": "object",
+        "description": info.summary,
+        "properties": {"name": {"enum": [name, *info.aliases]}, **parameters},
+        "required": ["name"],
     }
