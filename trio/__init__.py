@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trio import cost, encoders, testing, zoo
-    from trio.adapters.base import ADAPTERS, Adapter
-    from trio.core.context import LayerContext
-    from trio.encoders.compressors.base import COMPRESSORS, Compressor
-    from trio.encoders.towers.base import TOWERS, Tower
-    from trio.errors import (
+    from . import cost, encoders, testing, zoo
+    from .adapters.base import ADAPTERS, Adapter
+    from .core.context import LayerContext
+    from .encoders.compressors.base import COMPRESSORS, Compressor
+    from .encoders.towers.base import TOWERS, Tower
+    from .errors import (
         AttachError,
         BudgetError,
         CacheError,
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
         UnknownNameError,
         UnsupportedModelError,
     )
-    from trio.pipeline import Pipeline
-    from trio.report import CompressionReport
-    from trio.scorers.base import SCORERS, Scorer
-    from trio.selectors.base import SELECTORS, Selector
-    from trio.spec import Budget, CompressorSpec, Keep, PipelineSpec, StageSpec, load_spec
-    from trio.spec import StageSpec as Stage
+    from .pipeline import Pipeline
+    from .report import CompressionReport
+    from .scorers.base import SCORERS, Scorer
+    from .selectors.base import SELECTORS, Selector
+    from .spec import Budget, CompressorSpec, Keep, PipelineSpec, StageSpec, load_spec
+    from .spec import StageSpec as Stage
 
 __version__ = "0.1.0"
 #: The shipped spec that the commands use where none is named.
@@ -80,26 +80,25 @@ __all__ = [
 
 # Public name -> "module:attribute"; a module alone is a public submodule.
 _LAZY = {
-    "Adapter": "trio.adapters.base:Adapter",
-    "Compressor": "trio.encoders.compressors.base:Compressor",
-    "LayerContext": "trio.core.context:LayerContext",
-    "Pipeline": "trio.pipeline:Pipeline",
-    "CompressionReport": "trio.report:CompressionReport",
-    "Scorer": "trio.scorers.base:Scorer",
-    "Selector": "trio.selectors.base:Selector",
-    "Stage": "trio.spec:StageSpec",
-    "Tower": "trio.encoders.towers.base:Tower",
-    "ADAPTERS": "trio.adapters.base:ADAPTERS",
-    "COMPRESSORS": "trio.encoders.compressors.base:COMPRESSORS",
-    "SCORERS": "trio.scorers.base:SCORERS",
-    "SELECTORS": "trio.selectors.base:SELECTORS",
-    "TOWERS": "trio.encoders.towers.base:TOWERS",
+    "Adapter": ".adapters.base:Adapter",
+    "Compressor": ".encoders.compressors.base:Compressor",
+    "LayerContext": ".core.context:LayerContext",
+    "Pipeline": ".pipeline:Pipeline",
+    "CompressionReport": ".report:CompressionReport",
+    "Scorer": ".scorers.base:Scorer",
+    "Selector": ".selectors.base:Selector",
+    "Stage": ".spec:StageSpec",
+    "Tower": ".encoders.towers.base:Tower",
+    "ADAPTERS": ".adapters.base:ADAPTERS",
+    "COMPRESSORS": ".encoders.compressors.base:COMPRESSORS",
+    "SCORERS": ".scorers.base:SCORERS",
+    "SELECTORS": ".selectors.base:SELECTORS",
+    "TOWERS": ".encoders.towers.base:TOWERS",
     **{
-        name: f"trio.spec:{name}"
-        for name in ("Budget", "CompressorSpec", "Keep", "PipelineSpec", "StageSpec", "load_spec")
+        name: f".spec:{name}" for name in ("Budget", "CompressorSpec", "Keep", "PipelineSpec", "StageSpec", "load_spec")
     },
     **{
-        name: f"trio.errors:{name}"
+        name: f".errors:{name}"
         for name in (
             "AttachError",
             "BudgetError",
@@ -113,10 +112,10 @@ _LAZY = {
             "UnsupportedModelError",
         )
     },
-    "cost": "trio.cost",
-    "encoders": "trio.encoders",
-    "testing": "trio.testing",
-    "zoo": "trio.zoo",
+    "cost": ".cost",
+    "encoders": ".encoders",
+    "testing": ".testing",
+    "zoo": ".zoo",
 }
 
 
@@ -135,7 +134,7 @@ def __getattr__(name: str) -> Any:
     target = _LAZY.get(name)
     if target is not None:
         module, _, attribute = target.partition(":")
-        found = importlib.import_module(module)
+        found = importlib.import_module(module, __name__)
         if not globals().get("_conflict_checked"):
             globals()["_conflict_checked"] = True
             _warn_of_conflict()
@@ -143,16 +142,16 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name.startswith("__"):  # what the import system and inspect ask every module for
-        raise AttributeError(f"module 'trio' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     raise AttributeError(_unknown_attribute(name))
 
 
 def _unknown_attribute(name: str) -> str:
-    from trio.errors import did_you_mean
+    from .errors import did_you_mean
 
-    message = f"module 'trio' has no attribute {name!r}. {did_you_mean(name, __all__)}"
+    message = f"module {__name__!r} has no attribute {name!r}. {did_you_mean(name, __all__)}"
     message += "This is trio-vlm (fewer visual tokens for vision-language models), not the async library 'trio'"
-    version = _async_library()
+    version = _async_library() if __name__ == "trio" else None
     if version is None:
         return f"{message}; code that needs the async library has to run in another environment, without trio-vlm."
     return (
@@ -163,7 +162,7 @@ def _unknown_attribute(name: str) -> str:
 
 
 def _warn_of_conflict() -> None:
-    version = _async_library()
+    version = _async_library() if __name__ == "trio" else None  # under another import name both live side by side
     if version is None:
         return
     import warnings

@@ -13,23 +13,23 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from trio.adapters import adapter_for
-from trio.adapters.base import ADAPTERS, Adapter
-from trio.core.tokens import Signal
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.errors import InputError, SpecError, UnsupportedModelError
-from trio.report import CompressionReport
-from trio.report.build import make_report, saliencies
-from trio.runtime.canary import check_release
-from trio.runtime.encoder_side import BoundCompressor
-from trio.runtime.hooks import Runtime
-from trio.runtime.prefill import Selection
-from trio.runtime.record import PrefillRecord
-from trio.runtime.stage import BoundStage
-from trio.scorers.base import SCORERS, Scorer
-from trio.selectors.base import SELECTORS, Selector
-from trio.spec import Budget, CompressorSpec, PipelineSpec, StageSpec, load_spec
-from trio.spec.schedule import resolve
+from .adapters import adapter_for
+from .adapters.base import ADAPTERS, Adapter
+from .core.tokens import Signal
+from .encoders.compressors.base import COMPRESSORS, Compressor
+from .errors import InputError, SpecError, UnsupportedModelError
+from .report import CompressionReport
+from .report.build import make_report, saliencies
+from .runtime.canary import check_release
+from .runtime.encoder_side import BoundCompressor
+from .runtime.hooks import Runtime
+from .runtime.prefill import Selection
+from .runtime.record import PrefillRecord
+from .runtime.stage import BoundStage
+from .scorers.base import SCORERS, Scorer
+from .selectors.base import SELECTORS, Selector
+from .spec import Budget, CompressorSpec, PipelineSpec, StageSpec, load_spec
+from .spec.schedule import resolve
 
 #: Reports that a pipeline remembers; older ones are forgotten.
 REMEMBERED = 64

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Generic, TypeVar, cast
 
-from trio.errors import InputError, PluginError, SpecError, UnknownNameError, did_you_mean
+from .errors import InputError, PluginError, SpecError, UnknownNameError, did_you_mean
 
 __all__ = ["Parameter", "PartInfo", "Registry", "registry_of"]
 
@@ -280,7 +280,7 @@ class Registry(Generic[T]):
     def _make(self, cls: type[T], name: str, params: dict[str, Any]) -> T:
         from pydantic import ValidationError
 
-        from trio.core.part import explain
+        from .core.part import explain
 
         try:
             return cls(**params)
@@ -301,7 +301,7 @@ def _distribution(point: metadata.EntryPoint) -> str:
 
 
 def _parameters(cls: type[Any]) -> list[Parameter]:
-    from trio.core.part import type_name
+    from .core.part import type_name
 
     return [
         Parameter(

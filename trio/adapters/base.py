@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from trio.adapters.decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
-from trio.core import upstream
-from trio.core.backbone import Backbone, Layout, TinyModel
-from trio.core.patches import PatchMap
-from trio.core.probe import LayerInputs, Past, Probe, Rows
-from trio.core.prompts import InputsFactory
-from trio.core.tokens import ImageTokens
-from trio.core.upstream import Role, Upstream
-from trio.errors import UnsupportedModelError
-from trio.registry import Registry
+from ..core import upstream
+from ..core.backbone import Backbone, Layout, TinyModel
+from ..core.patches import PatchMap
+from ..core.probe import LayerInputs, Past, Probe, Rows
+from ..core.prompts import InputsFactory
+from ..core.tokens import ImageTokens
+from ..core.upstream import Role, Upstream
+from ..errors import UnsupportedModelError
+from ..registry import Registry
+from .decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
 
 if TYPE_CHECKING:
-    from trio.core.tokens import Signal
-    from trio.encoders.reading.reader import Reader
+    from ..core.tokens import Signal
+    from ..encoders.reading.reader import Reader
 
 __all__ = ["ADAPTERS", "Adapter", "Layout", "Positions"]
 
@@ -139,13 +139,13 @@ class Adapter(Backbone):
     @classmethod
     def tiny_inputs(cls, config: Any) -> InputsFactory:
         """Makes batches for a model of such a configuration, by its `model_type`."""
-        from trio.adapters.tiny_inputs import tiny_inputs
+        from .tiny_inputs import tiny_inputs
 
         return tiny_inputs(config)
 
     def tiny(self) -> TinyModel | None:
         """A tiny random model of the same classes; None where none is known. Draws from torch's random state."""
-        from trio.adapters.tiny import placeholders
+        from .tiny import placeholders
 
         config = self.tiny_config(self.model.config)
         if config is None:
@@ -201,7 +201,7 @@ class Adapter(Backbone):
 
     def tower_offers(self) -> frozenset[str]:
         """Kinds of signals that the vision tower offers (`Signal`); empty where it is not known."""
-        from trio.encoders.towers import tower_for
+        from ..encoders.towers import tower_for
 
         if not self.reads_tower:
             return frozenset()
@@ -216,8 +216,8 @@ class Adapter(Backbone):
         Raises:
             UnsupportedModelError: the tower is not known, or does not offer a signal.
         """
-        from trio.encoders.reading.reader import Reader
-        from trio.encoders.towers import tower_for
+        from ..encoders.reading.reader import Reader
+        from ..encoders.towers import tower_for
 
         return Reader(tower_for(self.vision_tower), signals, keep=keep)
 

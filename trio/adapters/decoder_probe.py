@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.probe import LayerInputs, Probe, Rows
-from trio.errors import InputError, UnsupportedModelError
+from ..core.probe import LayerInputs, Probe, Rows
+from ..errors import InputError, UnsupportedModelError
 
 Rotate = Callable[[torch.Tensor, Any], torch.Tensor]
 

@@ -6,8 +6,8 @@ import warnings
 
 from torch import nn
 
-from trio.adapters.base import ADAPTERS, Adapter
-from trio.errors import PluginError, UnsupportedModelError
+from ..errors import PluginError, UnsupportedModelError
+from .base import ADAPTERS, Adapter
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trio.adapters import tiny
-from trio.adapters.base import ADAPTERS, Adapter, Layout, Positions
-from trio.adapters.placeholders import images_by_count, images_by_features, picture_rows, unplaced
-from trio.core.backbone import FEATURE_COUNTS
-from trio.core.tokens import ImageTokens
-from trio.core.upstream import encoder_outputs
-from trio.errors import InputError, UnsupportedModelError
+from ..core.backbone import FEATURE_COUNTS
+from ..core.tokens import ImageTokens
+from ..core.upstream import encoder_outputs
+from ..errors import InputError, UnsupportedModelError
+from . import tiny
+from .base import ADAPTERS, Adapter, Layout, Positions
+from .placeholders import images_by_count, images_by_features, picture_rows, unplaced
 
 #: Attributes under which models keep their text decoder and their vision tower.
 DECODERS = ("language_model", "text_model")

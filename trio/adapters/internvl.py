@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.adapters import tiny
-from trio.adapters.base import ADAPTERS, Layout
-from trio.adapters.llava import LlavaAdapter
-from trio.adapters.placeholders import runs_of_tiles
-from trio.core.patches import PatchMap, join
-from trio.core.tokens import ImageTokens
+from ..core.patches import PatchMap, join
+from ..core.tokens import ImageTokens
+from . import tiny
+from .base import ADAPTERS, Layout
+from .llava import LlavaAdapter
+from .placeholders import runs_of_tiles
 
 
 @ADAPTERS.register("internvl")

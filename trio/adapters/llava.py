@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.adapters import tiny
-from trio.adapters.base import ADAPTERS, Adapter, Layout
-from trio.adapters.placeholders import images_by_count
-from trio.core.patches import PatchMap
-from trio.core.tokens import CLS, ImageTokens
-from trio.errors import UnsupportedModelError
+from ..core.patches import PatchMap
+from ..core.tokens import CLS, ImageTokens
+from ..errors import UnsupportedModelError
+from . import tiny
+from .base import ADAPTERS, Adapter, Layout
+from .placeholders import images_by_count
 
 
 @ADAPTERS.register("llava")

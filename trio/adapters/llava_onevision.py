@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trio.adapters import tiny
-from trio.adapters.base import ADAPTERS, Layout
-from trio.adapters.llava import LlavaAdapter
-from trio.adapters.placeholders import encoded_argument, images_in_order
-from trio.adapters.tiles import tiled_image, tiled_patches
-from trio.core.patches import PatchMap
-from trio.core.tokens import NEWLINE, ImageTokens
+from ..core.patches import PatchMap
+from ..core.tokens import NEWLINE, ImageTokens
+from . import tiny
+from .base import ADAPTERS, Layout
+from .llava import LlavaAdapter
+from .placeholders import encoded_argument, images_in_order
+from .tiles import tiled_image, tiled_patches
 
 
 @ADAPTERS.register("llava-onevision")

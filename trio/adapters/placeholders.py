@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trio.adapters.base import Layout
-from trio.core.backbone import FEATURE_COUNTS
-from trio.core.tokens import ImageTokens
-from trio.errors import InputError
+from ..core.backbone import FEATURE_COUNTS
+from ..core.tokens import ImageTokens
+from ..errors import InputError
+from .base import Layout
 
 
 def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> Layout:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trio.adapters import tiny
-from trio.adapters.base import ADAPTERS, Adapter, Layout, Positions
-from trio.adapters.placeholders import encoded_argument, images_in_order
-from trio.core.patches import PatchMap
-from trio.core.tokens import ImageTokens
-from trio.errors import UnsupportedModelError
+from ..core.patches import PatchMap
+from ..core.tokens import ImageTokens
+from ..errors import UnsupportedModelError
+from . import tiny
+from .base import ADAPTERS, Adapter, Layout, Positions
+from .placeholders import encoded_argument, images_in_order
 
 
 @ADAPTERS.register("qwen-vl", aliases=("qwen2-vl", "qwen2.5-vl"))

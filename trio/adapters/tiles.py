@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from trio.core.patches import PatchMap, join, tiled
-from trio.core.tokens import ImageTokens
+from ..core.patches import PatchMap, join, tiled
+from ..core.tokens import ImageTokens
 
 
 def tiled_image(

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from trio.adapters.tiles import best_resolution, tiled_image
-from trio.core.prompts import Inputs, InputsFactory, Prompt, Side
-from trio.core.upstream import MASK
-from trio.errors import InputError
+from ..core.prompts import Inputs, InputsFactory, Prompt, Side
+from ..core.upstream import MASK
+from ..errors import InputError
+from .tiles import best_resolution, tiled_image
 
 #: Tokens that stand for words end before these two, which stand behind rows and pictures; ids of configurations
 #: come later.

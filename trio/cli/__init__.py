@@ -6,23 +6,24 @@ what it needs when it runs.
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-import trio
-from trio.cli.check import check
-from trio.cli.common import say
-from trio.cli.doctor import doctor
-from trio.cli.eval import evaluate
-from trio.cli.fidelity import fidelity
-from trio.cli.listing import list_parts
-from trio.cli.run import run
-from trio.cli.show import show
-from trio.cli.specs import schema, validate
-from trio.cli.tune import tune
-from trio.errors import TrioError
+from .. import __version__
+from ..errors import TrioError
+from .check import check
+from .common import say
+from .doctor import doctor
+from .eval import evaluate
+from .fidelity import fidelity
+from .listing import list_parts
+from .run import run
+from .show import show
+from .specs import schema, validate
+from .tune import tune
 
 __all__ = ["app"]
 
@@ -50,7 +51,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"trio-vlm {trio.__version__}")
+        typer.echo(f"trio-vlm {__version__}")
         raise typer.Exit
 
 
@@ -61,7 +62,8 @@ def main(
     ] = False,
 ) -> None:
     """Fewer visual tokens for vision-language models, on stock transformers."""
-    if "_LAZY" not in vars(trio):  # the async library of the same import name was installed over this package
+    package = importlib.import_module("..", __package__)
+    if "_LAZY" not in vars(package):  # the async library of the same import name was installed over this package
         typer.echo(
             "trio: the async library 'trio' has overwritten trio-vlm in this environment; both own the folder "
             "site-packages/trio. Make a fresh environment and install there only trio-vlm.",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trio.cli.common import DType
+from .common import DType
 
 if TYPE_CHECKING:
-    from trio.testing import Results
+    from ..testing import Results
 
 
 def check(
@@ -22,8 +22,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Check every promise of the runtime on a model; exit code 1 where one does not hold."""
-    from trio.cli.common import load_model, print_json
-    from trio.testing import check_adapter
+    from ..testing import check_adapter
+    from .common import load_model, print_json
 
     network, processor = load_model(model, dtype=dtype.value, device=device)
     results = check_adapter(network, processor, promises=promise, raise_on_failure=False)
@@ -56,7 +56,7 @@ def _print(model: str, results: Results) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console
+    from .common import console
 
     out = console()
     table = Table(title=Text(f"promises on {model}"), title_justify="left", title_style="bold", header_style="bold")

@@ -9,10 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trio.core.images import inputs_for, load_picture
-from trio.core.printable import HIDDEN, visible
-from trio.errors import InputError, UnsupportedModelError, first_line
-from trio.zoo.find import find_model
+from ..core.images import inputs_for, load_picture
+from ..core.printable import HIDDEN, visible
+from ..errors import InputError, UnsupportedModelError, first_line
+from ..zoo.find import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ class DType(StrEnum):
 
 def console() -> Console:
     """The console for results: standard output, 100 columns where it is no terminal."""
-    from trio.cli.terminal import SafeConsole
+    from .terminal import SafeConsole
 
     out = SafeConsole(highlight=False, soft_wrap=False)
     return out if out.is_terminal else SafeConsole(highlight=False, width=100)
@@ -83,7 +83,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error where that is a terminal, else nothing; gives what to tell (done, of how many)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from trio.cli.terminal import SafeConsole
+    from .terminal import SafeConsole
 
     err = SafeConsole(stderr=True)
     title = TextColumn("{task.description}", markup=False)

@@ -24,9 +24,9 @@ def doctor(
 
     Exit code 1 where a promise does not hold. Nothing is downloaded: the models are random, of a few thousand weights.
     """
-    from trio.cli.common import print_json
-    from trio.core.upstream import NEWEST_TESTED
-    from trio.runtime.canary import is_untested
+    from ..core.upstream import NEWEST_TESTED
+    from ..runtime.canary import is_untested
+    from .common import print_json
 
     families = _chosen(family)
     found: dict[str, Any] = {
@@ -54,8 +54,8 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
     Raises:
         UnknownNameError: one of that name is not known.
     """
-    from trio.adapters.tiny import TINY
-    from trio.errors import UnknownNameError, did_you_mean
+    from ..adapters.tiny import TINY
+    from ..errors import UnknownNameError, did_you_mean
 
     for name in wanted or ():
         if name not in TINY:
@@ -83,7 +83,7 @@ def _versions() -> dict[str, str]:
 
 def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
     """What was resolved on a tiny model of a family, and which promises hold on it."""
-    from trio.errors import TrioError
+    from ..errors import TrioError
 
     try:
         with _quiet():
@@ -104,16 +104,16 @@ def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _tiny(name: str) -> Any:
-    from trio.adapters import adapter_for
-    from trio.adapters.tiny import TINY
-    from trio.core.upstream import default_model
+    from ..adapters import adapter_for
+    from ..adapters.tiny import TINY
+    from ..core.upstream import default_model
 
     model, config = default_model(name)
     return adapter_for(model(TINY[name](config)).eval())
 
 
 def _sing(adapter: Any) -> Any:
-    from trio.runtime.canary import sing
+    from ..runtime.canary import sing
 
     verdict = sing(adapter)
     assert verdict is not None  # every family of TINY has a tiny model
@@ -130,7 +130,7 @@ def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console
+    from .common import console
 
     out = console()
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trio.cli.common import DType
+from .common import DType
 
 if TYPE_CHECKING:
-    from trio.measure.evaluation.results import Results
-    from trio.measure.evaluation.task import Task
+    from ..measure.evaluation.results import Results
+    from ..measure.evaluation.task import Task
 
 
 class TaskName(StrEnum):
@@ -65,15 +65,15 @@ def evaluate(
     A run that was stopped goes on where it was when the same command is given again, and gives the same results; more
     specs may be added to a finished one.
     """
-    from trio.cli.common import load_model, progress_bar, write_text
-    from trio.measure.evaluation.protocol import check_baseline, named_specs
-    from trio.measure.evaluation.protocol import evaluate as run
+    from ..measure.evaluation.protocol import check_baseline, named_specs
+    from ..measure.evaluation.protocol import evaluate as run
+    from .common import load_model, progress_bar, write_text
 
     specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
     check_baseline(baseline, specs)
     _check_out(out, force)
     if html:
-        from trio.measure.evaluation.figures import check_matplotlib
+        from ..measure.evaluation.figures import check_matplotlib
 
         check_matplotlib()
     if threads is not None:
@@ -104,22 +104,22 @@ def evaluate(
         raise typer.Exit(130) from None
     written = _write(results, out)
     if html:
-        from trio.measure.evaluation.overlays import overlays
-        from trio.measure.evaluation.report import report_html
+        from ..measure.evaluation.overlays import overlays
+        from ..measure.evaluation.report import report_html
 
         page = report_html(results, overlays(network, processor, asked, specs, results))
         write_text(out / "report.html", page, "--out")
         written.append("report.html")
     _print(results)
-    from trio.cli.common import console
+    from .common import console
 
     console().print(f"written to {out}: {', '.join(written)}", soft_wrap=True, markup=False)
 
 
 def _check_out(out: Path, force: bool) -> None:
     """Refuse a folder with results of another hand; one that was begun has a header, which is compared later."""
-    from trio.cli.common import writable
-    from trio.errors import InputError
+    from ..errors import InputError
+    from .common import writable
 
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {str(out)!r}: this is a file; give a folder.")
@@ -129,8 +129,8 @@ def _check_out(out: Path, force: bool) -> None:
 
 
 def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
-    from trio.errors import InputError
-    from trio.measure.evaluation.task import jsonl
+    from ..errors import InputError
+    from ..measure.evaluation.task import jsonl
 
     if data is None:
         raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
@@ -138,8 +138,8 @@ def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
 
 
 def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, seed: int | None) -> Task:
-    from trio.errors import InputError
-    from trio.measure.shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
+    from ..errors import InputError
+    from ..measure.shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
 
     if data is not None:
         raise InputError("--data: shapesvqa draws its own pictures; leave --data out, or give --task jsonl.")
@@ -149,7 +149,7 @@ def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, s
 
 
 def _write(results: Results, out: Path) -> list[str]:
-    from trio.cli.common import write_text
+    from .common import write_text
 
     write_text(out / "results.json", results.to_json(), "--out")
     write_text(out / "results.csv", results.to_csv(), "--out")
@@ -162,8 +162,8 @@ def _print(results: Results) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console
-    from trio.measure.evaluation import wording
+    from ..measure.evaluation import wording
+    from .common import console
 
     out = console()
     for title, header, rows in (wording.short_table(results), wording.gate_table(results)):

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trio import DEFAULT_SPEC
-from trio.cli.common import DType
+from .. import DEFAULT_SPEC
+from .common import DType
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio.measure.fidelity import FidelityReport
+    from ..measure.fidelity import FidelityReport
 
 
 def fidelity(
@@ -42,9 +42,9 @@ def fidelity(
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
-    from trio.cli.common import check_outputs, console, load_model, progress_bar, say, write_text
-    from trio.measure.fidelity import measure, read_samples
-    from trio.spec import load_spec
+    from ..measure.fidelity import measure, read_samples
+    from ..spec import load_spec
+    from .common import check_outputs, console, load_model, progress_bar, say, write_text
 
     # before the model: a wrong name should not cost a minute
     specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
@@ -75,7 +75,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import duration, print_notes, times
+    from .common import duration, print_notes, times
 
     prompts = f"{report.samples} prompts on {report.pictures} pictures, batches of {report.batch_size}"
     out.print(Text(f"{report.model}: {prompts}, {report.dtype} on {report.device}", style="bold"))

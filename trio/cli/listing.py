@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trio.registry import PartInfo
+    from ..registry import PartInfo
 
 
 class Kind(StrEnum):
@@ -32,14 +32,14 @@ def list_parts(
     """List scorers, selectors, compressors, adapters, vision towers, specs and zoo models."""
     from fnmatch import fnmatch
 
-    from trio import zoo
-    from trio.adapters.base import ADAPTERS
-    from trio.cli.common import print_json
-    from trio.encoders.compressors.base import COMPRESSORS
-    from trio.encoders.towers.base import TOWERS
-    from trio.scorers.base import SCORERS
-    from trio.selectors.base import SELECTORS
-    from trio.spec import load_spec, shipped_specs
+    from .. import zoo
+    from ..adapters.base import ADAPTERS
+    from ..encoders.compressors.base import COMPRESSORS
+    from ..encoders.towers.base import TOWERS
+    from ..scorers.base import SCORERS
+    from ..selectors.base import SELECTORS
+    from ..spec import load_spec, shipped_specs
+    from .common import print_json
 
     registries: dict[str, Any] = {
         "scorers": SCORERS,
@@ -84,7 +84,7 @@ def _print(found: dict[str, list[dict[str, Any]]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console
+    from .common import console
 
     out = console()
     for kind, rows in found.items():

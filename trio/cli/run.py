@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trio import DEFAULT_SPEC
-from trio.cli.common import DType
+from .. import DEFAULT_SPEC
+from .common import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trio.cost import CostPrediction
-    from trio.report import CompressionReport
+    from ..cost import CostPrediction
+    from ..report import CompressionReport
 
 OVERLAY = Path("trio-overlay.png")
 #: Rounds of measuring at most (the first is not counted), and seconds after which no further one starts.
@@ -52,10 +52,10 @@ def run(
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Answer a question about a picture twice, full and compressed, and show what was saved."""
-    from trio import zoo
-    from trio.cli.common import load_model, load_picture, print_json, say, unused
-    from trio.errors import InputError
-    from trio.spec import load_spec
+    from .. import zoo
+    from ..errors import InputError
+    from ..spec import load_spec
+    from .common import load_model, load_picture, print_json, say, unused
 
     loaded = load_spec(spec)  # before the model: a wrong name should not cost a minute
     files = list(picture or [zoo.demo_picture()])
@@ -90,8 +90,8 @@ def run(
 
 def _picture(target: Path, force: bool) -> Path:
     """The overlay's path, refused early where it cannot be written."""
-    from trio.cli.common import writable
-    from trio.errors import InputError
+    from ..errors import InputError
+    from .common import writable
 
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"overlay {str(target)!r}: the name has to end in .png, .jpg or .webp.")
@@ -101,8 +101,8 @@ def _picture(target: Path, force: bool) -> Path:
 def _answer_twice(
     model: Any, processor: Any, pictures: list[Any], question: str, spec: Any, max_new_tokens: int
 ) -> dict[str, Any]:
-    from trio.cli.common import inputs_for
-    from trio.pipeline import Pipeline
+    from ..pipeline import Pipeline
+    from .common import inputs_for
 
     pipeline = Pipeline.from_spec(spec, model, report="full")
     inputs = inputs_for(processor, pictures, question).to(model.device, dtype=model.dtype)
@@ -155,8 +155,8 @@ def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
     """The predicted cost of what ran, or why it is not known."""
-    from trio.cost import ModelShape, of_report
-    from trio.errors import TrioError
+    from ..cost import ModelShape, of_report
+    from ..errors import TrioError
 
     try:
         return of_report(report, spec, ModelShape.from_config(model.config))
@@ -165,8 +165,8 @@ def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | 
 
 
 def _draw(target: Path, pictures: list[Any], processor: Any, report: CompressionReport) -> None:
-    from trio.errors import InputError
-    from trio.report.draw import overlay_from_report, seen_region
+    from ..errors import InputError
+    from ..report.draw import overlay_from_report, seen_region
 
     regions = [seen_region(picture, processor) for picture in pictures]
     drawn = overlay_from_report(pictures, report, regions=regions)
@@ -233,7 +233,7 @@ def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console, duration, layer_ranges, quantity, times
+    from .common import console, duration, layer_ranges, quantity, times
 
     out = console()
     out.print(Text(f"{facts['model']}, spec {facts['spec']}", style="bold"))

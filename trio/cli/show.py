@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trio.cost import CostPrediction, ModelShape
+    from ..cost import CostPrediction, ModelShape
 
 DEFAULT_SHAPE = "llava-1.5-7b"
 DEFAULT_TOKENS = {"llava-1.5-7b": 576, "llava-next-7b": 2880, "qwen2.5-vl-7b": 1296}
@@ -27,10 +27,10 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Show the tokens by layer and the predicted cost of a spec on a model."""
-    from trio.cli.common import print_json
-    from trio.cost import predict
-    from trio.spec import load_spec
-    from trio.spec.schedule import resolve
+    from ..cost import predict
+    from ..spec import load_spec
+    from ..spec.schedule import resolve
+    from .common import print_json
 
     loaded = load_spec(spec)
     if as_yaml:
@@ -65,8 +65,8 @@ def show(
 
 def _shape(model: str) -> tuple[ModelShape, int]:
     """The model's shape, and the visual tokens of one picture of its usual size."""
-    from trio.cli.common import load_config
-    from trio.cost import ModelShape
+    from ..cost import ModelShape
+    from .common import load_config
 
     if model in ModelShape.names():
         return ModelShape.named(model), DEFAULT_TOKENS.get(model, 576)
@@ -81,7 +81,7 @@ def _print(description: str, source: str, shape: ModelShape, cost: CostPredictio
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import console, layer_ranges, quantity, times
+    from .common import console, layer_ranges, quantity, times
 
     out = console()
     out.print(Text(f"{cost.spec} on {shape.name}", style="bold"))

@@ -11,9 +11,9 @@ def validate(
     files: Annotated[list[str], typer.Argument(help="Spec files, or names of shipped specs.", metavar="FILE...")],
 ) -> None:
     """Check spec files, the parameters of their parts included; exit code 2 where one is wrong."""
-    from trio.cli.common import say
-    from trio.errors import TrioError
-    from trio.spec import load_spec
+    from ..errors import TrioError
+    from ..spec import load_spec
+    from .common import say
 
     wrong = 0
     for file in files:
@@ -31,7 +31,7 @@ def validate(
 
 def schema() -> None:
     """Print the JSON schema of spec files, with the names of all installed parts, for editors."""
-    from trio.cli.common import print_json
-    from trio.spec import PipelineSpec
+    from ..spec import PipelineSpec
+    from .common import print_json
 
     print_json(PipelineSpec.json_schema(parts=True))

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from trio.core.printable import HIDDEN
+from ..core.printable import HIDDEN
 
 __all__ = ["SafeConsole"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trio.cli.common import DType
+from .common import DType
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trio.measure.fidelity import Sample
-    from trio.measure.tuning import TuningReport
+    from ..measure.fidelity import Sample
+    from ..measure.tuning import TuningReport
 
 
 class TaskName(StrEnum):
@@ -69,12 +69,12 @@ def tune(
     device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Search for the spec that meets a target, and judge it on pictures that the search has not seen."""
-    from trio.cli.common import check_outputs, console, load_model, progress_bar, say, writable, write_text
-    from trio.measure.fidelity import read_samples
-    from trio.measure.tuning import best_spec, parse_target
-    from trio.measure.tuning import tune as search
-    from trio.measure.tuning.plot import draw, matplotlib
-    from trio.measure.tuning.study import optuna
+    from ..measure.fidelity import read_samples
+    from ..measure.tuning import best_spec, parse_target
+    from ..measure.tuning import tune as search
+    from ..measure.tuning.plot import draw, matplotlib
+    from ..measure.tuning.study import optuna
+    from .common import check_outputs, console, load_model, progress_bar, say, writable, write_text
 
     wanted = parse_target(target)  # everything that can be wrong without the model, before it
     optuna()
@@ -116,14 +116,14 @@ def tune(
 
 
 def _check_plot(plot: Path) -> None:
-    from trio.errors import InputError
+    from ..errors import InputError
 
     if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InputError(f"--plot {str(plot)!r}: the name has to end in .png, .pdf or .svg.")
 
 
 def _check_source(images: Path | None, prompts: Path | None, task: TaskName | None) -> None:
-    from trio.errors import InputError
+    from ..errors import InputError
 
     if (task is None) == (images is None):
         raise InputError("samples: give either --images FOLDER, with prompts of your own, or --task shapesvqa.")
@@ -133,8 +133,8 @@ def _check_source(images: Path | None, prompts: Path | None, task: TaskName | No
 
 def _shapesvqa(network: Any, limit: int | None) -> list[Sample]:
     """Questions of the split for choosing; the split that is reported stays unseen."""
-    from trio.measure.fidelity import Sample
-    from trio.measure.shapesvqa.task import canvas_for, shapesvqa
+    from ..measure.fidelity import Sample
+    from ..measure.shapesvqa.task import canvas_for, shapesvqa
 
     questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
     return [Sample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]
@@ -145,7 +145,7 @@ def print_report(report: TuningReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from trio.cli.common import print_notes
+    from .common import print_notes
 
     out.print(Text(f"{report.model}: {report.trials} specs tried for {report.target}", style="bold"))
     for line in report.verdict():

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-from trio.core.hooking import Owner
-from trio.core.patches import PatchMap
-from trio.core.probe import LayerInputs, Probe
-from trio.core.prompts import InputsFactory
-from trio.core.tokens import ImageTokens, Signal
-from trio.core.upstream import Upstream
+from .hooking import Owner
+from .patches import PatchMap
+from .probe import LayerInputs, Probe
+from .prompts import InputsFactory
+from .tokens import ImageTokens, Signal
+from .upstream import Upstream
 
 #: Beside an encoder method's arguments: a tuple with the feature rows of each image that it gave, where that is known.
 FEATURE_COUNTS = "__features__"

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from trio.core.probe import Probe
-from trio.core.tokens import ImageTokens
+from .probe import Probe
+from .tokens import ImageTokens
 
 ProbeName = Literal["next", "last", "ran"]
 

@@ -7,7 +7,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from trio.errors import InputError, TrioError
+from ..errors import InputError, TrioError
 
 __all__ = ["read_plain", "replace_file", "sync_folder"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trio.errors import SpecError, did_you_mean
+from ..errors import SpecError, did_you_mean
 
 __all__ = ["Part", "described_parameters", "explain", "type_name"]
 

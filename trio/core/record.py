@@ -6,8 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from trio.core.printable import visible
-from trio.errors import InputError
+from ..errors import InputError
+from .printable import visible
 
 
 class Record(BaseModel):

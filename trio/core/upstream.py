@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from trio.errors import InputError, UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError
 
 try:
     from transformers import masking_utils

@@ -4,9 +4,9 @@
 kept. `docs/cost.md` states the formulas, and what is counted and what is not.
 """
 
-from trio.cost.flops import Attention, paper_flops
-from trio.cost.prediction import Cost, CostPrediction, CountsFlops, FlopsByPart, of_report, predict
-from trio.cost.shape import ModelShape, TowerShape
+from .flops import Attention, paper_flops
+from .prediction import Cost, CostPrediction, CountsFlops, FlopsByPart, of_report, predict
+from .shape import ModelShape, TowerShape
 
 __all__ = [
     "Attention",

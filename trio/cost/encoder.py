@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trio.cost.flops import projector_flops
-from trio.cost.shape import ModelShape, TowerShape
+from .flops import projector_flops
+from .shape import ModelShape, TowerShape
 
 if TYPE_CHECKING:
-    from trio.encoders.compressors.base import Compressor
+    from ..encoders.compressors.base import Compressor
 
 
 def reading_flops(tower: TowerShape, tokens: int, compressor: Compressor) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from trio.cost.shape import ModelShape, TowerShape
+from .shape import ModelShape, TowerShape
 
 __all__ = [
     "Attention",

@@ -9,15 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from trio.core.record import Record
-from trio.cost import flops
-from trio.cost.encoder import compressor_flops, reading_flops
-from trio.cost.flops import Attention
-from trio.cost.shape import ModelShape
-from trio.errors import InputError
-from trio.report import CompressionReport, SampleReport
-from trio.spec import PipelineSpec, load_spec
-from trio.spec.schedule import Schedule, resolve
+from ..core.record import Record
+from ..errors import InputError
+from ..report import CompressionReport, SampleReport
+from ..spec import PipelineSpec, load_spec
+from ..spec.schedule import Schedule, resolve
+from . import flops
+from .encoder import compressor_flops, reading_flops
+from .flops import Attention
+from .shape import ModelShape
 
 __all__ = ["Cost", "CostPrediction", "CountsFlops", "FlopsByPart", "of_report", "predict"]
 
@@ -371,7 +371,7 @@ def _cost(
 
 def _compression(sample: _Sample, spec: PipelineSpec, shape: ModelShape, notes: dict[str, None]) -> int:
     """What the compressor reads and computes for the images that lose tokens."""
-    from trio.encoders.compressors.base import COMPRESSORS
+    from ..encoders.compressors.base import COMPRESSORS
 
     reduced = [(n, k) for n, k in zip(sample.images, sample.entering, strict=True) if k < n]
     if spec.compressor is None or not reduced:
@@ -401,8 +401,8 @@ _Count = Callable[[int, int, int], int]  # (tokens, visual, keep) -> FLOPs
 
 def _part(kind: str, spec: Any, shape: ModelShape, notes: dict[str, None]) -> _Count:
     """How a scorer or selector is counted: as it says itself, by our formula, or not at all (and a note says so)."""
-    from trio.scorers.base import SCORERS
-    from trio.selectors.base import SELECTORS
+    from ..scorers.base import SCORERS
+    from ..selectors.base import SELECTORS
 
     registry: Any = SCORERS if kind == "scorer" else SELECTORS
     part = registry.build(spec)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trio.errors import UnknownNameError, UnsupportedModelError, did_you_mean
+from ..errors import UnknownNameError, UnsupportedModelError, did_you_mean
 
 __all__ = ["ModelShape", "TowerShape"]
 

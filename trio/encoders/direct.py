@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.tokens import ImageTokens, Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.reader import Reader, Reading
-from trio.encoders.towers import Tower, tower_for
-from trio.errors import InputError, UnknownNameError
-from trio.spec.rules import parse_share
+from ..core.tokens import ImageTokens, Signal, VisualTokens
+from ..errors import InputError, UnknownNameError
+from ..spec.rules import parse_share
+from .compressors.base import COMPRESSORS, Compressor
+from .reading.reader import Reader, Reading
+from .towers import Tower, tower_for
 
 Images = torch.Tensor | Mapping[str, Any]
 

@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from trio.core.files import read_plain, sync_folder
-from trio.errors import InputError
-from trio.spec.messages import short
+from ..core.files import read_plain, sync_folder
+from ..errors import InputError
+from ..spec.messages import short
 
 __all__ = ["Line", "append_lines", "cut_lines", "read_lines"]
 

@@ -1,6 +1,6 @@
 """Reports: what was dropped where, how long it took, how it looks on the picture."""
 
-from trio.report.records import (
+from .records import (
     CompressedImage,
     CompressionReport,
     CompressorReport,

@@ -8,8 +8,12 @@ from typing import Literal
 
 import torch
 
-from trio.core.tokens import KINDS, ImageTokens
-from trio.report import (
+from ..core.tokens import KINDS, ImageTokens
+from ..runtime.record import CompressedRecord, PrefillRecord, StageRecord
+from ..runtime.stage import BoundStage
+from ..scorers.base import SCORERS
+from ..selectors.base import SELECTORS
+from . import (
     CompressedImage,
     CompressionReport,
     CompressorReport,
@@ -20,10 +24,6 @@ from trio.report import (
     SampleReport,
     StageReport,
 )
-from trio.runtime.record import CompressedRecord, PrefillRecord, StageRecord
-from trio.runtime.stage import BoundStage
-from trio.scorers.base import SCORERS
-from trio.selectors.base import SELECTORS
 
 
 def make_report(

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from trio.errors import InputError
-from trio.report import CompressionReport, GroupReport, ImageReport, Origins, SampleReport, StageReport
+from ..errors import InputError
+from . import CompressionReport, GroupReport, ImageReport, Origins, SampleReport, StageReport
 
 __all__ = ["Box", "Kept", "overlay", "overlay_from_report", "seen_region"]
 

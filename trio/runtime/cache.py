@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from trio.core.upstream import Cache, DynamicLayer, plain_length
-from trio.errors import CacheError
+from ..core.upstream import Cache, DynamicLayer, plain_length
+from ..errors import CacheError
 
 
 class _WholeCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trio.core.backbone import Backbone, TinyModel
-from trio.core.context import LayerContext
-from trio.core.probe import rows_at_end
-from trio.core.prompts import Inputs, Prompt
-from trio.core.upstream import MASK, NEWEST_TESTED, Role, cache_of, dynamic_cache, keywords, silenced, version
-from trio.errors import UnsupportedModelError
-from trio.runtime.hooks import Runtime
-from trio.runtime.prefill import Selection
-from trio.runtime.record import PrefillRecord
-from trio.runtime.stage import BoundStage
-from trio.scorers.base import Scorer
-from trio.selectors.base import Selector
+from ..core.backbone import Backbone, TinyModel
+from ..core.context import LayerContext
+from ..core.probe import rows_at_end
+from ..core.prompts import Inputs, Prompt
+from ..core.upstream import MASK, NEWEST_TESTED, Role, cache_of, dynamic_cache, keywords, silenced, version
+from ..errors import UnsupportedModelError
+from ..scorers.base import Scorer
+from ..selectors.base import Selector
+from .hooks import Runtime
+from .prefill import Selection
+from .record import PrefillRecord
+from .stage import BoundStage
 
 if TYPE_CHECKING:
     from typing import Literal

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from trio.core.backbone import Backbone
-from trio.core.hooking import Owner
-from trio.core.patches import PatchMap
-from trio.core.tokens import CLS, PATCH, ImageTokens, Signal, VisualTokens
-from trio.errors import InputError, UnsupportedModelError
-from trio.runtime.record import CompressedRecord
-from trio.runtime.stage import Prefill
-from trio.runtime.state import Counts, drop
+from ..core.backbone import Backbone
+from ..core.hooking import Owner
+from ..core.patches import PatchMap
+from ..core.tokens import CLS, PATCH, ImageTokens, Signal, VisualTokens
+from ..errors import InputError, UnsupportedModelError
+from .record import CompressedRecord
+from .stage import Prefill
+from .state import Counts, drop
 
 if TYPE_CHECKING:
-    from trio.encoders.compressors.base import Compressor
-    from trio.encoders.reading.reader import Reading
+    from ..encoders.compressors.base import Compressor
+    from ..encoders.reading.reader import Reading
 
 #: Where the whole picture's attention is read that tells how much of a number each of its tiles gets.
 SPLIT_SIGNAL = Signal("attention", -2)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.probe import LayerInputs
-from trio.runtime.stage import Prefill
+from ..core.probe import LayerInputs
+from .stage import Prefill
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.backbone import FEATURE_COUNTS, Backbone
-from trio.core.context import ProbeName
-from trio.core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
-from trio.core.probe import LayerInputs, Probe
-from trio.core.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
-from trio.errors import AttachError, InputError, NonFiniteError
-from trio.runtime.cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
-from trio.runtime.encoder_side import BoundCompressor, EncoderSide, merged_features
-from trio.runtime.forward import Forward
-from trio.runtime.methods import GuardedGenerate, NotedEncoder
-from trio.runtime.prefill import Selection, Uncached, given_tokens, start_prefill
-from trio.runtime.record import PrefillRecord
-from trio.runtime.shrink import Shrinker
-from trio.runtime.stage import BoundStage, Prefill, now, run_stage
-from trio.runtime.state import NewlinePolicy
-from trio.runtime.state import Sequence as Tokens
+from ..core.backbone import FEATURE_COUNTS, Backbone
+from ..core.context import ProbeName
+from ..core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
+from ..core.probe import LayerInputs, Probe
+from ..core.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
+from ..errors import AttachError, InputError, NonFiniteError
+from .cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
+from .encoder_side import BoundCompressor, EncoderSide, merged_features
+from .forward import Forward
+from .methods import GuardedGenerate, NotedEncoder
+from .prefill import Selection, Uncached, given_tokens, start_prefill
+from .record import PrefillRecord
+from .shrink import Shrinker
+from .stage import BoundStage, Prefill, now, run_stage
+from .state import NewlinePolicy
+from .state import Sequence as Tokens
 
 
 class Runtime:

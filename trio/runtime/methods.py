@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from trio.core import upstream
-from trio.core.hooking import MethodPatch, Owner, patches_on
-from trio.errors import InputError
+from ..core import upstream
+from ..core.hooking import MethodPatch, Owner, patches_on
+from ..errors import InputError
 
 
 class Listener(Protocol):

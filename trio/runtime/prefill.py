@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from trio.core.backbone import Backbone
-from trio.core.upstream import Role, encoder_outputs
-from trio.errors import InputError
-from trio.runtime.forward import Forward
-from trio.runtime.record import PrefillRecord
-from trio.runtime.stage import Prefill
-from trio.runtime.state import Images, NewlinePolicy, start
+from ..core.backbone import Backbone
+from ..core.upstream import Role, encoder_outputs
+from ..errors import InputError
+from .forward import Forward
+from .record import PrefillRecord
+from .stage import Prefill
+from .state import Images, NewlinePolicy, start
 
 #: Tokens to keep, as a user gives them: by stage, sample and image, places among the image's own tokens.
 Selection = Sequence[Sequence[Sequence[Sequence[int]]]]

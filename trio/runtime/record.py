@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trio.runtime.state import Counts, Images
+from .state import Counts, Images
 
 
 @dataclass

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from trio.core.backbone import Backbone
-from trio.core.probe import LayerInputs, Past
-from trio.core.upstream import LayerCall, Role, causal_mask
-from trio.errors import InputError
-from trio.runtime.cache import ReducedLayer, layer_of, reduced_layer
-from trio.runtime.forward import Forward, Segment
+from ..core.backbone import Backbone
+from ..core.probe import LayerInputs, Past
+from ..core.upstream import LayerCall, Role, causal_mask
+from ..errors import InputError
+from .cache import ReducedLayer, layer_of, reduced_layer
+from .forward import Forward, Segment
 
 
 class Shrinker:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trio.core.context import LayerContext, ProbeName
-from trio.core.probe import Probe
-from trio.errors import InputError
-from trio.runtime.record import PrefillRecord, StageRecord
-from trio.runtime.state import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
+from ..core.context import LayerContext, ProbeName
+from ..core.probe import Probe
+from ..errors import InputError
+from .record import PrefillRecord, StageRecord
+from .state import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
 
 if TYPE_CHECKING:
-    from trio.scorers.base import Scorer
-    from trio.selectors.base import Selector
+    from ..scorers.base import Scorer
+    from ..selectors.base import Selector
 
 
 @dataclass(frozen=True)

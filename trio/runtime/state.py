@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from trio.core.tokens import ImageTokens
+from ..core.tokens import ImageTokens
 
 #: What happens to newline tokens, which are structure and no picture.
 NewlinePolicy = Literal["with-row", "always", "never"]

@@ -1,5 +1,5 @@
 """Scorers: one number for every visual token, one method a file."""
 
-from trio.scorers import last_token_attention, objective_gradient, random
+from . import last_token_attention, objective_gradient, random
 
 __all__ = ["last_token_attention", "objective_gradient", "random"]

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from trio.core.context import LayerContext
-from trio.core.part import Part
-from trio.registry import Registry
+from ..core.context import LayerContext
+from ..core.part import Part
+from ..registry import Registry
 
 
 class Scorer(Part, ABC):

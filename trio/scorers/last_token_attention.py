@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from trio.core.context import LayerContext
-from trio.core.probe import rows_at_end
-from trio.scorers.base import SCORERS, Scorer
+from ..core.context import LayerContext
+from ..core.probe import rows_at_end
+from .base import SCORERS, Scorer
 
 
 @SCORERS.register("last-token-attention", aliases=("fastv",))

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from trio.core.context import LayerContext
-from trio.core.probe import rows_at_end
-from trio.scorers.base import SCORERS, Scorer
+from ..core.context import LayerContext
+from ..core.probe import rows_at_end
+from .base import SCORERS, Scorer
 
 
 @SCORERS.register("objective-gradient", aliases=("trio",))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trio.core.context import LayerContext
-from trio.scorers.base import SCORERS, Scorer
+from ..core.context import LayerContext
+from .base import SCORERS, Scorer
 
 
 @SCORERS.register("random")

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from trio.core.part import Part
-from trio.registry import Registry
+from ..core.part import Part
+from ..registry import Registry
 
 
 class Selector(Part, ABC):

@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from trio.core.ops import first_k, ranking
-from trio.selectors.base import SELECTORS, Selector
+from ..core.ops import first_k, ranking
+from .base import SELECTORS, Selector
 
 #: Candidates compared with all tokens at a time where similarities are computed in blocks.
 BLOCK = 64

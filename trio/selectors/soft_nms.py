@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from trio.core.ops import first_k, ranking
-from trio.selectors.base import SELECTORS, Selector
-from trio.selectors.nms import unit_length
+from ..core.ops import first_k, ranking
+from .base import SELECTORS, Selector
+from .nms import unit_length
 
 
 @SELECTORS.register("soft-nms")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trio.core.ops import first_k, ranking
-from trio.selectors.base import SELECTORS, Selector
+from ..core.ops import first_k, ranking
+from .base import SELECTORS, Selector
 
 
 @SELECTORS.register("top-k", aliases=("topk",))

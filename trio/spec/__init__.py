@@ -4,8 +4,8 @@ A spec says *what* is done; `trio.spec.schedule` says what that means for a mode
 find the parts. Nothing here imports torch until a spec's parts are checked.
 """
 
-from trio.spec.load import load_spec, shipped_specs
-from trio.spec.models import Budget, CompressorSpec, Group, Keep, PartSpec, PipelineSpec, StageSpec
+from .load import load_spec, shipped_specs
+from .models import Budget, CompressorSpec, Group, Keep, PartSpec, PipelineSpec, StageSpec
 
 __all__ = [
     "Budget",

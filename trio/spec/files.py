@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from trio.core.files import read_plain
-from trio.errors import SpecError
-from trio.spec.messages import path
-from trio.spec.reading import MAX_DEPTH, MAX_VALUES, compose, construct
+from ..core.files import read_plain
+from ..errors import SpecError
+from .messages import path
+from .reading import MAX_DEPTH, MAX_VALUES, compose, construct
 
 __all__ = ["read_spec_file"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trio.errors import InputError, TrioError, UnknownNameError, did_you_mean
-from trio.spec.files import read_spec_file
-from trio.spec.messages import at, line_of, short, steps, translate
-from trio.spec.models import PipelineSpec
+from ..errors import InputError, TrioError, UnknownNameError, did_you_mean
+from .files import read_spec_file
+from .messages import at, line_of, short, steps, translate
+from .models import PipelineSpec
 
 SHIPPED = Path(__file__).parent / "shipped"
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from trio.errors import SpecError, TrioError, did_you_mean
+from ..errors import SpecError, TrioError, did_you_mean
 
 __all__ = ["Lines", "Wrong", "at", "line_of", "path", "short", "steps", "translate"]
 

@@ -20,12 +20,12 @@ from pydantic import (
     model_validator,
 )
 
-from trio.core.printable import HIDDEN
-from trio.errors import SpecError, TrioError, did_you_mean
-from trio.registry import registry_of
-from trio.spec.messages import Wrong, at, short, translate
-from trio.spec.reading import dump, load
-from trio.spec.rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
+from ..core.printable import HIDDEN
+from ..errors import SpecError, TrioError, did_you_mean
+from ..registry import registry_of
+from .messages import Wrong, at, short, translate
+from .reading import dump, load
+from .rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
 
 __all__ = [
     "Budget",
@@ -522,7 +522,7 @@ class PipelineSpec(_Model):
         Args:
             parts: also offer the names of all registered parts, which imports them (seconds, not milliseconds).
         """
-        from trio.spec.schema import json_schema
+        from .schema import json_schema
 
         return json_schema(cls, parts=parts)
 

@@ -7,10 +7,10 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import TYPE_CHECKING, cast
 
-from trio.spec.messages import Wrong, path
+from .messages import Wrong, path
 
 if TYPE_CHECKING:
-    from trio.spec import Budget, CompressorSpec, Keep, StageSpec
+    from . import Budget, CompressorSpec, Keep, StageSpec
 
 __all__ = ["check_budget", "check_groups", "check_growth", "check_order", "format_share", "parse_share"]
 

@@ -18,9 +18,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from trio.errors import BudgetError, InputError, SpecError
-from trio.spec import Group, Keep, PipelineSpec
-from trio.spec.rules import parse_share
+from ..errors import BudgetError, InputError, SpecError
+from . import Group, Keep, PipelineSpec
+from .rules import parse_share
 
 __all__ = ["Schedule", "resolve"]
 

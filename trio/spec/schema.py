@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trio.registry import Registry, registry_of
-from trio.spec.models import PART_HELP
+from ..registry import Registry, registry_of
+from .models import PART_HELP
 
 
 def json_schema(spec: type[BaseModel], *, parts: bool) -> dict[str, Any]:

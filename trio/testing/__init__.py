@@ -4,16 +4,16 @@
 prove a new part with one call. None needs pytest: a check that fails raises `AssertionError` with the numbers.
 """
 
-from trio.core.prompts import InputsFactory, Prompt
-from trio.testing.adapters import check_adapter
-from trio.testing.compressors import check_compressor
-from trio.testing.inputs import ProcessorInputs
-from trio.testing.promises import PROMISES
-from trio.testing.results import Check, Results
-from trio.testing.scorers import check_scorer
-from trio.testing.selectors import check_selector
-from trio.testing.tiny import TokenInputs, tiny_llava
-from trio.testing.towers import check_tower
+from ..core.prompts import InputsFactory, Prompt
+from .adapters import check_adapter
+from .compressors import check_compressor
+from .inputs import ProcessorInputs
+from .promises import PROMISES
+from .results import Check, Results
+from .scorers import check_scorer
+from .selectors import check_selector
+from .tiny import TokenInputs, tiny_llava
+from .towers import check_tower
 
 __all__ = [
     "PROMISES",

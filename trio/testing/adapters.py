@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.adapters import adapter_for
-from trio.adapters.base import Adapter
-from trio.core.prompts import InputsFactory
-from trio.encoders.compressors.base import COMPRESSORS
-from trio.errors import InputError, did_you_mean
-from trio.spec import CompressorSpec
-from trio.testing.bench import AT_INPUT, TWO_STAGES, Bench, Setting
-from trio.testing.inputs import as_factory
-from trio.testing.promises import PROMISES
-from trio.testing.results import Check, Results, run_cases
+from ..adapters import adapter_for
+from ..adapters.base import Adapter
+from ..core.prompts import InputsFactory
+from ..encoders.compressors.base import COMPRESSORS
+from ..errors import InputError, did_you_mean
+from ..spec import CompressorSpec
+from .bench import AT_INPUT, TWO_STAGES, Bench, Setting
+from .inputs import as_factory
+from .promises import PROMISES
+from .results import Check, Results, run_cases
 
 #: Largest difference of logits, relative to the largest logit.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -120,7 +120,7 @@ def _offered(model: nn.Module, attention: Sequence[str]) -> tuple[str, ...]:
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    from trio.testing.bench import attention_of
+    from .bench import attention_of
 
     try:
         with attention_of(model, name):

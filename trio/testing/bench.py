@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trio.adapters.base import Adapter
-from trio.core import upstream
-from trio.core.prompts import Inputs, InputsFactory, Prompt, Side
-from trio.core.upstream import Role
-from trio.pipeline import Pipeline
-from trio.report import CompressionReport
-from trio.testing.results import require
+from ..adapters.base import Adapter
+from ..core import upstream
+from ..core.prompts import Inputs, InputsFactory, Prompt, Side
+from ..core.upstream import Role
+from ..pipeline import Pipeline
+from ..report import CompressionReport
+from .results import require
 
 #: Kept tokens by stage, sample and image.
 Selection = list[list[list[list[int]]]]

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import torch
 
-from trio.core.tokens import CLS, KINDS, MERGED, PATCH, ImageTokens, Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.testing.results import Case, Results, require, run_cases
+from ..core.tokens import CLS, KINDS, MERGED, PATCH, ImageTokens, Signal, VisualTokens
+from ..encoders.compressors.base import COMPRESSORS, Compressor
+from .results import Case, Results, require, run_cases
 
 
 def check_compressor(compressor: Compressor | type[Compressor] | str, *, raise_on_failure: bool = True) -> Results:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trio.core.prompts import InputsFactory, Prompt, Side
-from trio.errors import InputError
+from ..core.prompts import InputsFactory, Prompt, Side
+from ..errors import InputError
 
 
 @dataclass(frozen=True)

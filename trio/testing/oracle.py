@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trio.errors import InputError, UnsupportedModelError
-from trio.testing.bench import attention_of
-from trio.testing.stock import entering, entry, placeholders, stock_logits, valid_tokens
-from trio.testing.survivors import Features, kept_columns, merged_features
+from ..errors import InputError, UnsupportedModelError
+from .bench import attention_of
+from .stock import entering, entry, placeholders, stock_logits, valid_tokens
+from .survivors import Features, kept_columns, merged_features
 
 if TYPE_CHECKING:
-    from trio.adapters.base import Adapter
+    from ..adapters.base import Adapter
 
 __all__ = ["Features", "KeptByLayer", "compact_logits", "kept_columns", "masked_logits", "merged_features"]
 

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from trio.core.context import LayerContext
-from trio.core.prompts import InputsFactory, Prompt
-from trio.pipeline import Pipeline
-from trio.scorers.base import SCORERS, Scorer
-from trio.spec import StageSpec
-from trio.testing.bench import END, ONE, RAGGED, TWO
-from trio.testing.inputs import as_factory
-from trio.testing.results import Case, Results, require, run_cases
-from trio.testing.tiny import TokenInputs, tiny_llava
+from ..core.context import LayerContext
+from ..core.prompts import InputsFactory, Prompt
+from ..pipeline import Pipeline
+from ..scorers.base import SCORERS, Scorer
+from ..spec import StageSpec
+from .bench import END, ONE, RAGGED, TWO
+from .inputs import as_factory
+from .results import Case, Results, require, run_cases
+from .tiny import TokenInputs, tiny_llava
 
 #: Largest difference of a sample's saliencies alone and in a batch, relative to its largest one.
 CLOSE = 1e-4

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import torch
 
-from trio.selectors.base import SELECTORS, Selector
-from trio.testing.results import Case, Results, require, run_cases
+from ..selectors.base import SELECTORS, Selector
+from .results import Case, Results, require, run_cases
 
 
 def check_selector(selector: Selector | type[Selector] | str, *, raise_on_failure: bool = True) -> Results:

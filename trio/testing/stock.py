@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trio.errors import InputError
-from trio.testing.bench import attention_of
+from ..errors import InputError
+from .bench import attention_of
 
 if TYPE_CHECKING:
-    from trio.adapters.base import Adapter
+    from ..adapters.base import Adapter
 
 #: Where configurations keep the ids of placeholders.
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

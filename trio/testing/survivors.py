@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from trio.errors import InputError, UnsupportedModelError
-from trio.testing.stock import entering, placeholders, valid_tokens
+from ..errors import InputError, UnsupportedModelError
+from .stock import entering, placeholders, valid_tokens
 
 if TYPE_CHECKING:
-    from trio.adapters.base import Adapter
-    from trio.report import CompressionReport, ImageReport, SampleReport
+    from ..adapters.base import Adapter
+    from ..report import CompressionReport, ImageReport, SampleReport
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trio.core.prompts import Prompt, Side
-from trio.core.upstream import MASK
+from ..core.prompts import Prompt, Side
+from ..core.upstream import MASK
 
 IMAGE_TOKEN = 99
 VOCABULARY = 100

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.tokens import Signal
-from trio.encoders.reading.reader import Reader, Reading
-from trio.encoders.towers import Heads, Layout, Tower, tower_for
-from trio.encoders.towers.base import hidden_of
-from trio.errors import UnsupportedModelError
-from trio.testing.attention import WholeAttention
-from trio.testing.results import Case, Results, require, run_cases
+from ..core.tokens import Signal
+from ..encoders.reading.reader import Reader, Reading
+from ..encoders.towers import Heads, Layout, Tower, tower_for
+from ..encoders.towers.base import hidden_of
+from ..errors import UnsupportedModelError
+from .attention import WholeAttention
+from .results import Case, Results, require, run_cases
 
 Images = torch.Tensor | Mapping[str, Any]
 TOLERANCE = 1e-5

@@ -37,7 +37,7 @@ def path(name: str) -> Path:
         UnknownNameError: There is no model of this name.
     """
     if name not in names():
-        from trio.errors import UnknownNameError, did_you_mean
+        from ..errors import UnknownNameError, did_you_mean
 
         listed = ", ".join(names()) or "none"
         raise UnknownNameError(f"The zoo has no model {name!r}. {did_you_mean(name, names())}It has: {listed}.")

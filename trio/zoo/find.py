@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trio.errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean
 
 
 def find_model(name: str) -> str:
@@ -14,7 +14,7 @@ def find_model(name: str) -> str:
     Raises:
         InputError: it is none of these.
     """
-    from trio import zoo
+    from .. import zoo
 
     if name in zoo.names():
         return str(zoo.path(name))

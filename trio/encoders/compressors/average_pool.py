@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from trio.core.tokens import VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.grid import cells
-from trio.encoders.reading.merge import merge, patches_only
+from ...core.tokens import VisualTokens
+from ..reading.grid import cells
+from ..reading.merge import merge, patches_only
+from .base import COMPRESSORS, Compressor
 
 
 @COMPRESSORS.register("average-pool")

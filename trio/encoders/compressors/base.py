@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from trio.core.part import Part
-from trio.core.tokens import Signal, VisualTokens
-from trio.registry import Registry
+from ...core.part import Part
+from ...core.tokens import Signal, VisualTokens
+from ...registry import Registry
 
 Space = Literal["tower", "language"]
 

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
-from trio.core.tokens import VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor, Space
-from trio.encoders.reading.merge import keep, patches_only
-from trio.selectors.nms import unit_length
+from ...core.tokens import VisualTokens
+from ...selectors.nms import unit_length
+from ..reading.merge import keep, patches_only
+from .base import COMPRESSORS, Compressor, Space
 
 
 @COMPRESSORS.register("divprune")

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from trio.core.tokens import Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.merge import leaders_lead, merge, patches_only, ranking
-from trio.selectors.nms import unit_length
+from ...core.tokens import Signal, VisualTokens
+from ...selectors.nms import unit_length
+from ..reading.merge import leaders_lead, merge, patches_only, ranking
+from .base import COMPRESSORS, Compressor
 
 
 @COMPRESSORS.register("prumerge")

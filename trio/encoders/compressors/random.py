@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from trio.core.tokens import VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.merge import keep, largest, patches_only
+from ...core.tokens import VisualTokens
+from ..reading.merge import keep, largest, patches_only
+from .base import COMPRESSORS, Compressor
 
 
 @COMPRESSORS.register("random")

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from trio.core.tokens import Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor, Space
-from trio.encoders.reading.grid import windows
-from trio.encoders.reading.merge import keep, largest, leaders_lead, merge, most_similar, patches_only, ranking
+from ...core.tokens import Signal, VisualTokens
+from ..reading.grid import windows
+from ..reading.merge import keep, largest, leaders_lead, merge, most_similar, patches_only, ranking
+from .base import COMPRESSORS, Compressor, Space
 
 
 @COMPRESSORS.register("scan", aliases=("vscan",))

@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from trio.core.tokens import Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.matching import match
-from trio.encoders.reading.merge import merge, patches_only
+from ...core.tokens import Signal, VisualTokens
+from ..reading.matching import match
+from ..reading.merge import merge, patches_only
+from .base import COMPRESSORS, Compressor
 
 
 @COMPRESSORS.register("tome")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from trio.core.tokens import Signal, VisualTokens
-from trio.encoders.compressors.base import COMPRESSORS, Compressor
-from trio.encoders.reading.merge import largest, leaders_lead, members, merge, most_similar, patches_only, with_class
+from ...core.tokens import Signal, VisualTokens
+from ..reading.merge import largest, leaders_lead, members, merge, most_similar, patches_only, with_class
+from .base import COMPRESSORS, Compressor
 
 
 @COMPRESSORS.register("visionzip")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trio.core.tokens import ImageTokens
+from ...core.tokens import ImageTokens
 
 
 def windows(origins: ImageTokens, size: int) -> tuple[torch.Tensor, int]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.reading.matching import Matching, match, rows
-from trio.encoders.towers.base import Heads, Tower, hidden_of
-from trio.errors import InputError
+from ...errors import InputError
+from ..towers.base import Heads, Tower, hidden_of
+from .matching import Matching, match, rows
 
 
 @dataclass

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from trio.core.tokens import CLS, MERGED, ImageTokens, VisualTokens
-from trio.encoders.compressors.base import Compressor
-from trio.selectors.nms import unit_length
+from ...core.tokens import CLS, MERGED, ImageTokens, VisualTokens
+from ...selectors.nms import unit_length
+from ..compressors.base import Compressor
 
 C = TypeVar("C", bound=Compressor)
 

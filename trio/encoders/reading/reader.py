@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.core.hooking import Owner, adopt, hook_ids, remove_hooks
-from trio.core.tokens import Signal
-from trio.encoders.reading.attention import as_one_head, class_row, received
-from trio.encoders.reading.inside import Merger
-from trio.encoders.towers.base import Heads, Layout, Tower, hidden_of
-from trio.errors import AttachError, InputError, UnsupportedModelError
+from ...core.hooking import Owner, adopt, hook_ids, remove_hooks
+from ...core.tokens import Signal
+from ...errors import AttachError, InputError, UnsupportedModelError
+from ..towers.base import Heads, Layout, Tower, hidden_of
+from .attention import as_one_head, class_row, received
+from .inside import Merger
 
 
 @dataclass(frozen=True)

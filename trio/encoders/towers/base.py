@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.errors import InputError, UnsupportedModelError
-from trio.registry import Registry
+from ...errors import InputError, UnsupportedModelError
+from ...registry import Registry
 
 #: What `Signal.kind` may name, for messages.
 KINDS = ("attention", "keys", "hidden", "cls", "groups")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from trio.encoders.towers.base import TOWERS, is_a
-from trio.encoders.towers.projected import ProjectedTower
+from .base import TOWERS, is_a
+from .projected import ProjectedTower
 
 
 @TOWERS.register("dinov2")

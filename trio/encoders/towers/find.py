@@ -6,8 +6,8 @@ import warnings
 
 from torch import nn
 
-from trio.encoders.towers.base import TOWERS, Tower
-from trio.errors import PluginError, UnsupportedModelError
+from ...errors import PluginError, UnsupportedModelError
+from .base import TOWERS, Tower
 
 #: Where models keep their vision tower: open_clip's models, its timm wrapper, transformers' models.
 _INSIDE = ("visual", "trunk", "vision_model", "vision_tower", "model")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.towers.base import TOWERS, Heads, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
+from .base import TOWERS, Heads, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
 
 
 @TOWERS.register("open-clip")

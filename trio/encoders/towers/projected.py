@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.core.upstream import HIDDEN, MASK
-from trio.encoders.towers.base import Heads, Tower, pair, pixel_grid, split_heads
-from trio.errors import UnsupportedModelError
+from ...core.upstream import HIDDEN, MASK
+from ...errors import UnsupportedModelError
+from .base import Heads, Tower, pair, pixel_grid, split_heads
 
 
 class ProjectedTower(Tower):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.core.upstream import ROTARY
-from trio.encoders.towers.base import TOWERS, Heads, Layout, Tower, is_a, split_heads
-from trio.errors import InputError
+from ...core.upstream import ROTARY
+from ...errors import InputError
+from .base import TOWERS, Heads, Layout, Tower, is_a, split_heads
 
 _MODELS = "transformers.models."
 

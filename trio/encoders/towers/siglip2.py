@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.towers.base import TOWERS, Layout, is_a
-from trio.encoders.towers.projected import ProjectedTower
-from trio.errors import InputError
+from ...errors import InputError
+from .base import TOWERS, Layout, is_a
+from .projected import ProjectedTower
 
 _ARGUMENTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from trio.encoders.towers.base import TOWERS, Heads, Tower, is_a, pixel_grid, pixels_of
-from trio.encoders.towers.open_clip import bias_argument, listen_to_norms
+from .base import TOWERS, Heads, Tower, is_a, pixel_grid, pixels_of
+from .open_clip import bias_argument, listen_to_norms
 
 _KNOWN = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 

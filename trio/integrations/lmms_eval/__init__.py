@@ -15,4 +15,4 @@ def manifest() -> Any:
     """What lmms-eval registers: the model ``trio``, as a chat model."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="trio", chat_class_path="trio.integrations.lmms_eval.model.TrioModel")
+    return ModelManifest(model_id="trio", chat_class_path=f"{__name__}.model.TrioModel")

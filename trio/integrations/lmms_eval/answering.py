@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trio.errors import InputError
-from trio.integrations.lmms_eval.requests import Conversation, cut
+from ...errors import InputError
+from .requests import Conversation, cut
 
 if TYPE_CHECKING:
     import torch
 
-    from trio.pipeline import Pipeline
+    from ...pipeline import Pipeline
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from trio.errors import InputError
-from trio.integrations.lmms_eval.answering import Answer, Answerer
-from trio.integrations.lmms_eval.requests import batches, conversation, generation
-from trio.integrations.lmms_eval.settings import Settings, load
-from trio.pipeline import Pipeline
+from ...errors import InputError
+from ...pipeline import Pipeline
+from .answering import Answer, Answerer
+from .requests import batches, conversation, generation
+from .settings import Settings, load
 
 
 class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is not installed where this is checked

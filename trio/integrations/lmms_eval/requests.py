@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from trio.core.images import load_picture
-from trio.errors import InputError, did_you_mean
+from ...core.images import load_picture
+from ...errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)

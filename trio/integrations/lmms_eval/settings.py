@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from trio.errors import InputError, did_you_mean
+from ...errors import InputError, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -124,8 +124,8 @@ def load(settings: Settings) -> tuple[Any, Any]:
     """
     import transformers
 
-    from trio.errors import first_line
-    from trio.zoo.find import find_model
+    from ...errors import first_line
+    from ...zoo.find import find_model
 
     source = find_model(settings.pretrained)
     device = place(settings)

@@ -1,7 +1,7 @@
 """How much of what a model knew is left: questions, controls, statistics and reports.
 
 ```python
-from trio.measure import evaluation
+from .. import evaluation
 
 task = evaluation.shapesvqa(limit=50)
 results = evaluation.evaluate(model, processor, task, ["trio-soft-11"], out="runs/eval")
@@ -17,10 +17,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trio.measure.evaluation.protocol import evaluate
-    from trio.measure.evaluation.results import Results
-    from trio.measure.evaluation.task import Sample, Task, jsonl
-    from trio.measure.shapesvqa.task import shapesvqa
+    from ..shapesvqa.task import shapesvqa
+    from .protocol import evaluate
+    from .results import Results
+    from .task import Sample, Task, jsonl
 
 __all__ = ["Results", "Sample", "Task", "evaluate", "jsonl", "shapesvqa"]
 
@@ -37,7 +37,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     """Resolve a public name."""
     if name not in _HOME:
-        raise AttributeError(f"module 'trio.measure.evaluation' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"trio.measure.evaluation.{_HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from trio.core.files import read_plain, replace_file
-from trio.errors import InputError
-from trio.measure.jsonlines import Line, append_lines, cut_lines, read_lines
+from ...core.files import read_plain, replace_file
+from ...errors import InputError
+from ..jsonlines import Line, append_lines, cut_lines, read_lines
 
 __all__ = ["Answer", "AnswerFiles"]
 

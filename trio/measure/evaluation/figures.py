@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trio.errors import InputError
-from trio.measure.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from ...errors import InputError
+from .results import COUNTED, OVERALL, Results, RowResult
 
 __all__ = ["check_matplotlib", "retention_curve", "speed_curve"]
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
 
-from trio.core.context import LayerContext
-from trio.core.tokens import ImageTokens
-from trio.cost import ModelShape
-from trio.errors import InputError
-from trio.measure.evaluation.task import Sample
-from trio.scorers.base import Scorer
+from ...core.context import LayerContext
+from ...core.tokens import ImageTokens
+from ...cost import ModelShape
+from ...errors import InputError
+from ...scorers.base import Scorer
+from .task import Sample
 
 __all__ = ["Oracle", "UniformGrid"]
 

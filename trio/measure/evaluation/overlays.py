@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from trio.errors import InputError
-from trio.measure.evaluation.results import Results
-from trio.measure.evaluation.rows import Row
-from trio.measure.evaluation.runner import Runner
-from trio.measure.evaluation.task import Task
-from trio.report.draw import overlay_from_report, seen_region
-from trio.spec import PipelineSpec
+from ...errors import InputError
+from ...report.draw import overlay_from_report, seen_region
+from ...spec import PipelineSpec
+from .results import Results
+from .rows import Row
+from .runner import Runner
+from .task import Task
 
 __all__ = ["Overlay", "overlays"]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from PIL import Image
 
-from trio.adapters.base import Adapter
-from trio.core.images import batch_for
-from trio.core.upstream import MASK
-from trio.measure.evaluation.rows import Picture
-from trio.measure.evaluation.task import Sample, Task
+from ...adapters.base import Adapter
+from ...core.images import batch_for
+from ...core.upstream import MASK
+from .rows import Picture
+from .task import Sample, Task
 
 __all__ = ["Counter", "Shown", "without_floor"]
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 import transformers
 
-import trio
-from trio.errors import InputError
-from trio.measure.evaluation.answers import AnswerFiles
-from trio.measure.evaluation.results import Results
-from trio.measure.evaluation.rows import Row, plan
-from trio.measure.evaluation.runner import LOOKED_AT, Runner
-from trio.measure.evaluation.speed import measure
-from trio.measure.evaluation.summary import Summary
-from trio.measure.evaluation.task import Task
-from trio.measure.statistics import DRAWS, FEW
-from trio.pipeline import Pipeline
-from trio.spec import PipelineSpec, load_spec
+from ... import __version__
+from ...errors import InputError
+from ...pipeline import Pipeline
+from ...spec import PipelineSpec, load_spec
+from ..statistics import DRAWS, FEW
+from .answers import AnswerFiles
+from .results import Results
+from .rows import Row, plan
+from .runner import LOOKED_AT, Runner
+from .speed import measure
+from .summary import Summary
+from .task import Task
 
 __all__ = ["evaluate", "named_specs"]
 
@@ -95,7 +95,7 @@ def evaluate(
     )
     facts = _model(model, name, runner, typical)
     versions = {
-        "trio-vlm": trio.__version__,
+        "trio-vlm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from trio.measure.evaluation import wording
-from trio.measure.evaluation.figures import retention_curve, speed_curve
-from trio.measure.evaluation.overlays import Overlay
-from trio.measure.evaluation.results import OVERALL, Results
+from . import wording
+from .figures import retention_curve, speed_curve
+from .overlays import Overlay
+from .results import OVERALL, Results
 
 __all__ = ["report_html"]
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from trio.core.files import read_plain
-from trio.core.record import Record
-from trio.errors import InputError
+from ...core.files import read_plain
+from ...core.record import Record
+from ...errors import InputError
 
 __all__ = ["Comparison", "Estimate", "Gate", "Results", "RowResult", "Speed"]
 

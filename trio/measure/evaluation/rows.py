@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trio.adapters import adapter_for
-from trio.errors import InputError, TrioError
-from trio.measure.evaluation.floors import Oracle, UniformGrid
-from trio.pipeline import Pipeline
-from trio.spec import CompressorSpec, Keep, PartSpec, PipelineSpec, StageSpec
-from trio.spec.schedule import resolve
+from ...adapters import adapter_for
+from ...errors import InputError, TrioError
+from ...pipeline import Pipeline
+from ...spec import CompressorSpec, Keep, PartSpec, PipelineSpec, StageSpec
+from ...spec.schedule import resolve
+from .floors import Oracle, UniformGrid
 
 __all__ = ["SEEDS", "Row", "Schedule", "none_name", "plan"]
 

@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trio.adapters import adapter_for
-from trio.core.images import batch_for
-from trio.core.upstream import MASK
-from trio.cost import ModelShape, of_report
-from trio.cost.flops import prefill_flops, projector_flops, tower_flops
-from trio.errors import TrioError
-from trio.measure.evaluation.answers import Answer, AnswerFiles
-from trio.measure.evaluation.floors import Oracle
-from trio.measure.evaluation.pictures import Counter, Shown, without_floor
-from trio.measure.evaluation.rows import Picture, Row
-from trio.measure.evaluation.task import Sample, Task
-from trio.pipeline import Pipeline
+from ...adapters import adapter_for
+from ...core.images import batch_for
+from ...core.upstream import MASK
+from ...cost import ModelShape, of_report
+from ...cost.flops import prefill_flops, projector_flops, tower_flops
+from ...errors import TrioError
+from ...pipeline import Pipeline
+from .answers import Answer, AnswerFiles
+from .floors import Oracle
+from .pictures import Counter, Shown, without_floor
+from .rows import Picture, Row
+from .task import Sample, Task
 
 __all__ = ["Runner"]
 

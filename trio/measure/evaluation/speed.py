@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from trio.measure.evaluation.results import Speed
-from trio.measure.evaluation.rows import Row
-from trio.measure.evaluation.runner import Runner
+from .results import Speed
+from .rows import Row
+from .runner import Runner
 
 __all__ = ["measure"]
 

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trio.measure.evaluation.answers import Answer
-from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Estimate, Gate, RowResult
-from trio.measure.evaluation.rows import GATE_NEAR, GATE_SHARE, Row, Schedule, none_name
-from trio.measure.evaluation.task import Task
-from trio.measure.statistics import (
+from ..statistics import (
     FLIPS,
     Bootstrap,
     Interval,
@@ -24,6 +20,10 @@ from trio.measure.statistics import (
     scenes_to_reject,
     smallest_p,
 )
+from .answers import Answer
+from .results import COUNTED, OVERALL, Comparison, Estimate, Gate, RowResult
+from .rows import GATE_NEAR, GATE_SHARE, Row, Schedule, none_name
+from .task import Task
 
 __all__ = ["Summary", "right_of"]
 

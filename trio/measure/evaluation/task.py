@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from trio.core.images import load_picture
-from trio.errors import InputError
-from trio.measure.evaluation.results import COUNTED, OVERALL
-from trio.measure.jsonlines import read_lines
+from ...core.images import load_picture
+from ...errors import InputError
+from ..jsonlines import read_lines
+from .results import COUNTED, OVERALL
 
 __all__ = ["Sample", "Task", "jsonl", "normalise"]
 

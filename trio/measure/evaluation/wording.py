@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Estimate, Results, RowResult
+from .results import COUNTED, OVERALL, Comparison, Estimate, Results, RowResult
 
 __all__ = ["comparison_table", "findings", "gate_table", "main_table", "ordered", "short_table", "tables"]
 

@@ -4,8 +4,8 @@
 at the same places (the floor), and compares the answers.
 """
 
-from trio.measure.fidelity.measure import measure
-from trio.measure.fidelity.report import Estimate, FidelityReport, Row, SpecFidelity
-from trio.measure.fidelity.samples import DESCRIBE, Sample, read_samples
+from .measure import measure
+from .report import Estimate, FidelityReport, Row, SpecFidelity
+from .samples import DESCRIBE, Sample, read_samples
 
 __all__ = ["DESCRIBE", "Estimate", "FidelityReport", "Row", "Sample", "SpecFidelity", "measure", "read_samples"]

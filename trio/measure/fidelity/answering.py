@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from trio.adapters import adapter_for
-from trio.core.images import batch_for
-from trio.errors import InputError
-from trio.measure.fidelity.samples import Sample
-from trio.pipeline import Pipeline
-from trio.report import CompressionReport
+from ...adapters import adapter_for
+from ...core.images import batch_for
+from ...errors import InputError
+from ...pipeline import Pipeline
+from ...report import CompressionReport
+from .samples import Sample
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trio.spec import CompressorSpec, Keep, PartSpec, PipelineSpec
+from ...spec import CompressorSpec, Keep, PartSpec, PipelineSpec
 
 
 def random_floor(spec: PipelineSpec, *, seed: int = 0, entered: float | None = None) -> PipelineSpec:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trio.measure.fidelity.report import Estimate
-from trio.measure.statistics import by_scene, wilson
+from ..statistics import by_scene, wilson
+from .report import Estimate
 
 
 def estimate(values: Sequence[float], pictures: Sequence[str]) -> Estimate:

@@ -8,16 +8,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import trio
-from trio.cost import ModelShape
-from trio.errors import InputError, UnsupportedModelError
-from trio.measure.fidelity.answering import Answered, Answerer
-from trio.measure.fidelity.compare import compare
-from trio.measure.fidelity.floor import random_floor
-from trio.measure.fidelity.report import Asked, FidelityReport, SpecFidelity
-from trio.measure.fidelity.samples import Sample
-from trio.measure.fidelity.ways import Pair, Way, gain, middle
-from trio.spec import PipelineSpec, load_spec
+from ... import __version__
+from ...cost import ModelShape
+from ...errors import InputError, UnsupportedModelError
+from ...spec import PipelineSpec, load_spec
+from .answering import Answered, Answerer
+from .compare import compare
+from .floor import random_floor
+from .report import Asked, FidelityReport, SpecFidelity
+from .samples import Sample
+from .ways import Pair, Way, gain, middle
 
 #: Draws of the floor; batches take them in turn, because prompts that are alike draw alike.
 DRAWS = 5
@@ -163,7 +163,7 @@ class _Run:
         return FidelityReport(
             model=name,
             versions={
-                "trio-vlm": trio.__version__,
+                "trio-vlm": __version__,
                 **{package: metadata.version(package) for package in ("torch", "transformers")},
             },
             device=str(model.device),

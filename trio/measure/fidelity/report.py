@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trio.core.record import Document, Record
+from ...core.record import Document, Record
 
 
 class Estimate(Record):

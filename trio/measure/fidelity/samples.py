@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from trio.core.files import read_plain
-from trio.core.images import MAX_PIXELS, load_picture
-from trio.errors import InputError
-from trio.measure.jsonlines import read_lines
+from ...core.files import read_plain
+from ...core.images import MAX_PIXELS, load_picture
+from ...errors import InputError
+from ..jsonlines import read_lines
 
 #: The prompt where none is given.
 DESCRIBE = "Describe this picture in one or two sentences."

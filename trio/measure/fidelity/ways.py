@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from trio.cost import ModelShape, of_report
-from trio.errors import TrioError
-from trio.measure.fidelity.answering import Answered, Answerer
-from trio.measure.fidelity.compare import Likeness
-from trio.measure.fidelity.intervals import estimate, share
-from trio.measure.fidelity.report import Likenesses, Row, Times
-from trio.pipeline import Pipeline
-from trio.report import CompressionReport
-from trio.spec import PipelineSpec
+from ...cost import ModelShape, of_report
+from ...errors import TrioError
+from ...pipeline import Pipeline
+from ...report import CompressionReport
+from ...spec import PipelineSpec
+from .answering import Answered, Answerer
+from .compare import Likeness
+from .intervals import estimate, share
+from .report import Likenesses, Row, Times
 
 #: Seconds to the first token and to the end, of one batch.
 Pair = tuple[float, float]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from trio.measure.shapesvqa.questions import KINDS, Asker
-from trio.measure.shapesvqa.scenes import Box, Split, draw_scene
-from trio.measure.shapesvqa.views import varied_scene
+from .questions import KINDS, Asker
+from .scenes import Box, Split, draw_scene
+from .views import varied_scene
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trio.measure.shapesvqa.scenes import COLOURS, HELD_OUT, PLATES, SHAPES, Item, Scene
+from .scenes import COLOURS, HELD_OUT, PLATES, SHAPES, Item, Scene
 
 COUNTS = ("zero", "one", "two", "three")
 

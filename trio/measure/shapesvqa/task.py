@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Literal
 
-from trio.errors import InputError
-from trio.measure.evaluation.task import Sample, Task
-from trio.measure.shapesvqa.questions import KINDS, Question
-from trio.measure.shapesvqa.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
-from trio.measure.shapesvqa.views import varied_scene
+from ...errors import InputError
+from ..evaluation.task import Sample, Task
+from .questions import KINDS, Question
+from .scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
+from .views import varied_scene
 
 __all__ = ["CANVASES", "SPLITS", "SUBTASKS", "VERSION", "canvas_for", "reveals", "shapesvqa"]
 

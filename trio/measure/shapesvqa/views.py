@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from trio.measure.shapesvqa.scenes import Item, Scene, Split, draw_scene
+from .scenes import Item, Scene, Split, draw_scene
 
 GRIDS = ((3, 3), (4, 2), (4, 2), (2, 4), (2, 4), (4, 3), (3, 4), (4, 4), (5, 2), (2, 5))
 """Columns and rows of cells; nothing smaller than eight cells, which is as much as a scene may need."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trio.errors import InputError
-from trio.measure.fidelity.report import Row
-from trio.measure.tuning.report import TuningReport, cost_of, quality_of
-from trio.measure.tuning.target import COSTS, QUALITIES, parse_target
+from ...errors import InputError
+from ..fidelity.report import Row
+from .report import TuningReport, cost_of, quality_of
+from .target import COSTS, QUALITIES, parse_target
 
 #: Colours that the colour-blind tell apart (Okabe and Ito), with a marker of their own each.
 TUNED, DEFAULT, CHANCE = ("#0072B2", "o"), ("#D55E00", "s"), ("#555555", "X")

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trio.core.record import Document, Record
-from trio.measure.fidelity.report import Estimate, FidelityReport, Row
-from trio.measure.tuning.target import Bound, parse_target
+from ...core.record import Document, Record
+from ..fidelity.report import Estimate, FidelityReport, Row
+from .target import Bound, parse_target
 
 
 class Candidate(Record):

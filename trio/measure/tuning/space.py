@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trio import DEFAULT_SPEC
-from trio.adapters.base import Adapter
-from trio.encoders.compressors.base import COMPRESSORS
-from trio.errors import InputError, TrioError, did_you_mean
-from trio.pipeline import Pipeline
-from trio.scorers.base import SCORERS
-from trio.selectors.base import SELECTORS
-from trio.spec import PipelineSpec, load_spec
-from trio.spec.schedule import resolve
+from ... import DEFAULT_SPEC
+from ...adapters.base import Adapter
+from ...encoders.compressors.base import COMPRESSORS
+from ...errors import InputError, TrioError, did_you_mean
+from ...pipeline import Pipeline
+from ...scorers.base import SCORERS
+from ...selectors.base import SELECTORS
+from ...spec import PipelineSpec, load_spec
+from ...spec.schedule import resolve
 
 #: Stages at most. No published schedule has more.
 STAGES = 3

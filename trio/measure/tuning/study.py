@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trio.errors import InputError, TrioError
-from trio.measure.tuning.report import Candidate
-from trio.measure.tuning.space import Space
-from trio.measure.tuning.trials import Found
-from trio.spec import PipelineSpec
+from ...errors import InputError, TrioError
+from ...spec import PipelineSpec
+from .report import Candidate
+from .space import Space
+from .trials import Found
 
 Sampler = Literal["tpe", "nsga2"]
 

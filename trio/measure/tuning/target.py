@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trio.errors import InputError, did_you_mean
+from ...errors import InputError, did_you_mean
 
 Direction = Literal[">=", "<="]
 

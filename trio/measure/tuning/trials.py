@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, median
 
-from trio.cost import ModelShape
-from trio.errors import UnsupportedModelError
-from trio.measure.fidelity.answering import Answered, Answerer
-from trio.measure.fidelity.compare import Likeness, compare
-from trio.measure.fidelity.samples import Sample
-from trio.measure.fidelity.ways import Tokens
-from trio.pipeline import Pipeline
-from trio.spec import PipelineSpec, load_spec
+from ...cost import ModelShape
+from ...errors import UnsupportedModelError
+from ...pipeline import Pipeline
+from ...spec import PipelineSpec, load_spec
+from ..fidelity.answering import Answered, Answerer
+from ..fidelity.compare import Likeness, compare
+from ..fidelity.samples import Sample
+from ..fidelity.ways import Tokens
 
 #: Turns of the full and the compressed model where times are asked for; the median of their ratios counts.
 TURNS = 3

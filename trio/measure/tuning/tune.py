@@ -8,16 +8,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trio import DEFAULT_SPEC
-from trio.errors import BudgetError, InputError
-from trio.measure.fidelity import FidelityReport, Sample, measure
-from trio.measure.fidelity.answering import Answerer
-from trio.measure.tuning.report import Candidate, TuningReport, cost_of, quality_of
-from trio.measure.tuning.space import Space
-from trio.measure.tuning.study import Sampler, Study, front, optuna
-from trio.measure.tuning.target import Target, parse_target
-from trio.measure.tuning.trials import Judge
-from trio.spec import PipelineSpec, load_spec
+from ... import DEFAULT_SPEC
+from ...errors import BudgetError, InputError
+from ...spec import PipelineSpec, load_spec
+from ..fidelity import FidelityReport, Sample, measure
+from ..fidelity.answering import Answerer
+from .report import Candidate, TuningReport, cost_of, quality_of
+from .space import Space
+from .study import Sampler, Study, front, optuna
+from .target import Target, parse_target
+from .trials import Judge
 
 
 def tune(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from trio.testing.promises import attention, batch, decode, generation, identity, lost, oracle, refusals, reversibility
-from trio.testing.results import Case
+from ..results import Case
+from . import attention, batch, decode, generation, identity, lost, oracle, refusals, reversibility
 
 if TYPE_CHECKING:
-    from trio.testing.bench import Bench
+    from ..bench import Bench
 
 #: By name, in the order in which they are checked.
 PROMISES: dict[str, Callable[[Bench], Iterator[Case]]] = {

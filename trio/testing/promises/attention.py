@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from trio.testing import varlen
-from trio.testing.bench import RAGGED, Bench, attention_of, kept_by_all, reduced, relative
-from trio.testing.results import Case, require
+from .. import varlen
+from ..bench import RAGGED, Bench, attention_of, kept_by_all, reduced, relative
+from ..results import Case, require
 
 
 def cases(bench: Bench) -> Iterator[Case]:

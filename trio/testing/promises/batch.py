@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.core.prompts import Prompt, Side
-from trio.testing.bench import RAGGED, Bench, Selection, Setting, kept_by_all
-from trio.testing.results import Case
+from ...core.prompts import Prompt, Side
+from ..bench import RAGGED, Bench, Selection, Setting, kept_by_all
+from ..results import Case
 
 
 def cases(bench: Bench) -> Iterator[Case]:

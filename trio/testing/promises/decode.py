@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trio.core.prompts import Prompt
-from trio.testing.bench import ONE, RAGGED, TWO, Bench, Setting
-from trio.testing.results import Case
+from ...core.prompts import Prompt
+from ..bench import ONE, RAGGED, TWO, Bench, Setting
+from ..results import Case
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from trio.core.prompts import Inputs, Prompt
-from trio.core.upstream import MASK, Role, cache_of, dynamic_cache, keywords
-from trio.pipeline import Pipeline
-from trio.testing.bench import (
+from ...core.prompts import Inputs, Prompt
+from ...core.upstream import MASK, Role, cache_of, dynamic_cache, keywords
+from ...pipeline import Pipeline
+from ..bench import (
     END,
     NEW,
     ONE,
@@ -26,7 +26,7 @@ from trio.testing.bench import (
     pictures_of,
     reduced,
 )
-from trio.testing.results import Case, require
+from ..results import Case, require
 
 NEXT = Prompt("And what about the other one ?")
 NEXT_PICTURE = Prompt("Now this one", 7, "what is it ?")

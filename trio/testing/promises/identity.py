@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from trio.core.prompts import Side
-from trio.spec import Keep, StageSpec
-from trio.testing.bench import ONE, RAGGED, TEXT, Bench, Setting
-from trio.testing.results import Case, require
+from ...core.prompts import Side
+from ...spec import Keep, StageSpec
+from ..bench import ONE, RAGGED, TEXT, Bench, Setting
+from ..results import Case, require
 
 
 def everything(bench: Bench) -> Setting:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from trio.core.upstream import MASK, Role, cache_of, keywords
-from trio.errors import BudgetError, NonFiniteError, SpecError
-from trio.testing.bench import ONE, Bench, Setting, reduced
-from trio.testing.promises.identity import bitwise
-from trio.testing.promises.refusals import refusal
-from trio.testing.results import Case, require
+from ...core.upstream import MASK, Role, cache_of, keywords
+from ...errors import BudgetError, NonFiniteError, SpecError
+from ..bench import ONE, Bench, Setting, reduced
+from ..results import Case, require
+from .identity import bitwise
+from .refusals import refusal
 
 
 def cases(bench: Bench) -> Iterator[Case]:

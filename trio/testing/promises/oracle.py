@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from trio.core.prompts import Inputs, Prompt, Side
-from trio.report import CompressionReport
-from trio.testing.bench import RAGGED, Bench, Setting, extended, reduced, relative
-from trio.testing.oracle import compact_logits, kept_columns, masked_logits, merged_features
-from trio.testing.results import Case, require
-from trio.testing.stock import first_entry
+from ...core.prompts import Inputs, Prompt, Side
+from ...report import CompressionReport
+from ..bench import RAGGED, Bench, Setting, extended, reduced, relative
+from ..oracle import compact_logits, kept_columns, masked_logits, merged_features
+from ..results import Case, require
+from ..stock import first_entry
 
 
 @dataclass(frozen=True)

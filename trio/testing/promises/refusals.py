@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.core.upstream import (
+from ...core.upstream import (
     ASSISTANT,
     CACHE_KIND,
     CHUNK,
@@ -22,10 +22,10 @@ from trio.core.upstream import (
     StaticCache,
     keywords,
 )
-from trio.errors import AttachError, CacheError, InputError, TrioError
-from trio.testing.bench import ONE, TEXT, Bench
-from trio.testing.promises.identity import bitwise
-from trio.testing.results import Case, require
+from ...errors import AttachError, CacheError, InputError, TrioError
+from ..bench import ONE, TEXT, Bench
+from ..results import Case, require
+from .identity import bitwise
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trio.testing.bench import ONE, RAGGED, Bench, reduced
-from trio.testing.promises.identity import bitwise
-from trio.testing.results import Case, require
+from ..bench import ONE, RAGGED, Bench, reduced
+from ..results import Case, require
+from .identity import bitwise
 
 
 class Planned(Exception):
