@@ -312,7 +312,7 @@ def test_schema_is_valid_and_accepts_the_shipped_specs() -> None:
     schema = json.loads(result.stdout)
     jsonschema.Draft202012Validator.check_schema(schema)
     for name in shipped_specs():
-        text = (Path(trio.__file__).parent / "specs" / f"{name}.yaml").read_text()
+        text = (Path(trio.__file__).parent / "spec" / "shipped" / f"{name}.yaml").read_text()
         jsonschema.validate(yaml.safe_load(text), schema)
 
 

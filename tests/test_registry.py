@@ -45,7 +45,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[T
     module = "from tests_toys import registry, Toy\n@registry.register('ball', aliases=('sphere',))\nclass Ball(Toy):\n"
     (package / "ball.py").write_text(module + "    '''A ball.'''\n    size: float = 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry: Registry[Toy] = Registry("toy", base=f"{__name__}:Toy", builtin="toybox", group="toys")
+    registry: Registry[Toy] = Registry("toy", Toy, builtin="toybox", group="toys")
     shared = type(sys)("tests_toys")
     shared.registry, shared.Toy = registry, Toy  # type: ignore[attr-defined]  # a module made on the spot
     monkeypatch.setitem(sys.modules, "tests_toys", shared)

@@ -549,7 +549,7 @@ def test_schema_accepts_what_loads(parts: bool) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     for name in shipped_specs():
-        file = Path(trio.__file__).parent / "specs" / f"{name}.yaml"
+        file = Path(trio.__file__).parent / "spec" / "shipped" / f"{name}.yaml"
         validator.validate(yaml.safe_load(file.read_text()))
         validator.validate(load_spec(name).to_dict())
     validator.validate(FULL)
