@@ -1,30 +1,41 @@
-"""Small trained models that ship with the package, so that everything can be tried without a download.
+"""Small trained models, so that everything can be tried without a download.
 
 They answer questions about drawn scenes and nothing else; ``docs/zoo.md`` says how they were trained and how well they
-do.
+do. ``tiny-llava`` comes with this package, the others with the distribution ``trio-vlm-zoo``.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["demo_picture", "demo_question", "load", "names", "path"]
+__all__ = ["SEPARATE", "demo_picture", "demo_question", "load", "names", "path"]
 
 _HERE = Path(__file__).parent
-_MODELS = _HERE / "models"
+_DISTRIBUTION = "trio-vlm-zoo"
+#: Models of the distribution `trio-vlm-zoo`.
+SEPARATE = ("tiny-llava-next", "tiny-llava-seed1", "tiny-qwen2.5-vl")
+
+
+def _folders() -> dict[str, Path]:
+    """The folder of every installed model, by name."""
+    homes = [_HERE / "models"]
+    package = _DISTRIBUTION.replace("-", "_")
+    try:
+        homes.append(importlib.import_module(package).models())
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+    return {file.parent.name: file.parent for home in homes for file in sorted(home.glob("*/config.json"))}
 
 
 def names() -> list[str]:
-    """Names of the models."""
-    return (
-        sorted(folder.name for folder in _MODELS.iterdir() if (folder / "config.json").is_file())
-        if _MODELS.is_dir()
-        else []
-    )
+    """Names of the installed models."""
+    return sorted(_folders())
 
 
 def path(name: str) -> Path:
@@ -34,14 +45,23 @@ def path(name: str) -> Path:
         name: One of ``names()``.
 
     Raises:
-        UnknownNameError: There is no model of this name.
+        UnknownNameError: There is no model of this name, or it is in a distribution that is not installed.
     """
-    if name not in names():
-        from ..errors import UnknownNameError, did_you_mean
+    folders = _folders()
+    if name in folders:
+        return folders[name]
+    from ..errors import UnknownNameError, did_you_mean
 
-        listed = ", ".join(names()) or "none"
-        raise UnknownNameError(f"The zoo has no model {name!r}. {did_you_mean(name, names())}It has: {listed}.")
-    return _MODELS / name
+    installed = ", ".join(sorted(folders)) or "none"
+    if name in SEPARATE:
+        raise UnknownNameError(
+            f"zoo: the model {name!r} is in the distribution {_DISTRIBUTION}, which is not installed; installed are: "
+            f"{installed}. Install it with `pip install {_DISTRIBUTION}`, in a checkout with `pip install -e ./zoo`."
+        )
+    raise UnknownNameError(
+        f"zoo: there is no model {name!r}. {did_you_mean(name, {*folders, *SEPARATE})}Installed are: {installed}; the "
+        f"distribution {_DISTRIBUTION} has {', '.join(SEPARATE)}. Give one of these names."
+    )
 
 
 def load(name: str = "tiny-llava", **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -52,7 +72,7 @@ def load(name: str = "tiny-llava", **options: Any) -> tuple[PreTrainedModel, Pro
         options: Passed to ``AutoModelForImageTextToText.from_pretrained``, for example ``dtype``.
 
     Raises:
-        UnknownNameError: There is no model of this name.
+        UnknownNameError: There is no model of this name, or it is in a distribution that is not installed.
     """
     return load_folder(path(name), **options)
 

@@ -16,9 +16,9 @@ def find_model(name: str) -> str:
     """
     from .. import zoo
 
-    if name in zoo.names():
-        return str(zoo.path(name))
     folder = Path(name).expanduser()
+    if name in zoo.names() or (name in zoo.SEPARATE and not folder.exists()):
+        return str(zoo.path(name))  # or the error that says what to install
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(
@@ -28,7 +28,6 @@ def find_model(name: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
         return name
     raise InputError(
-        f"model {name!r}: neither a model of the zoo ({', '.join(zoo.names()) or 'empty'}), nor a folder, nor a hub "
-        "name "
-        f"such as llava-hf/llava-1.5-7b-hf. {did_you_mean(name, zoo.names())}".rstrip()
+        f"model {name!r}: neither a model of the zoo ({', '.join(zoo.names())}), nor a folder, nor a hub name such as "
+        f"llava-hf/llava-1.5-7b-hf. {did_you_mean(name, {*zoo.names(), *zoo.SEPARATE})}".rstrip()
     )
