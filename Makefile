@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 PREVIOUS := .venv-previous
 LMMS := .venv-lmms
+ALIAS := .venv-alias
 DOCS := .venv-docs
 PYTEST_ARGS ?= -n auto --dist worksteal
 export HF_HUB_OFFLINE = 1
@@ -17,7 +18,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check lowest previous versions lmms-eval docs format clean
+.PHONY: demo test quick check lowest previous versions lmms-eval alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -55,6 +56,13 @@ lmms-eval: $(LMMS)/.installed
 	$(LMMS)/bin/python -c 'import lmms_eval, transformers as t; assert t.__version__.startswith("5."), t.__version__'
 	$(LMMS)/bin/python -m pytest tests/integrations
 
+# The same sources under the import name trio_vlm, in dist/, tested in an environment that has the async library trio.
+alias: $(ALIAS)/.installed
+	rm -f dist/trio_vlm_alias-*.whl
+	$(BIN)/python alias/build.py dist
+	$(ALIAS)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/trio_vlm_alias-*.whl
+	cd alias && ../$(ALIAS)/bin/python -m pytest test_beside.py
+
 # The documentation as a site, in site/: strict, and every public name is in the reference.
 docs: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
@@ -67,12 +75,12 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.demo: pyproject.toml zoo/pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . --editable ./zoo
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.dev: pyproject.toml zoo/pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./zoo
 	@touch $@ $(VENV)/.demo
 
 # Environments that hold only what differs (transformers and what it pins; lmms-eval and what it needs) and see the rest
@@ -102,6 +110,11 @@ $(PREVIOUS)/.installed: $(VENV)/.dev
 $(LMMS)/.installed: $(VENV)/.dev
 	$(call beside,$(LMMS))
 	$(LMMS)/bin/python -m pip install --quiet 'lmms-eval==0.7.*'
+	@touch $@
+
+$(ALIAS)/.installed: $(VENV)/.dev
+	$(call beside,$(ALIAS))
+	$(ALIAS)/bin/python -m pip install --quiet trio
 	@touch $@
 
 $(DOCS)/.installed: $(VENV)/.dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -46,13 +47,44 @@ print(json.dumps(sorted(new - set(sys.stdlib_module_names))))
     assert json.loads(python(code)) == []
 
 
-def test_import_light_modules() -> None:
-    code = """
-import sys, trio.errors, trio.registry
-trio.SCORERS, trio.TrioError
+@pytest.mark.parametrize(
+    "light",
+    [
+        "import trio.errors; trio.TrioError",
+        "import trio.registry; trio.registry.Registry",
+        "import trio.zoo; trio.zoo.path('tiny-llava'), trio.zoo.demo_question()",
+        "import trio.cli",  # `trio --help` answers at once
+        "import trio.core.images, trio.core.files, trio.core.printable",
+    ],
+)
+def test_import_light_modules(light: str) -> None:
+    """What works without a part or a spec; registries stand beside the base classes of their parts and load those."""
+    code = f"""
+import sys
+{light}
 print([name for name in ("torch", "transformers", "pydantic") if name in sys.modules])
 """
     assert python(code).strip() == "[]"
+
+
+def test_specs_are_read_and_registries_found_without_transformers() -> None:
+    code = """
+import sys, trio
+trio.PipelineSpec, trio.SCORERS, trio.SELECTORS
+print("transformers" in sys.modules)
+"""
+    assert python(code).strip() == "False"
+
+
+def test_imports_inside_the_package_are_relative() -> None:
+    """So that the same sources work under another import name."""
+    wrong = []
+    for file in Path(trio.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            wrong += [f"{file}:{node.lineno}" for name in names if name.partition(".")[0] == "trio"]
+    assert not wrong
 
 
 def test_import_is_fast() -> None:
@@ -133,7 +165,7 @@ except AttributeError as error:
 """
     warned, explained = python(code, path=async_library(tmp_path)).splitlines()
     assert warned.count("0.31.0") == 1
-    assert "Make a fresh environment" in warned
+    assert "Make a fresh environment" in warned and "trio-vlm-alias" in warned
     assert "version 0.31.0" in explained
 
 

@@ -1,8 +1,9 @@
 """trio: fewer visual tokens for vision-language models, on stock transformers.
 
-The distribution is `trio-vlm`. `import trio` imports nothing but the standard library: the public names are resolved
-when they are first used (PEP 562). Libraries such as HTTP clients try `import trio` to find the async library of the
-same import name, so importing must be instant and must never fail.
+The distribution is `trio-vlm`; `trio-vlm-alias` installs the same sources under the import name `trio_vlm`. `import
+trio` imports nothing but the standard library: the public names are resolved when they are first used (PEP 562).
+Libraries such as HTTP clients try `import trio` to find the async library of the same import name, so importing must be
+instant and must never fail.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from .spec import StageSpec as Stage
 
 __version__ = "0.1.0"
+#: What installed this package; each import name has a distribution of its own.
+DISTRIBUTION = "trio-vlm" if __name__ == "trio" else "trio-vlm-alias"
 #: The shipped spec that the commands use where none is named.
 DEFAULT_SPEC = "trio-soft-11"
 
@@ -119,6 +122,12 @@ _LAZY = {
 }
 
 
+_REMEDY = (
+    "Make a fresh environment and install there either trio-vlm or trio; for both in one environment install "
+    "trio-vlm-alias in place of trio-vlm, and import trio_vlm."
+)
+
+
 def _async_library() -> str | None:
     """The version of the async library `trio` installed in this environment, or None."""
     from importlib import metadata
@@ -151,13 +160,14 @@ def _unknown_attribute(name: str) -> str:
 
     message = f"module {__name__!r} has no attribute {name!r}. {did_you_mean(name, __all__)}"
     message += "This is trio-vlm (fewer visual tokens for vision-language models), not the async library 'trio'"
-    version = _async_library() if __name__ == "trio" else None
+    if __name__ != "trio":
+        return f"{message}, which is imported as 'trio'."
+    version = _async_library()
     if version is None:
-        return f"{message}; code that needs the async library has to run in another environment, without trio-vlm."
+        return f"{message}. {_REMEDY}"
     return (
         f"{message}, which is installed in this environment too (version {version}): both own the folder "
-        "site-packages/trio and overwrite each other's files. Keep one of them: make a fresh environment and install "
-        "there either trio-vlm or trio."
+        f"site-packages/trio and overwrite each other's files. {_REMEDY}"
     )
 
 
@@ -169,8 +179,7 @@ def _warn_of_conflict() -> None:
 
     warnings.warn(
         f"the async library 'trio' {version} is installed in the same environment as trio-vlm; both own the folder "
-        "site-packages/trio and overwrite each other's files, so that either can fail. Make a fresh environment and "
-        "install there either trio-vlm or trio.",
+        f"site-packages/trio and overwrite each other's files, so that either can fail. {_REMEDY}",
         RuntimeWarning,
         stacklevel=3,
     )

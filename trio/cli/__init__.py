@@ -66,7 +66,8 @@ def main(
     if "_LAZY" not in vars(package):  # the async library of the same import name was installed over this package
         typer.echo(
             "trio: the async library 'trio' has overwritten trio-vlm in this environment; both own the folder "
-            "site-packages/trio. Make a fresh environment and install there only trio-vlm.",
+            "site-packages/trio. Make a fresh environment and install there only trio-vlm, or both trio and "
+            "trio-vlm-alias, which is imported as trio_vlm.",
             err=True,
         )
         raise typer.Exit(2)

@@ -6,11 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import DISTRIBUTION
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: Distributions whose versions matter, where they are installed.
-LIBRARIES = ("trio-vlm", "transformers", "torch", "torchvision", "accelerate", "peft", "numpy", "pydantic")
+LIBRARIES = (
+    DISTRIBUTION,
+    "trio-vlm-zoo",
+    "transformers",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "peft",
+    "numpy",
+    "pydantic",
+)
 
 
 def doctor(

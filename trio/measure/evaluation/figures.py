@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ... import DISTRIBUTION
 from ...errors import InputError
 from .results import COUNTED, OVERALL, Results, RowResult
 
@@ -25,8 +26,8 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(
-            "report.html: its curves need matplotlib, which is not installed; pip install 'trio-vlm[plot]', or give "
-            "--no-html for results.json and results.csv alone."
+            "report.html: its curves need matplotlib, which is not installed; "
+            f"pip install '{DISTRIBUTION}[plot]', or give --no-html for results.json and results.csv alone."
         ) from error
 
 

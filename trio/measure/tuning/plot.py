@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ... import DISTRIBUTION
 from ...errors import InputError
 from ..fidelity.report import Row
 from .report import TuningReport, cost_of, quality_of
@@ -24,7 +25,7 @@ def matplotlib() -> Any:
         import matplotlib.figure as module
     except ImportError as error:
         raise InputError(
-            "plot: matplotlib is missing; install it with `pip install trio-vlm[plot]`, or leave the picture out."
+            f"plot: matplotlib is missing; install it with `pip install {DISTRIBUTION}[plot]`, or leave the image out."
         ) from error
     return module
 

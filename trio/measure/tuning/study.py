@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ... import DISTRIBUTION
 from ...errors import InputError, TrioError
 from ...spec import PipelineSpec
 from .report import Candidate
@@ -28,7 +29,7 @@ def optuna() -> Any:
         import optuna as module
     except ImportError as error:
         raise InputError(
-            "tune: Optuna is missing, which does the searching; install it with `pip install trio-vlm[tune]`."
+            f"tune: Optuna is missing, which does the searching; install it with `pip install {DISTRIBUTION}[tune]`."
         ) from error
     module.logging.set_verbosity(module.logging.WARNING)
     return module
