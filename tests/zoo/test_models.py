@@ -18,6 +18,7 @@ from trio import zoo
 from trio.errors import UnknownNameError
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.statistics import by_scene, wilson
+from trio.zoo.find import find_model
 
 SLOTS = 144
 
@@ -42,8 +43,39 @@ def each(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 def test_names_and_paths() -> None:
-    assert "tiny-llava" in zoo.names()
-    assert (zoo.path("tiny-llava") / "model.safetensors").is_file()
+    assert set(zoo.names()) == {"tiny-llava", *zoo.SEPARATE} == set(CLASSES)
+    for name in zoo.names():
+        assert zoo.path(name).name == name and (zoo.path(name) / "model.safetensors").is_file()
+        assert find_model(name) == str(zoo.path(name))
+
+
+def test_a_model_of_the_other_distribution_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trio_vlm_zoo", None)  # as if it were not installed
+    assert zoo.names() == ["tiny-llava"]
+    for name in zoo.SEPARATE:
+        for asked in (zoo.path, find_model, zoo.load):
+            with pytest.raises(UnknownNameError, match=f"{name}.*distribution trio-vlm-zoo.*pip install trio-vlm-zoo"):
+                asked(name)
+    with pytest.raises(UnknownNameError, match="Did you mean 'tiny-llava-next'"):
+        zoo.path("tiny-llava-nxt")
+
+
+def test_a_broken_distribution_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trio_vlm_zoo.py").write_text("import no_such_module")
+    monkeypatch.delitem(sys.modules, "trio_vlm_zoo", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        zoo.names()
+
+
+def test_a_folder_of_that_name_comes_before_what_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trio_vlm_zoo", None)
+    monkeypatch.chdir(tmp_path)
+    Path("tiny-llava-next").mkdir()
+    Path("tiny-llava-next/config.json").write_text("{}")
+    assert find_model("tiny-llava-next") == "tiny-llava-next"
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
@@ -71,7 +103,7 @@ from trio import zoo
 model, processor = zoo.load({name!r})
 print(type(model).__name__, type(processor).__name__, model.dtype, model.training)
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = subprocess.run(
         [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
     ).stdout
