@@ -30,7 +30,7 @@ _HOME = {
     "Task": "task",
     "evaluate": "protocol",
     "jsonl": "task",
-    "shapesvqa": "shapes",
+    "shapesvqa": ".shapesvqa.task",
 }
 
 
