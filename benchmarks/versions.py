@@ -95,13 +95,12 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def broken(found: list[dict[str, Any]]) -> list[str]:
-    """A line for each check that does not hold."""
+    """A line for each family and release with checks that do not hold: how many, and the first."""
     return [
-        f"- transformers {data['transformers']}, `{name}`: {check}"
+        f"- transformers {data['transformers']}, `{name}`: {len(family['broken'])}; {family['broken'][0]}"
         for data in reversed(found)
         for name, family in data["families"].items()
-        if family
-        for check in family["broken"]
+        if family and family["broken"]
     ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -47,18 +48,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+Found = dict[str, dict[str, dict[str, str]]]
+FOUND = pytest.StashKey[Found]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is found is kept with the configuration: of a worker, or of the one process."""
+    config.stash[FOUND] = {}
+
+
 @pytest.fixture(scope="session")
-def support(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, dict[str, str]], None]]:
+def support(request: pytest.FixtureRequest) -> Callable[[str, str, dict[str, str]], None]:
     """Notes what a family was found to do: `support(family, "random" or "trained", {feature: "yes" or a reason})`."""
-    if request.config.getoption("--support-out") and hasattr(request.config, "workerinput"):
-        raise pytest.UsageError("--support-out: processes would overwrite each other's file; add -p no:xdist or -n 0")
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    found = request.config.stash[FOUND]
 
     def note(family: str, weights: str, features: dict[str, str]) -> None:
         found.setdefault(family, {}).setdefault(weights, {}).update(features)
 
-    yield note
-    out: Path | None = request.config.getoption("--support-out")
-    if out is not None and found:
-        data = {"transformers": metadata.version("transformers"), "torch": torch.__version__, "families": found}
+    return note
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of xdist has ended: its findings join the others."""
+    found = node.config.stash[FOUND]
+    for family, by_weights in getattr(node, "workeroutput", {}).get("support", {}).items():
+        for weights, features in by_weights.items():
+            found.setdefault(family, {}).setdefault(weights, {}).update(features)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands its findings on; the process that began the run writes them."""
+    config = session.config
+    out: Path | None = config.getoption("--support-out")
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["support"] = config.stash[FOUND]
+    elif out is not None and config.stash[FOUND]:
+        data = {
+            "transformers": metadata.version("transformers"),
+            "torch": torch.__version__,
+            "families": config.stash[FOUND],
+        }
         out.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 
 import pytest
 import torch
@@ -208,7 +209,12 @@ def without_weights(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_class_is_served_or_refused_with_what_it_lacks(name):
-    model = without_weights(name)
+    try:
+        model = without_weights(name)
+    except Exception as failed:  # an older release's class whose own default configuration does not build
+        frames = traceback.extract_tb(failed.__traceback__)
+        assert transformers.__version__ < "5.23" and "/trio/" not in frames[-1].filename
+        return
     reasons = why_not(model)
     assert all(CONCRETE.search(reason) for reason in reasons)
     own = [
@@ -238,7 +244,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED if hasattr(transformers, name)])
+#: Its default configuration builds from transformers 5.18 on.
+LATER = {"Granite4VisionForConditionalGeneration"} if transformers.__version__ < "5.18" else set()
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if hasattr(transformers, name) and name not in LATER])
 def test_refused_when_the_pipeline_is_built_with_the_true_reason(name):
     with pytest.raises(trio.UnsupportedModelError, match=rf"{name}.*{REFUSED[name]}.*add-an-adapter"):
         trio.Pipeline.from_spec("trio-11", without_weights(name))

@@ -319,10 +319,12 @@ def _feature_layers(config: Any) -> Given:
     def there(layer: int) -> int:
         return max(layer, -VISION_LAYERS) if layer < 0 else min(layer, VISION_LAYERS)
 
-    chosen = getattr(config, "vision_feature_layer", None)
-    if chosen is None:
-        return {}
-    return {"vision_feature_layer": there(chosen) if isinstance(chosen, int) else [there(layer) for layer in chosen]}
+    given: Given = {}
+    for name in ("vision_feature_layer", "vision_feature_layers"):  # ViP-LLaVA up to transformers 5.22
+        chosen = getattr(config, name, None)
+        if chosen is not None:
+            given[name] = there(chosen) if isinstance(chosen, int) else [there(layer) for layer in chosen]
+    return given
 
 
 def _shrunk_rope(rope: Given) -> Given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.prompts import Inputs, InputsFactory, Prompt, Side
-from ..core.upstream import MASK
+from ..core.upstream import MASK, default_model
 from ..errors import InputError
 from .tiles import best_resolution, tiled_image
 
@@ -97,6 +98,12 @@ def size_of(number: int, tile: int) -> tuple[int, int]:
     return int(height * tile), int(width * tile)
 
 
+def _images_argument(model_type: str) -> str:
+    """What a model calls the pixels of its images: Video-LLaVA had a name of its own up to transformers 5.20."""
+    own = "pixel_values_images"
+    return own if own in inspect.signature(default_model(model_type)[0].forward).parameters else "pixel_values"
+
+
 # Families
 
 
@@ -104,10 +111,11 @@ def _one_grid(config: Any, dtype: torch.dtype) -> TinyInputs:
     """Each picture is one grid of patches."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
+    name = _images_argument(config.model_type)
     return TinyInputs(
         lambda number: [config.image_token_id] * side**2,
         lambda numbers: {
-            "pixel_values": torch.stack([noise(n, 3, vision.image_size, vision.image_size) for n in numbers]).to(dtype)
+            name: torch.stack([noise(n, 3, vision.image_size, vision.image_size) for n in numbers]).to(dtype)
         },
     )
 

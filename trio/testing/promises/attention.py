@@ -34,7 +34,10 @@ def _agrees(bench: Bench, name: str) -> str:
     # In half precision the tower alone moves the tokens; what is promised is about the layers that we touch.
     where = bench.inner if bench.exact else bench.adapter.language_model
     with attention_of(where, name):
-        noise = relative(bench.forward(inputs)[:, -1], stock[:, -1])
+        try:
+            noise = relative(bench.forward(inputs)[:, -1], stock[:, -1])
+        except Exception as failed:  # a stock model that cannot run on this implementation
+            return f"not promised: the stock model itself fails on it ({failed})"
         with pipeline:
             bench.forward(inputs)
             found = kept_by_all(pipeline.report)
