@@ -52,10 +52,7 @@ MAX_STAGES = 1000
 _PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
 
 
-_ModelMeta: Any = type(BaseModel)  # pydantic has no public name for it
-
-
-class _Translating(_ModelMeta):  # type: ignore[misc]  # its base has no type
+class _Translate(type(BaseModel)):  # type: ignore[misc]  # pydantic has no public name for its metaclass
     """Makes objects whose problems are `SpecError`s; models inside others are validated by pydantic in one go."""
 
     def __call__(cls, *args: Any, **data: Any) -> Any:
@@ -65,7 +62,10 @@ class _Translating(_ModelMeta):  # type: ignore[misc]  # its base has no type
             raise translate(error, cls) from error
 
 
-class _Model(BaseModel, metaclass=_Translating):
+_Translating: Any = _Translate  # without its type, which mypy takes for a conflict with that of BaseModel
+
+
+class _Model(BaseModel, metaclass=_Translating):  # type: ignore[metaclass]  # mypy has not seen the metaclass above
     """Base of the spec's models: frozen, unknown keys refused, problems raised as `SpecError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
