@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..core.configs import model_shape, read
 from ..core.patches import PatchMap, join
+from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
+from ..encoders.towers.find import tower_shape
 from . import tiny
 from .base import ADAPTERS, Layout
 from .llava import LlavaAdapter
@@ -23,6 +26,17 @@ class InternVLAdapter(LlavaAdapter):
     How the tiles lie on the picture is known to the processor only; each is a frame of the origin with a grid of its
     own, the thumbnail last.
     """
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"internvl"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """See `Adapter.cost_shape`: two matrices on patches shuffled together; every tile is a crop."""
+        hidden, patches = read(config.text_config, "hidden_size"), round(1 / config.downsample_ratio) ** 2
+        features = read(config.vision_config, "hidden_size") * patches
+        tower = tower_shape(config.vision_config)
+        tower = tower.model_copy(update={"crop_tokens": (tower.crop_patches or 0) // patches or None})
+        return model_shape(config, projector=((features, hidden), (hidden, hidden)), tower=tower)
 
     @classmethod
     def tiny_config(cls, config: Any) -> Any | None:

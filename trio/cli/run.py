@@ -155,11 +155,11 @@ def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
     """The predicted cost of what ran, or why it is not known."""
-    from ..cost import ModelShape, of_report
+    from ..cost import of_report, shape_of
     from ..errors import TrioError
 
     try:
-        return of_report(report, spec, ModelShape.from_config(model.config))
+        return of_report(report, spec, shape_of(model.config))
     except TrioError as error:
         return str(error)
 

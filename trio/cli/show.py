@@ -65,16 +65,14 @@ def show(
 
 def _shape(model: str) -> tuple[ModelShape, int]:
     """The model's shape, and the visual tokens of one picture of its usual size."""
-    from ..cost import ModelShape
+    from ..cost import PUBLISHED, shape_of
     from .common import load_config
 
-    if model in ModelShape.names():
-        return ModelShape.named(model), DEFAULT_TOKENS.get(model, 576)
-    config = load_config(model)
-    vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    usual = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch else 576
-    return ModelShape.from_config(config).model_copy(update={"name": model}), usual
+    if model in PUBLISHED:
+        return PUBLISHED[model], DEFAULT_TOKENS.get(model, 576)
+    shape = shape_of(load_config(model)).model_copy(update={"name": model})
+    usual = shape.tower.crop_tokens if shape.tower is not None else None
+    return shape, usual or 576
 
 
 def _print(description: str, source: str, shape: ModelShape, cost: CostPrediction) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from ..core.flops import similarity_flops
 from ..core.ops import first_k, ranking
+from ..core.part import Choice, FloatRange
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 
 #: Candidates compared with all tokens at a time where similarities are computed in blocks.
@@ -59,6 +63,19 @@ class NMS(Selector):
         # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
         rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
         return first_k(order.gather(1, rank), k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of the kept tokens with all, the lower bound.
+
+        Suppressed candidates need no rows of their own, but computing in blocks computes some of them; the upper bound
+        is that of all pairs.
+        """
+        return similarity_flops(shape, keep, visual)
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """Thresholds from half alike on."""
+        return {"threshold": FloatRange(0.5, 1.0)}
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

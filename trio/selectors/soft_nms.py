@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from ..core.flops import similarity_flops
 from ..core.ops import first_k, ranking
+from ..core.part import Choice, FloatRange
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 from .nms import unit_length
 
@@ -62,6 +66,15 @@ class SoftNMS(Selector):
         weights = relative(saliency.gather(1, order), exists) ** self.weight
         most = min(int(k.max()), order.shape[1]) if k.numel() else 0
         return first_k(order.gather(1, visit(distance, weights, exists, most)), k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of all pairs."""
+        return similarity_flops(shape, visual, visual)
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """Weight and spread; behind the first stage a spread gained nothing."""
+        return {"weight": FloatRange(0.0, 1.0), "spread": FloatRange(0.0, 1.0, later=0.0)}
 
 
 def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:

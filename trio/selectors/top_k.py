@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.ops import first_k, ranking
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 
 
@@ -22,3 +23,7 @@ class TopK(Selector):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`; neither features nor places are looked at."""
         return first_k(ranking(saliency, valid), k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Sorting is not counted."""
+        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
 from ..reading.grid import cells
 from ..reading.merge import keep, patches_only
@@ -20,3 +21,7 @@ class UniformGrid(Compressor):
         """See `Compressor.compress`."""
         middles, _ = cells(tokens.origins, k)
         return keep(tokens, middles.to(tokens.places.device))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Places are known before."""
+        return 0
