@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 __all__ = [
+    "IMAGES",
     "OUT",
     "BatchSize",
     "DType",
     "DTypeName",
     "Device",
     "Force",
-    "Images",
     "Json",
     "MaxNewTokens",
     "ModelArgument",
@@ -68,7 +68,7 @@ SpecNames = Annotated[
     list[str] | None,
     typer.Option("--spec", "-s", help=f"Shipped spec or a YAML file; may be repeated. Default: {DEFAULT_SPEC}."),
 ]
-Images = Annotated[Path | None, typer.Option("--images", help="Folder with images.")]
+IMAGES = typer.Option("--images", help="Folder with images.")
 Prompts = Annotated[
     Path | None,
     typer.Option(
