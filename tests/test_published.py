@@ -28,6 +28,7 @@ from support.published import (
 )
 
 import trio
+from trio.core.context import SelectionContext
 from trio.core.tokens import ImageTokens, VisualTokens
 from trio.encoders.compressors.base import Compressor
 from trio.encoders.compressors.divprune import farthest
@@ -158,9 +159,7 @@ def test_tome(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", cases("trio-nms"))
 def test_nms(case: dict[str, Any]) -> None:
     saliency, features = nms_inputs(case["seed"], case["n"])
-    valid = torch.ones(1, case["n"], dtype=torch.bool)
-    places = torch.zeros(1, case["n"], 3)
-    kept, _ = NMS().select(saliency[None], features[None], torch.tensor([case["k"]]), valid, places)
+    kept, _ = NMS().select(SelectionContext.start(saliency[None], features[None], torch.tensor([case["k"]])))
     assert kept[0].tolist() == case["kept"]
 
 

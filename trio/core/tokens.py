@@ -99,15 +99,15 @@ class ImageTokens:
         return self.kind != NEWLINE
 
     @property
-    def place(self) -> torch.Tensor:
-        """float32 ``(n, 2)``: row and column of each token's middle as shares of the picture's height and width.
+    def grid_positions(self) -> torch.Tensor:
+        """float32 ``(n, 2)``: row and column of each token's middle as shares of the image's height and width.
 
-        nan where it has no place on the picture (a class token, a newline) or where that is not known.
+        nan where it has no position on the image (a class token, a newline) or where that is not known.
         """
         rows, columns = torch.tensor(self.grids)[self.frame.clamp_max(len(self.grids) - 1)].T
-        place = torch.stack([(self.row + 0.5) / rows, (self.column + 0.5) / columns], 1)
+        shares = torch.stack([(self.row + 0.5) / rows, (self.column + 0.5) / columns], 1)
         known = (self.kind == PATCH) | (self.kind == MERGED)
-        return place.masked_fill(~known[:, None], float("nan")) if self.placed else torch.full_like(place, float("nan"))
+        return shares.masked_fill(~known[:, None] | (not self.placed), float("nan"))
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ..core.context import SelectionContext
 from ..core.flops import similarity_flops
 from ..core.ops import first_k, ranking
 from ..core.part import Choice, FloatRange
@@ -39,15 +40,9 @@ class NMS(Selector):
     centre: bool = False
     quantile: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
+        saliency, features, valid = ctx.saliency, ctx.features, ctx.valid
         order = ranking(saliency, valid)
         unit = unit_length(centred(features, valid) if self.centre else features)
         if self.quantile is None:
@@ -57,12 +52,12 @@ class NMS(Selector):
         unit = unit.gather(1, order[..., None].expand_as(unit))
         exists = valid.gather(1, order)
         if features.device.type == "cpu":
-            kept = suppress_in_blocks(unit, exists, threshold, k)
+            kept = suppress_in_blocks(unit, exists, threshold, ctx.k)
         else:
             kept = suppress_at_once(unit, exists, threshold)
         # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
         rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
-        return first_k(order.gather(1, rank), k)
+        return first_k(order.gather(1, rank), ctx.k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of the kept tokens with all, the lower bound.
