@@ -156,11 +156,11 @@ class Adapter(Backbone):
         return None
 
     @classmethod
-    def tiny_inputs(cls, config: Any) -> InputsFactory:
+    def tiny_inputs(cls, config: Any, dtype: torch.dtype = torch.float32) -> InputsFactory:
         """Makes batches for a model of such a configuration, by its `model_type`."""
         from .tiny_inputs import tiny_inputs
 
-        return tiny_inputs(config)
+        return tiny_inputs(config, dtype)
 
     def tiny(self) -> TinyModel | None:
         """A tiny random model of the same classes; None where none is known. Draws from torch's random state."""

@@ -38,12 +38,13 @@ class GenericAdapter(Adapter):
     """
 
     fallback: ClassVar[bool] = True
-    model_types: ClassVar[frozenset[str]] = frozenset(SHAPES)
+    model_types: ClassVar[frozenset[str]] = frozenset({*SHAPES, *tiny.GENERIC})
 
     @classmethod
     def cost_shape(cls, config: Any) -> ModelShape:
         """See `Adapter.cost_shape`; only of the families that were looked at."""
-        return SHAPES[config.model_type](config)
+        describe = SHAPES.get(config.model_type)
+        return super().cost_shape(config) if describe is None else describe(config)
 
     def __init__(self, model: nn.Module) -> None:
         """Inspects the model.

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.configs import model_shape, read
 from ..core.patches import PatchMap, join
+from ..core.prompts import InputsFactory
 from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
 from ..encoders.towers.find import tower_shape
@@ -17,6 +18,7 @@ from . import tiny
 from .base import ADAPTERS, Layout
 from .llava import LlavaAdapter
 from .placeholders import runs_of_tiles
+from .tiny_inputs import BREAK, END, TinyInputs, noise
 
 
 @ADAPTERS.register("internvl")
@@ -41,7 +43,26 @@ class InternVLAdapter(LlavaAdapter):
     @classmethod
     def tiny_config(cls, config: Any) -> Any | None:
         """See `Adapter.tiny_config`."""
-        return tiny.internvl(config)
+        fold = max(round(1 / config.downsample_ratio), 1)
+        vision = tiny.shrunk_clip_like(config.vision_config)
+        if vision is not None:  # tiles of 4 x 4 tokens, each of as many patches as in the model itself
+            vision |= {"image_size": [2 * tiny.SIDE * fold] * 2, "patch_size": [2, 2]}
+        given = tiny.parts(config, vision)
+        return None if given is None else tiny.built(config, {**given, **tiny.feature_layers(config)})
+
+    @classmethod
+    def tiny_inputs(cls, config: Any, dtype: torch.dtype = torch.float32) -> InputsFactory:
+        """See `Adapter.tiny_inputs`: one to three tiles an image, one behind the other."""
+        size = config.vision_config.image_size[0]
+        side = int(size // config.vision_config.patch_size[0] * config.downsample_ratio)
+
+        def tiles(number: int) -> int:
+            return 1 + number % 3
+
+        return TinyInputs(
+            lambda number: [BREAK] + [config.image_token_id] * (tiles(number) * side**2) + [END],
+            lambda numbers: {"pixel_values": torch.cat([noise(n, tiles(n), 3, size, size) for n in numbers]).to(dtype)},
+        )
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -67,15 +67,16 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
     Raises:
         UnknownNameError: one of that name is not known.
     """
-    from ..adapters.tiny import TINY
+    from ..adapters.find import tiny_families
     from ..errors import UnknownNameError, did_you_mean
 
+    known = tiny_families()
     for name in wanted or ():
-        if name not in TINY:
+        if name not in known:
             raise UnknownNameError(
-                f"--family: there is no {name!r}. {did_you_mean(name, TINY)}Known are {', '.join(sorted(TINY))}."
+                f"--family: there is no {name!r}. {did_you_mean(name, known)}Known are {', '.join(sorted(known))}."
             )
-    return sorted(TINY) if not wanted else list(dict.fromkeys(wanted))
+    return sorted(known) if not wanted else list(dict.fromkeys(wanted))
 
 
 def _versions() -> dict[str, str]:
@@ -117,19 +118,18 @@ def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _tiny(name: str) -> Any:
-    from ..adapters import adapter_for
-    from ..adapters.tiny import TINY
+    from ..adapters.find import adapter_for, tiny_families
     from ..core.upstream import default_model
 
     model, config = default_model(name)
-    return adapter_for(model(TINY[name](config)).eval())
+    return adapter_for(model(tiny_families()[name].tiny_config(config)).eval())
 
 
 def _sing(adapter: Any) -> Any:
     from ..runtime.canary import sing
 
     verdict = sing(adapter)
-    assert verdict is not None  # every family of TINY has a tiny model
+    assert verdict is not None  # each of these families has a tiny model
     return verdict
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapters.base import ADAPTERS, Adapter
+from ..adapters.find import families
 from ..core.shape import ModelShape, TowerShape
-from ..errors import PluginError, UnknownNameError, UnsupportedModelError, did_you_mean
+from ..errors import UnknownNameError, UnsupportedModelError, did_you_mean
 
 __all__ = ["PUBLISHED", "published_shape", "shape_of"]
 
@@ -30,28 +29,15 @@ def shape_of(config: Any, *, dtype_bytes: int | None = None) -> ModelShape:
             "vision-language model's. Pass the config of the whole model, or build a ModelShape by hand."
         )
     kind = str(getattr(config, "model_type", ""))
-    adapters = _adapters()
-    for adapter in adapters:
-        if kind in adapter.model_types:
-            shape = adapter.cost_shape(config)
-            return shape if dtype_bytes is None else ModelShape(**{**dict(shape), "dtype_bytes": dtype_bytes})
-    known = sorted({name for adapter in adapters for name in adapter.model_types})
+    known = families()
+    if kind in known:
+        shape = known[kind].cost_shape(config)
+        return shape if dtype_bytes is None else ModelShape(**{**dict(shape), "dtype_bytes": dtype_bytes})
     raise UnsupportedModelError(
         f"the config {type(config).__name__} is of type {kind!r}, and no adapter says what such a model costs. "
-        f"{did_you_mean(kind, known)}Known: {', '.join(known)}. Write Adapter.cost_shape for it, or build a "
+        f"{did_you_mean(kind, known)}Known: {', '.join(sorted(known))}. Write Adapter.cost_shape for it, or build a "
         "ModelShape by hand."
     )
-
-
-def _adapters() -> list[type[Adapter]]:
-    """All adapters that can be loaded, fallbacks last."""
-    found = []
-    for name in ADAPTERS.names():
-        try:
-            found.append(ADAPTERS.get(name))
-        except PluginError as error:
-            warnings.warn(f"adapter {name!r} is left out: {error}", stacklevel=3)
-    return sorted(found, key=lambda adapter: adapter.fallback)
 
 
 def published_shape(name: str) -> ModelShape:
