@@ -164,7 +164,7 @@ def test_my_compressor_keeps_and_averages_what_it_says() -> None:
     features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     tokens = VisualTokens.start(features, ImageTokens.from_grid(1, 5), {compressor.reads()[0]: attention})
     out = compressor.compress(tokens, 3)
-    assert out.places.tolist() == [1, 3, 4] and out.sizes.tolist() == [1, 1, 3]
+    assert out.token_index.tolist() == [1, 3, 4] and out.sizes.tolist() == [1, 1, 3]
     expected = torch.stack([features[1], features[3], features[[0, 2, 4]].mean(0)])
     torch.testing.assert_close(out.features, expected)
 

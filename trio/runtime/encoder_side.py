@@ -218,7 +218,7 @@ class EncoderSide:
                 continue
             out, left = result.tokens, index[result.slots]
             keep[piece.sample, left] = True
-            merge_map[piece.sample, index] = torch.where(out.merged < 0, -1, left[out.merged.clamp_min(0)])
+            merge_map[piece.sample, index] = torch.where(out.merge_map < 0, -1, left[out.merge_map.clamp_min(0)])
             if len(result.rewritten):
                 features.append(out.features[result.rewritten])
                 column = _columns(piece, prefill)[result.slots[result.rewritten]]
@@ -357,11 +357,11 @@ def _slots(out: VisualTokens, tokens: int) -> tuple[torch.Tensor, bool]:
     Each has its own; a class token takes a free one, and others make way for it.
     """
     if not out.tokens or int(out.origins.kind[0]) != CLS:
-        return out.places, False
-    own = out.places.cpu()[1:]
+        return out.token_index, False
+    own = out.token_index.cpu()[1:]
     free = torch.ones(tokens, dtype=torch.int8).index_fill(0, own, 0).argmax()
     slots = torch.cat([own, free[None]]).sort().values
-    return slots.to(out.places.device), not torch.equal(slots[1:], own)
+    return slots.to(out.token_index.device), not torch.equal(slots[1:], own)
 
 
 def _counts(

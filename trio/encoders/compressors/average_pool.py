@@ -21,7 +21,7 @@ class AveragePool(Compressor):
     @patches_only
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
-        middles, into = (index.to(tokens.places.device) for index in cells(tokens.origins, k))
+        middles, into = (index.to(tokens.token_index.device) for index in cells(tokens.origins, k))
         return merge(tokens, middles, into)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:

@@ -31,8 +31,8 @@ class RandomTokens(Compressor):
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
         generator = torch.Generator().manual_seed((tokens.seed ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
-        draws = torch.rand(len(tokens.merged), generator=generator)  # one for each place of the start
-        return keep(tokens, largest(draws.to(tokens.places.device)[tokens.places], k))
+        draws = torch.rand(len(tokens.merge_map), generator=generator)  # one for each token of the start
+        return keep(tokens, largest(draws.to(tokens.token_index.device)[tokens.token_index], k))
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Drawing is not counted."""

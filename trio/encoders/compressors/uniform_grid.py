@@ -20,7 +20,7 @@ class UniformGrid(Compressor):
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
         middles, _ = cells(tokens.origins, k)
-        return keep(tokens, middles.to(tokens.places.device))
+        return keep(tokens, middles.to(tokens.token_index.device))
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Places are known before."""
