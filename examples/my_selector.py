@@ -18,39 +18,32 @@ from trio.core.ops import first_k, ranking
 class Cells(trio.Selector):
     """The most salient token of every cell of a coarse grid, then the second of every cell, and so on.
 
-    Tokens whose place is not known share one cell.
+    Tokens whose position is not known share one cell.
 
     Parameters:
-        cells: rows and columns of the grid that lies over each picture.
+        cells: rows and columns of the grid that lies over each image.
     """
 
     cells: Annotated[int, Field(ge=1, le=64)] = 4
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, ctx: trio.SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`; features are not looked at."""
-        order = ranking(saliency, valid)  # (G, N): best first, padding last
-        known = places.nan_to_num(0.0, 0.0, 0.0).gather(1, order[..., None].expand_as(places))
-        row, column = (known[..., :2] * self.cells).long().clamp(0, self.cells - 1).unbind(-1)
-        cell = (known[..., 2].long() * self.cells + row) * self.cells + column
-        turn = place_in_group(cell).masked_fill(~valid.gather(1, order), order.shape[1])
-        return first_k(order.gather(1, turn.sort(dim=1, stable=True).indices), k)
+        order = ranking(ctx.saliency, ctx.valid)  # (G, N): best first, padding last
+        known = ctx.origins.grid_positions.nan_to_num(0.0, 0.0, 0.0)
+        row, column = (known * self.cells).long().clamp(0, self.cells - 1).unbind(-1)
+        cell = ((ctx.origins.image * self.cells + row) * self.cells + column).gather(1, order)
+        turn = turn_in_cell(cell).masked_fill(~ctx.valid.gather(1, order), order.shape[1])
+        return first_k(order.gather(1, turn.sort(dim=1, stable=True).indices), ctx.k)
 
 
-def place_in_group(group: torch.Tensor) -> torch.Tensor:
+def turn_in_cell(cell: torch.Tensor) -> torch.Tensor:
     """How many entries of the same row before each one have its number: ``[7, 3, 7, 7]`` gives ``[0, 0, 1, 2]``."""
-    together = group.sort(dim=1, stable=True)
-    index = torch.arange(group.shape[1], device=group.device).expand_as(group)
-    begins = torch.ones_like(group, dtype=torch.bool)
+    together = cell.sort(dim=1, stable=True)
+    index = torch.arange(cell.shape[1], device=cell.device).expand_as(cell)
+    begins = torch.ones_like(cell, dtype=torch.bool)
     begins[:, 1:] = together.values.diff(dim=1) != 0
     begin = index.where(begins, 0).cummax(dim=1).values
-    return torch.empty_like(group).scatter(1, together.indices, index - begin)
+    return torch.empty_like(cell).scatter(1, together.indices, index - begin)
 
 
 def main() -> None:

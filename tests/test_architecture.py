@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,10 @@ def test_the_test_sees_every_form():
     lines = ["import trio.cli", "def f():", "    from ..measure import x", "from trio import zoo", "from .a import b"]
     source = "\n".join(lines)
     assert imports(source, ("trio", "spec")) == {"cli", "measure", "zoo", "spec"}
+
+
+def test_the_page_has_the_same_table():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(LAYERS) + 1))
+    assert [re.findall(r"`(\w+)`", names) for _, names in rows] == LAYERS

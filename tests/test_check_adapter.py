@@ -7,7 +7,7 @@ import torch
 from support.models import llava
 
 import trio
-from trio.runtime import hooks
+from trio.runtime import forward, hooks
 from trio.runtime.cache import ReducedLayer
 from trio.scorers.base import Scorer
 from trio.testing import PROMISES, Prompt, TokenInputs, check_adapter, tiny_llava, varlen
@@ -106,7 +106,7 @@ def test_guards_taken_out_break_refusals(monkeypatch):
 
 
 def test_selections_that_are_not_replayed_break_generation(monkeypatch):
-    monkeypatch.setattr(hooks.Uncached, "continued_by", lambda *_: False)
+    monkeypatch.setattr(forward.Prefill, "continues", lambda *_: False)
     assert "use_cache=False" in failures("generation")
 
 

@@ -58,7 +58,7 @@ class ForgetsSizes(AveragePool):
 
 class ForgetsTheMap(UniformGrid):
     def compress(self, tokens, k):
-        return replace(super().compress(tokens, k), merged=tokens.merged)
+        return replace(super().compress(tokens, k), merge_map=tokens.merge_map)
 
 
 class ForgetsSignals(DivPrune):
@@ -72,7 +72,7 @@ class ForgetsSignals(DivPrune):
 class CallsMergedPatches(AveragePool):
     def compress(self, tokens, k):
         out = super().compress(tokens, k)
-        origins = tokens.origins.select(torch.searchsorted(tokens.places, out.places))
+        origins = tokens.origins.select(torch.searchsorted(tokens.token_index, out.token_index))
         return replace(out, origins=replace(origins, size=out.origins.size))
 
 
@@ -116,14 +116,14 @@ class DecidesByItself(OnTheWay):
 class ClassLast(VisionZip):
     def compress(self, tokens, k):
         out = super().compress(tokens, k)
-        if int(out.places[0]) >= 0 or k < 3:
+        if int(out.token_index[0]) >= 0 or k < 3:
             return out
         return keep(out, torch.cat([torch.arange(1, k), torch.zeros(1, dtype=torch.int64)]))
 
 
 WRONG = [
     (OneMore, "form, square grid", "2 tokens of 64, asked for 1"),
-    (Unsorted, "form, square grid", "do not rise"),
+    (Unsorted, "form, square grid", "does not rise"),
     (Dice, "the same again", "called again"),
     (ForgetsSizes, "form, square grid", "has size 1.0, but"),
     (ForgetsTheMap, "form, square grid", "points beyond"),

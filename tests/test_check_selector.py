@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,65 +20,73 @@ def test_every_registered_selector(selector):
 
 
 class Unsorted(TopK):
-    def select(self, saliency, features, k, valid, places):
-        indices, there = super().select(saliency, features, k, valid, places)
+    def select(self, ctx):
+        indices, there = super().select(ctx)
         return indices.flip(1), there.flip(1)
 
 
 class OneMore(TopK):
-    def select(self, saliency, features, k, valid, places):
-        return super().select(saliency, features, (k + 1).clamp_max(saliency.shape[1]), valid, places)
+    def select(self, ctx):
+        return super().select(replace(ctx, k=(ctx.k + 1).clamp_max(ctx.saliency.shape[1])))
 
 
 class Padded(TopK):
     """Takes the last columns, padding or not."""
 
-    def select(self, saliency, features, k, valid, places):
-        return super().select(
-            torch.arange(saliency.shape[1]).expand(saliency.shape).float(), features, k, valid | True, places
-        )
+    def select(self, ctx):
+        last = torch.arange(ctx.saliency.shape[1]).expand(ctx.saliency.shape).float()
+        return super().select(replace(ctx, saliency=last, valid=ctx.valid | True))
 
 
 class Floating(TopK):
-    def select(self, saliency, features, k, valid, places):
-        indices, there = super().select(saliency, features, k, valid, places)
+    def select(self, ctx):
+        indices, there = super().select(ctx)
         return indices.int(), there
 
 
 class Dice(TopK):
-    def select(self, saliency, features, k, valid, places):
-        return super().select(torch.rand(saliency.shape), features, k, valid, places)
+    def select(self, ctx):
+        return super().select(replace(ctx, saliency=torch.rand(ctx.saliency.shape)))
 
 
 class WholeBatch(TopK):
     """Centres the features of all groups together, padding included."""
 
-    def select(self, saliency, features, k, valid, places):
-        away = (features.float() - features.float().mean((0, 1))).norm(dim=-1)
-        return super().select(away.masked_fill(~valid, float("-inf")), features, k, valid, places)
+    def select(self, ctx):
+        away = (ctx.features.float() - ctx.features.float().mean((0, 1))).norm(dim=-1)
+        return super().select(replace(ctx, saliency=away.masked_fill(~ctx.valid, float("-inf"))))
 
 
 class Scribbler(TopK):
-    def select(self, saliency, features, k, valid, places):
-        out = super().select(saliency, features, k, valid, places)
-        features += 1
+    def select(self, ctx):
+        out = super().select(ctx)
+        ctx.features.add_(1)
         return out
 
 
 class AtLeastOne(TopK):
-    def select(self, saliency, features, k, valid, places):
-        return super().select(saliency, features, k.clamp_min(1), valid, places)
+    def select(self, ctx):
+        return super().select(replace(ctx, k=ctx.k.clamp_min(1)))
 
 
 class Undecided(TopK):
     """Fewer than asked for, without saying that it decides the number."""
 
-    def select(self, saliency, features, k, valid, places):
-        return super().select(saliency, features, k // 2, valid, places)
+    def select(self, ctx):
+        return super().select(replace(ctx, k=ctx.k // 2))
 
 
 class Decided(Undecided):
     decides_count = True
+
+
+class ByGroupNumber(TopK):
+    """Draws for the number of a group in its batch, where its own generator would do."""
+
+    def select(self, ctx):
+        draws = [torch.rand(ctx.valid.shape[1], generator=torch.Generator().manual_seed(g)) for g in range(len(ctx.k))]
+        draws = torch.stack(draws) if draws else ctx.saliency
+        return super().select(replace(ctx, saliency=draws.masked_fill(~ctx.valid, float("-inf"))))
 
 
 WRONG = [
@@ -85,6 +95,7 @@ WRONG = [
     (Padded, "form, random", "padding"),
     (Floating, "form, random", "int32"),
     (Dice, "form, random", "called twice"),
+    (ByGroupNumber, "groups alone, random", "alone"),
     (WholeBatch, "groups alone, random", "alone"),
     (WholeBatch, "padding", "changed the choice"),
     (Scribbler, "reads only", "features was changed"),
@@ -103,3 +114,14 @@ def test_wrong_selectors_are_found(selector, check, says):
 
 def test_a_selector_that_decides_the_number_itself():
     assert check_selector(Decided).passed
+
+
+class OwnDraws(TopK):
+    """Random tokens, of each group's own generator."""
+
+    def select(self, ctx):
+        return super().select(replace(ctx, saliency=ctx.random().masked_fill(~ctx.valid, float("-inf"))))
+
+
+def test_a_selector_that_draws_from_the_generators_of_the_groups():
+    assert check_selector(OwnDraws).passed

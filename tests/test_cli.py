@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 import trio
 from trio.cli import app
-from trio.cli.common import duration, layer_ranges, load_picture, quantity
+from trio.cli.common import load_picture
+from trio.cli.tables import console, duration, layer_ranges, print_table, quantity
 from trio.spec import load_spec, shipped_specs
 
 pytestmark = pytest.mark.contract
@@ -102,7 +103,7 @@ def test_version() -> None:
 
 
 def test_run_json(model: Path, picture: Path) -> None:
-    result = trio_("run", "--model", model, "--picture", picture, "--question", "how many circles ?", "--json")
+    result = trio_("run", "--model", model, "--image", picture, "--question", "how many circles ?", "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["question"] == "how many circles ?"
@@ -121,7 +122,7 @@ def test_run_json(model: Path, picture: Path) -> None:
 def test_run_prints_a_table_and_draws(model: Path, picture: Path, tmp_path: Path) -> None:
     target = tmp_path / "kept.png"
     result = trio_(
-        "run", "-m", model, "-p", picture, "-q", "what shape ?", "-s", "trio-11", "-o", target, "--max-new-tokens", 4
+        "run", "-m", model, "-i", picture, "-q", "what shape ?", "-s", "trio-11", "--out", target, "--max-new-tokens", 4
     )
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
@@ -142,12 +143,12 @@ def test_run_prints_a_table_and_draws(model: Path, picture: Path, tmp_path: Path
 
 
 def test_run_writes_the_default_overlay(model: Path, picture: Path) -> None:
-    result = trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+    result = trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--max-new-tokens", 1)
     assert result.exit_code == 0, result.stderr
     assert Path("trio-overlay.png").is_file()
     assert "trio-overlay.png" in result.stdout
     first = Path("trio-overlay.png").read_bytes()
-    result = trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+    result = trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--max-new-tokens", 1)
     assert "kept tokens drawn to trio-overlay-2.png" in result.stdout
     assert Path("trio-overlay-2.png").is_file() and Path("trio-overlay.png").read_bytes() == first
 
@@ -155,7 +156,7 @@ def test_run_writes_the_default_overlay(model: Path, picture: Path) -> None:
 def test_run_with_two_pictures_and_a_file(model: Path, picture: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("version: 1\nname: mine\nstages: [{after_layer: 2, keep: 10, scorer: random, selector: top-k}]\n")
-    result = trio_("run", "-m", model, "-p", picture, "-p", picture, "-q", "hi", "-s", file, "--json")
+    result = trio_("run", "-m", model, "-i", picture, "-i", picture, "-q", "hi", "-s", file, "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert (facts["spec"], facts["visual_tokens"], facts["kept"]) == ("mine", 288, [20])
@@ -166,7 +167,7 @@ def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
 
     from trio.cli.common import inputs_for
 
-    facts = json.loads(trio_("run", "-m", model, "-p", picture, "-q", "what shape ?", "--json").stdout)
+    facts = json.loads(trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--json").stdout)
     network = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = transformers.AutoProcessor.from_pretrained(model)
     inputs = inputs_for(processor, [load_picture(picture)], "what shape ?")
@@ -224,15 +225,37 @@ def test_list() -> None:
         assert name in result.stdout
 
 
+def test_list_has_a_line_an_entry() -> None:
+    result = trio_("list", "scorers")
+    assert result.stdout.splitlines()[0] == "scorers"
+    assert len(result.stdout.splitlines()) == 1 + len(trio.scorers.base.SCORERS.names())
+    assert trio_("list", "scorer").stdout == result.stdout
+
+
+def test_list_of_a_name_has_the_full_text() -> None:
+    words = " ".join(trio_("list", "nms").stdout.split())
+    assert words.startswith("selector nms Greedy non-maximum suppression")
+    assert "threshold (float, default 0.8) cosine similarity from which on a token counts as a duplicate" in words
+    assert "source: trio" in words
+    assert trio_("list", "selector", "nms").stdout == trio_("list", "nms").stdout
+    both = trio_("list", "random").stdout
+    assert "scorer random" in both and "compressor random" in both  # a name of two kinds shows both
+    assert "also called fastv" in trio_("list", "fastv").stdout
+    assert "arxiv" in trio_("list", "trio-11").stdout.lower()
+
+
 def test_list_json_and_patterns() -> None:
     everything = json.loads(trio_("list", "--json").stdout)
     assert set(everything) == {"scorers", "selectors", "compressors", "adapters", "towers", "specs", "models"}
     assert all(row["source"] for rows in everything.values() for row in rows)
     (nms,) = [row for row in everything["selectors"] if row["name"] == "nms"]
     assert nms["parameters"]["threshold"]["default"] == "0.8"
-    some = json.loads(trio_("list", "specs", "--name", "*llava*", "--json").stdout)
+    some = json.loads(trio_("list", "specs", "*llava*", "--json").stdout)
     assert {row["name"] for row in some["specs"]} == {name for name in shipped_specs() if "llava" in name}
     assert set(some) == {"specs"}
+    assert json.loads(trio_("list", "scorers", "no*such*", "--json").stdout) == {"scorers": []}
+    (nms,) = json.loads(trio_("list", "nms", "--json").stdout)["selectors"]
+    assert set(json.loads(trio_("list", "nms", "--json").stdout)) == {"selectors"}
 
 
 def test_list_shows_broken_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,10 +268,61 @@ def test_list_shows_broken_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0
     assert "broken: the plugin rotten 0.3" in " ".join(result.stdout.split())
     assert "objective-gradient" in result.stdout
-    (row,) = json.loads(trio_("list", "scorers", "--name", "spoilt", "--json").stdout)["scorers"]
+    (row,) = json.loads(trio_("list", "scorers", "spoilt", "--json").stdout)["scorers"]
     assert "no_such_module" in row["broken"]
     asked = trio_("show", "trio-11", "--json")
     assert asked.exit_code == 0
+
+
+# Narrow terminals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "visionzip"], ["show", "trio-llava-1.5-64"], ["doctor"]])
+def test_narrow_output_stays_within_the_width(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if command == ["doctor"]:
+        command = ["doctor", "--family", "llava"]
+    for width in (40, 100):
+        monkeypatch.setenv("COLUMNS", str(width))
+        result = trio_(*command)
+        assert result.exit_code == 0, result.stderr
+        assert max(map(len, result.stdout.splitlines())) <= width
+    assert "…" not in trio_("show", "trio-llava-1.5-64").stdout
+
+
+def test_a_table_that_does_not_fit_becomes_a_list(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from rich.table import Table
+
+    table = Table("", "tokens", title="cost")
+    table.add_column("FLOPs", justify="right")
+    table.add_row("full", "576\nof 576", "2.98 TFLOP")
+    table.add_row("compressed", "", "0.61 TFLOP")
+    monkeypatch.setenv("COLUMNS", "30")
+    print_table(console(), table)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["cost", "full", "  tokens: 576 of 576", "  FLOPs: 2.98 TFLOP", "compressed", "  FLOPs: 0.61 TFLOP"]
+    monkeypatch.setenv("COLUMNS", "60")
+    print_table(console(), table)
+    assert "│" in capsys.readouterr().out
+
+
+# One meaning a flag --------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_means_one_thing_in_every_command() -> None:
+    import typer.main
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+    long_of: dict[str, set[str]] = {}
+    kinds: dict[str, set[str]] = {}
+    for command in commands.values():
+        for option in (one for one in command.params if one.param_type_name == "option"):
+            long = next(name for name in option.opts if name.startswith("--"))
+            kinds.setdefault(long, set()).add(f"flag {option.is_flag}")
+            for short in set(option.opts) - {long}:
+                long_of.setdefault(short, set()).add(long)
+    assert {short: names for short, names in long_of.items() if len(names) > 1} == {}
+    assert {long: found for long, found in kinds.items() if len(found) > 1} == {}
+    assert kinds["--json"] == {"flag True"} and kinds["--out"] == {"flag False"}
 
 
 # show ----------------------------------------------------------------------------------------------------------------
@@ -341,25 +415,25 @@ def _damaged(folder: Path) -> dict[str, Path]:
     return files
 
 
-RUN = ["run", "-m", "{model}", "-p", "{picture}", "-q", "hi"]
+RUN = ["run", "-m", "{model}", "-i", "{picture}", "-q", "hi"]
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([*RUN[:3], "-p", "nowhere.png", "-q", "hi"], "picture 'nowhere.png': there is no such file; check the path"),
-        ([*RUN[:3], "-p", "{corrupt}", "-q", "hi"], "corrupt.png': not a picture that can be read; give a PNG"),
-        ([*RUN[:3], "-p", "{cut}", "-q", "hi"], "cut.png': cannot be read (image file is truncated"),
-        ([*RUN[:3], "-p", "{huge}", "-q", "hi"], "huge.png': more than 89 million pixels; scale it down"),
-        ([*RUN[:3], "-p", "{empty}", "-q", "hi"], "empty': cannot be read"),
-        (RUN[:5], "question: missing; a picture of your own needs a question, --question TEXT"),
-        ([*RUN[:6], " "], "question: it is empty"),
+        ([*RUN[:3], "-i", "nowhere.png", "-q", "hi"], "image 'nowhere.png': there is no such file; check the path"),
+        ([*RUN[:3], "-i", "{corrupt}", "-q", "hi"], "corrupt.png': not an image that can be read; give a PNG"),
+        ([*RUN[:3], "-i", "{cut}", "-q", "hi"], "cut.png': cannot be read (image file is truncated"),
+        ([*RUN[:3], "-i", "{huge}", "-q", "hi"], "huge.png': more than 89 million pixels; scale it down"),
+        ([*RUN[:3], "-i", "{empty}", "-q", "hi"], "empty': cannot be read"),
+        (RUN[:5], "--question: missing; an image of your own needs a question, --question TEXT"),
+        ([*RUN[:6], " "], "--question: it is empty"),
         ([*RUN, "--spec", "trio-12"], "there is no shipped spec 'trio-12'. Did you mean 'trio-11'"),
         ([*RUN, "--spec", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory); check the path"),
         ([*RUN, "--spec", "{yaml}"], "bad.yaml, line 3: not valid YAML"),
         ([*RUN, "--spec", "{deep}"], "stages[0].after_layer: found 8, but the model has 8 decoder layers"),
-        ([*RUN, "--overlay", "kept.gif"], "overlay 'kept.gif': the name has to end in .png, .jpg or .webp"),
-        ([*RUN, "--overlay", "nowhere/kept.png"], "overlay 'nowhere/kept.png': there is no folder"),
+        ([*RUN, "--out", "kept.gif"], "--out 'kept.gif': the name has to end in .png, .jpg or .webp"),
+        ([*RUN, "--out", "nowhere/kept.png"], "--out 'nowhere/kept.png': there is no folder"),
         ([*RUN, "--device", "warp"], "device 'warp': "),
         (["run", "-m", "tiny-lava"], "model 'tiny-lava': neither a model of the zoo"),
         (["run", "-m", "{empty}"], "the folder has no config.json"),
@@ -377,7 +451,18 @@ RUN = ["run", "-m", "{model}", "-p", "{picture}", "-q", "hi"]
         (["run", "--dtype", "int3"], "--dtype"),
         (["show"], "Missing argument"),
         (["shwo"], "No such command"),
-        (["list", "scores"], "scores"),
+        (["list", "scores"], "list 'scores': there is no such kind, part, spec or model. Did you mean 'scorers'"),
+        (["list", "selector", "nsm"], "list 'nsm': there is no such selector. Did you mean 'nms'?"),
+        (["list", "selektor", "nms"], "list 'selektor': there is no such kind. Did you mean 'selectors'?"),
+        (["list", "specs", "a", "b"], "list: found 3 words; give at most a kind and a name"),
+        (["list", "--name", "*"], "No such option"),
+        (["run", "--picture", "x.png"], "No such option"),
+        (["run", "--overlay", "x.png"], "No such option"),
+        (["fidelity", "x"], "Missing option '--images'"),
+        (["tune", "x", "-t", "tokens<=11%"], "Missing option '--out'"),
+        (["eval", "--spec", "trio-11"], "Missing option '--out'"),
+        (["doctor", "--family", "lava"], "--family: there is no 'lava'. Did you mean 'llava'"),
+        (["schema", "x"], "unexpected extra argument"),
     ],
 )
 def test_wrong_input(args: list[str], says: str, model: Path, picture: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from trio.cli import app, common
-from trio.cli.common import check_outputs, console, print_json, say, unused, writable, write_text
+from trio.cli.common import check_outputs, print_json, say, unused, writable, write_text
+from trio.cli.tables import console
 from trio.core.printable import visible
 from trio.errors import InputError
 
@@ -42,15 +43,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "p.png")
 
 
-RUN = ["run", "-p", "p.png", "-q", "?"]
-TUNE = ["tune", "tiny-llava", "-t", "tokens<=11%", "-i", "pictures"]
-FIDELITY = ["fidelity", "tiny-llava", "-i", "pictures"]
+RUN = ["run", "-i", "p.png", "-q", "?"]
+TUNE = ["tune", "tiny-llava", "-t", "tokens<=11%", "--images", "pictures"]
+FIDELITY = ["fidelity", "tiny-llava", "--images", "pictures"]
 WRITING = [
-    ([*RUN, "-o", "out.png"], "overlay"),
+    ([*RUN, "-o", "out.png"], "--out"),
     ([*TUNE, "-o", "out.yaml"], "--out"),
-    ([*TUNE, "-o", "best.yaml", "--json", "out.json"], "--json"),
     ([*TUNE, "-o", "best.yaml", "--plot", "out.png"], "--plot"),
-    ([*FIDELITY, "--json", "out.json"], "--json"),
+    ([*FIDELITY, "--out", "out.json"], "--out"),
 ]
 
 
@@ -74,13 +74,11 @@ def test_files_that_cannot_be_written_are_refused_before_the_model_is_loaded(mon
     for args, option in WRITING:
         missing = [*args[:-1], f"missing/{args[-1]}"]
         assert f"{option} 'missing/{args[-1]}': there is no folder" in trio_(*missing).stderr
-    assert "this is a folder" in trio_(*FIDELITY, "--json", "pictures").stderr
-    assert "--json 'x': --out names the same file" in trio_(*TUNE, "-o", "x", "--json", "./x").stderr.replace(
-        "./x", "x"
-    )
+    assert "this is a folder" in trio_(*FIDELITY, "--out", "pictures").stderr
+    assert "--plot 'x.png': --out names the same file" in trio_(*TUNE, "-o", "x.png", "--plot", "x.png").stderr
     assert "has to end in .png, .pdf or .svg" in trio_(*TUNE, "-o", "x", "--plot", "x.docx").stderr
     monkeypatch.setattr(common.os, "access", lambda _, mode, **__: mode != os.W_OK)
-    assert "its rights forbid it" in trio_(*FIDELITY, "--json", "out.json").stderr
+    assert "its rights forbid it" in trio_(*FIDELITY, "--out", "out.json").stderr
 
 
 def test_our_own_name_makes_room() -> None:

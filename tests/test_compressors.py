@@ -58,8 +58,8 @@ def tokens_for(
 
 
 def assert_same(out: VisualTokens, expected: Kept) -> None:
-    assert out.places.tolist() == expected.places
-    went = [None if to < 0 else int(out.places[to]) for to in out.merged.tolist()]
+    assert out.token_index.tolist() == expected.places
+    went = [None if to < 0 else int(out.token_index[to]) for to in out.merge_map.tolist()]
     assert went == expected.went
     torch.testing.assert_close(
         out.features.double(), torch.tensor(expected.features, dtype=torch.float64), rtol=1e-5, atol=1e-5
@@ -105,9 +105,9 @@ def test_visionzip_mean():
     added, mean = (VisionZip(contextual=4, combine=how) for how in ("add-mean", "mean"))
     tokens = tokens_for(added, tower, 6, 6)
     a, b = added.compress(tokens, 12), mean.compress(tokens, 12)
-    assert torch.equal(a.merged, b.merged)
+    assert torch.equal(a.merge_map, b.merge_map)
     for at in range(12):
-        members = tokens.features[b.merged == at]
+        members = tokens.features[b.merge_map == at]
         torch.testing.assert_close(b.features[at], members.mean(0), rtol=1e-5, atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_scan_of_a_tile_is_that_of_its_own_grid():
     tokens = tokens_for(compressor, tower, 6, 8)
     there = replace(tokens.origins, row=tokens.origins.row + 7, column=tokens.origins.column + 8)
     out = compressor.compress(replace(tokens, origins=there), 20)
-    assert out.places.tolist() == compressor.compress(tokens, 20).places.tolist()
+    assert out.token_index.tolist() == compressor.compress(tokens, 20).token_index.tolist()
     assert int(out.origins.row.min()) >= 7
 
 
@@ -142,10 +142,10 @@ def test_scan_without_a_merge_and_with_other_shares():
     merged, dropping = Scan(window=4), Scan(window=4, merge=False)
     tokens = tokens_for(merged, tower, 8, 8)
     out = dropping.compress(tokens, 16)
-    assert out.places.tolist() == merged.compress(tokens, 16).places.tolist()
-    assert torch.equal(out.features, tokens.features[out.places]) and int((out.merged < 0).sum()) == 48
+    assert out.token_index.tolist() == merged.compress(tokens, 16).token_index.tolist()
+    assert torch.equal(out.features, tokens.features[out.token_index]) and int((out.merge_map < 0).sum()) == 48
     for local, layer in ((0.0, -2), (1.0, 5)):
-        only = Scan(local=local, window=8, merge=False).compress(tokens, 16).places.tolist()
+        only = Scan(local=local, window=8, merge=False).compress(tokens, 16).token_index.tolist()
         assert only == sorted(naive.by_falling(tower.attention(layer), list(range(64)))[:16])
 
 
@@ -192,9 +192,9 @@ def test_prumerge_decides_by_the_picture():
     signals = dict(zip(compressor.reads(), (attention, keys), strict=True))
     tokens = VisualTokens.start(draw_features(100, 0, 0), ImageTokens.from_grid(10, 10), signals)
     out = compressor.compress(tokens, 100)
-    assert {7, 50, 93} < set(out.places.tolist()) and out.tokens == 4
+    assert {7, 50, 93} < set(out.token_index.tolist()) and out.tokens == 4
     without = PruMerge(rest=False, neighbours=3).compress(tokens, 100)
-    assert without.places.tolist() == [7, 50, 93] and int((without.merged < 0).sum()) >= 88
+    assert without.token_index.tolist() == [7, 50, 93] and int((without.merge_map < 0).sum()) >= 88
     assert PruMerge(share=0.25).compress(tokens, 100).tokens == 26
 
 
@@ -212,25 +212,25 @@ def test_floors_on_a_grid_share_their_cells(rows, columns):
     tokens = VisualTokens.start(draw_features(rows * columns, 0, 0), ImageTokens.from_grid(rows, columns))
     for k in range(1, tokens.tokens):
         pooled, kept = AveragePool().compress(tokens, k), UniformGrid().compress(tokens, k)
-        assert pooled.places.tolist() == kept.places.tolist() and kept.tokens == k
-        assert torch.equal(kept.features, tokens.features[kept.places])
+        assert pooled.token_index.tolist() == kept.token_index.tolist() and kept.tokens == k
+        assert torch.equal(kept.features, tokens.features[kept.token_index])
         for at in range(k):
-            mean = tokens.features[pooled.merged == at].mean(0)
+            mean = tokens.features[pooled.merge_map == at].mean(0)
             torch.testing.assert_close(pooled.features[at], mean, rtol=1e-5, atol=1e-5)
 
 
 def test_random_is_uniform_nested_and_the_picture_s_own():
     tokens = VisualTokens.start(draw_features(100, 0, 0), ImageTokens.from_grid(10, 10), seed=1)
-    chosen = RandomTokens().compress(tokens, 40).places.tolist()
-    assert chosen == RandomTokens().compress(tokens, 40).places.tolist()
-    assert set(RandomTokens().compress(tokens, 10).places.tolist()) < set(chosen)
+    chosen = RandomTokens().compress(tokens, 40).token_index.tolist()
+    assert chosen == RandomTokens().compress(tokens, 40).token_index.tolist()
+    assert set(RandomTokens().compress(tokens, 10).token_index.tolist()) < set(chosen)
     in_two_steps = RandomTokens().compress(RandomTokens().compress(tokens, 60), 40)
-    assert in_two_steps.places.tolist() == chosen
-    assert chosen != RandomTokens(seed=1).compress(tokens, 40).places.tolist()
-    assert chosen != RandomTokens().compress(replace(tokens, seed=2), 40).places.tolist()
+    assert in_two_steps.token_index.tolist() == chosen
+    assert chosen != RandomTokens(seed=1).compress(tokens, 40).token_index.tolist()
+    assert chosen != RandomTokens().compress(replace(tokens, seed=2), 40).token_index.tolist()
     often = torch.zeros(100)
     for seed in range(400):
-        often[RandomTokens().compress(replace(tokens, seed=seed), 25).places] += 1
+        often[RandomTokens().compress(replace(tokens, seed=seed), 25).token_index] += 1
     assert float(often.min()) > 60 and float(often.max()) < 145  # 100 expected, deviation 8.7
 
 
@@ -255,7 +255,7 @@ def test_half_precision_chooses_as_float32_on_the_same_numbers(name, dtype):
     k = 48 if compressor.decides_count else 12
     out = compressor.compress(halved, k)
     reference = compressor.compress(replace(halved, features=halved.features.float(), cls=halved.cls.float()), k)
-    assert out.features.dtype == dtype and torch.equal(out.merged, reference.merged)
+    assert out.features.dtype == dtype and torch.equal(out.merge_map, reference.merge_map)
     assert torch.equal(out.features, reference.features.to(dtype))
 
 
@@ -269,12 +269,12 @@ def test_a_class_token_that_was_kept_stays(name):
     tokens = with_class(patches, first)
     k = tokens.tokens if compressor.decides_count else 10
     out, alone = compressor.compress(tokens, k), compressor.compress(patches, 30 if compressor.decides_count else 9)
-    assert out.places.tolist() == [-1, *alone.places.tolist()] and int(out.origins.kind[0]) == CLS
+    assert out.token_index.tolist() == [-1, *alone.token_index.tolist()] and int(out.origins.kind[0]) == CLS
     assert torch.equal(out.features, torch.cat([first[None], alone.features]))
-    assert torch.equal(out.merged, torch.where(alone.merged < 0, -1, alone.merged + 1))
+    assert torch.equal(out.merge_map, torch.where(alone.merge_map < 0, -1, alone.merge_map + 1))
     if not compressor.decides_count:
         only = compressor.compress(tokens, 1)
-        assert only.places.tolist() == [-1] and bool((only.merged == -1).all())
+        assert only.token_index.tolist() == [-1] and bool((only.merge_map == -1).all())
 
 
 def test_sizes_count_in_what_is_merged_later():
@@ -285,8 +285,8 @@ def test_sizes_count_in_what_is_merged_later():
     pairs = merge(replace(tokens, features=doubled), torch.arange(0, 16, 2), torch.arange(16) // 2)
     out = compressor.compress(pairs, 3)
     for at in range(3):
-        torch.testing.assert_close(out.features[at], doubled[out.merged == at].mean(0), rtol=1e-5, atol=1e-5)
-        assert float(out.sizes[at]) == float((out.merged == at).sum())
+        torch.testing.assert_close(out.features[at], doubled[out.merge_map == at].mean(0), rtol=1e-5, atol=1e-5)
+        assert float(out.sizes[at]) == float((out.merge_map == at).sum())
 
 
 def test_what_is_read():

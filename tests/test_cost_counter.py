@@ -26,7 +26,7 @@ from transformers import (
 from trio.adapters.decoder_probe import RowProbe, llama_like
 from trio.core.probe import LayerInputs, rows_at_end
 from trio.core.upstream import Role, cache_of, keywords
-from trio.cost import ModelShape, flops
+from trio.cost import flops, shape_of
 
 IMAGE_TOKEN = 90
 TEXT: dict[str, Any] = {
@@ -96,7 +96,7 @@ def rotary(found: dict[str, int]) -> int:
 @torch.no_grad()
 def test_llava_prefill_part_by_part(tower: str, text: str) -> None:
     model = llava(tower, text)
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     ids = torch.cat([torch.full((1, 16), IMAGE_TOKEN), torch.arange(7)[None]], dim=1)
     pixels = torch.randn(1, 3, 24, 24)
     found = counted(lambda: model(input_ids=ids, pixel_values=pixels, logits_to_keep=1))
@@ -113,7 +113,7 @@ def test_llava_prefill_part_by_part(tower: str, text: str) -> None:
 @torch.no_grad()
 def test_llava_with_several_feature_layers_and_the_class_token() -> None:
     model = llava("clip", "llama", vision_feature_layer=[-2, -1], vision_feature_select_strategy="full")
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     ids = torch.full((1, 17), IMAGE_TOKEN)
     found = counted(lambda: model(input_ids=ids, pixel_values=torch.randn(1, 3, 24, 24), logits_to_keep=1))
     assert shape.tower is not None and shape.tower.crops(17) == (1, 16)
@@ -124,7 +124,7 @@ def test_llava_with_several_feature_layers_and_the_class_token() -> None:
 @torch.no_grad()
 def test_decode_steps() -> None:
     model = llava("clip", "llama")
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     past = cache_of(model(input_ids=torch.arange(9)[None], use_cache=True))
 
     def two_steps() -> None:
@@ -146,7 +146,7 @@ def test_qwen_tower_with_windows_and_merger() -> None:
     text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text)).eval()
     model.set_attn_implementation("eager")
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     grid = torch.tensor([[1, 8, 12]])  # whole windows of 4 x 4 patches
     pixels = torch.randn(96, 3 * 2 * 4 * 4)
     tower = model.model.visual
@@ -159,7 +159,7 @@ def test_qwen_tower_with_windows_and_merger() -> None:
 @pytest.mark.parametrize("text", TEXTS)
 def test_row_probe_forward_and_backward(text: str) -> None:
     model = llava("clip", text)
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     language = model.model.language_model
     hidden = torch.randn(1, 23, 32)
     positions = torch.arange(23)[None]
@@ -180,7 +180,7 @@ def test_the_shape_reads_the_dtype_of_the_cache() -> None:
     model = llava("clip", "llama")
     for dtype, size in ((None, 2), (torch.float32, 4), ("float32", 4), (torch.bfloat16, 2), (torch.float16, 2)):
         model.config.dtype = dtype
-        assert ModelShape.from_config(model.config).dtype_bytes == size
+        assert shape_of(model.config).dtype_bytes == size
     full = cache_of(model(input_ids=torch.arange(9)[None], use_cache=True))
     held = sum(t.numel() * t.element_size() for layer in full.layers for t in (layer.keys, layer.values))
-    assert held == 9 * 3 * ModelShape.from_config(model.config, dtype_bytes=4).kv_bytes_per_token
+    assert held == 9 * 3 * shape_of(model.config, dtype_bytes=4).kv_bytes_per_token

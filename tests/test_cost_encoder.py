@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import trio
-from trio.cost import ModelShape, predict
+from trio.cost import predict, published_shape
 from trio.cost.encoder import reading_flops
 
-LLAVA = ModelShape.named("llava-1.5-7b")
-QWEN = ModelShape.named("qwen2.5-vl-7b")
+LLAVA = published_shape("llava-1.5-7b")
+QWEN = published_shape("qwen2.5-vl-7b")
 
 
 def made(compressor, shape=LLAVA, images=(576,), **more):
@@ -34,7 +34,7 @@ def test_visionzip_by_hand():
 def test_attention_received_is_counted_by_pairs():
     tower = QWEN.tower
     scan = trio.COMPRESSORS.build({"name": "scan", "window": 4, "limit": "ceil", "local_layer": 0, "global_layer": -1})
-    assert reading_flops(tower, 1024, scan) == 2 * 2 * 4096 * 4096 * tower.hidden
+    assert reading_flops(tower, 1024, scan.reads()) == 2 * 2 * 4096 * 4096 * tower.hidden
 
 
 def test_a_picture_that_keeps_all_costs_nothing():

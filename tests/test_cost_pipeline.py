@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import trio
-from trio.cost import ModelShape, flops, of_report, predict
+from trio.cost import flops, of_report, predict, shape_of
 
 TEXT_TOKENS = 9
 
@@ -47,7 +47,7 @@ def stages(scorer: str, selector: str) -> list[dict[str, Any]]:
 @torch.no_grad()
 def test_a_compressed_prefill_computes_what_was_predicted(scorer: str) -> None:
     model = llava(attention="eager")
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     pipeline = trio.Pipeline(model, stages=stages(scorer, "top-k"), name="made")
     with pipeline, Counter() as counter:
         model(**inputs(), logits_to_keep=1)
@@ -64,15 +64,15 @@ def test_a_compressed_prefill_computes_what_was_predicted(scorer: str) -> None:
 @torch.no_grad()
 def test_nms_computes_between_the_two_bounds() -> None:
     model = llava(attention="eager")
-    shape = ModelShape.from_config(model.config)
+    shape = shape_of(model.config)
     totals = {}
     for selector in ("top-k", "nms"):
         with trio.Pipeline(model, stages=stages("random", selector)) as pipeline, Counter() as counter:
             model(**inputs(), logits_to_keep=1)
         totals[selector] = counter.total, predict(pipeline.spec, shape, images=(GRID**2,), text_tokens=TEXT_TOKENS)
     (plain, _), (counted, made) = totals["top-k"], totals["nms"]
-    assert made.compressed.flops.selection == flops.nms_flops(shape, 16, 9) + flops.nms_flops(shape, 9, 3)
-    most = flops.nms_flops(shape, 16, 16) + flops.nms_flops(shape, 9, 9)
+    assert made.compressed.flops.selection == flops.similarity_flops(shape, 9, 16) + flops.similarity_flops(shape, 3, 9)
+    most = flops.similarity_flops(shape, 16, 16) + flops.similarity_flops(shape, 9, 9)
     assert made.compressed.flops.selection <= counted - plain <= most
 
 
@@ -80,7 +80,7 @@ def test_nms_computes_between_the_two_bounds() -> None:
 @torch.no_grad()
 def test_measured_cache_bytes_are_the_predicted_ones(images: int, batch: int) -> None:
     model = llava()
-    shape = ModelShape.from_config(model.config, dtype_bytes=4)
+    shape = shape_of(model.config, dtype_bytes=4)
     pipeline = trio.Pipeline(model, stages=stages("random", "top-k"), report="full")
     with pipeline:
         model(**inputs(images, batch), use_cache=True)

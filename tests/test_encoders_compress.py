@@ -37,7 +37,7 @@ def test_towers_of_transformers(name: str):
         states = module(**images, output_hidden_states=True).hidden_states
     tower = tower_for(module)
     grids = tower.grids(images)
-    assert [len(result.merged) for result in results] == [rows * columns for rows, columns in grids]
+    assert [len(result.merge_map) for result in results] == [rows * columns for rows, columns in grids]
     for number, result in enumerate(results):
         n = grids[number][0] * grids[number][1]
         # Hidden states begin with the embeddings: the last but d is that of block -d. The last one may be normalised.
@@ -48,7 +48,7 @@ def test_towers_of_transformers(name: str):
                 module(**images)
                 rows = reader.take().values[Signal("hidden", -1)].split([a * b for a, b in grids])[number]
         loudest = rows.norm(dim=1).topk(6).indices.sort().values
-        assert torch.equal(result.features, rows[loudest]) and torch.equal(result.places, loudest)
+        assert torch.equal(result.features, rows[loudest]) and torch.equal(result.token_index, loudest)
         assert result.origins.grids == (grids[number],)
         assert torch.equal(result.origins.row * grids[number][1] + result.origins.column, loudest)
 
@@ -87,10 +87,10 @@ def test_open_clip_and_timm_in_three_lines(name: str):
         assert result.tokens == 3 and result.features.shape[0] == 3
         assert (int(result.origins.kind[0]) == CLS) == has_cls
         # The class token stands for one token, the others for all patches but the one that it took the place of.
-        assert float(result.sizes.sum()) == len(result.merged) + has_cls and int(result.merged.min()) >= 0
+        assert float(result.sizes.sum()) == len(result.merge_map) + has_cls and int(result.merge_map.min()) >= 0
     alone = [compress(model, image[None], {"name": "visionzip", "keep": 3, "contextual": 1})[0] for image in images]
     for together, single in zip(results, alone, strict=True):
-        assert torch.equal(together.merged, single.merged) and together.seed == single.seed
+        assert torch.equal(together.merge_map, single.merge_map) and together.seed == single.seed
         torch.testing.assert_close(together.features, single.features.detach(), atol=1e-5, rtol=1e-5)
 
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import trio
 from trio.adapters.base import ADAPTERS
+from trio.core.context import SelectionContext
 from trio.core.prompts import Prompt
 from trio.encoders.compressors.base import COMPRESSORS
 from trio.scorers.base import SCORERS
@@ -162,7 +164,7 @@ def test_my_compressor_keeps_and_averages_what_it_says() -> None:
     features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     tokens = VisualTokens.start(features, ImageTokens.from_grid(1, 5), {compressor.reads()[0]: attention})
     out = compressor.compress(tokens, 3)
-    assert out.places.tolist() == [1, 3, 4] and out.sizes.tolist() == [1, 1, 3]
+    assert out.token_index.tolist() == [1, 3, 4] and out.sizes.tolist() == [1, 1, 3]
     expected = torch.stack([features[1], features[3], features[[0, 2, 4]].mean(0)])
     torch.testing.assert_close(out.features, expected)
 
@@ -183,14 +185,13 @@ def test_my_selector_takes_turns_as_it_says() -> None:
     import torch
 
     cells = runpy.run_path(str(EXAMPLES / "my_selector.py"), run_name="my_selector")["Cells"](cells=2)
-    columns, pictures = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.1, 0.6]), torch.tensor([0.0, 0, 0, 0, 1, 0])
-    places = torch.stack([torch.zeros(6), columns, pictures], -1)[None]
     saliency = torch.tensor([[0.7, 0.9, 0.8, 0.1, 0.2, 0.0]])
-    valid = torch.ones(1, 6, dtype=torch.bool)
-    chosen = [cells.select(saliency, torch.zeros(1, 6, 4), torch.tensor([k]), valid, places)[0][0] for k in range(6)]
+    unknown = SelectionContext.start(saliency, torch.zeros(1, 6, 4), torch.tensor([2]))
+    column, image = torch.tensor([[0.1, 0.2, 0.3, 0.9, 0.1, 0.6]]), torch.tensor([[0, 0, 0, 0, 1, 0]])
+    ctx = replace(unknown, origins=replace(unknown.origins, row=torch.zeros(1, 6), column=column, image=image))
+    chosen = [cells.select(replace(ctx, k=torch.tensor([k])))[0][0] for k in range(6)]
     assert [row.tolist() for row in chosen] == [[], [1], [1, 4], [1, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5]]
-    one_cell = cells.select(saliency, torch.zeros(1, 6, 4), torch.tensor([2]), valid, places.fill_(float("nan")))
-    assert one_cell[0].tolist() == [[1, 2]]
+    assert cells.select(unknown)[0].tolist() == [[1, 2]]  # one cell
 
 
 @pytest.mark.parametrize("part", ["scorer", "selector", "compressor"])

@@ -249,13 +249,26 @@ def _images(model, make, prompts):
 
 
 class Noting(TopK):
-    """Keeps the places that it is given."""
+    """Keeps the contexts that it is given, group by group: row, column and image; sizes; tiles; seeds."""
 
     seen: list[torch.Tensor]
+    sizes: list[torch.Tensor]
+    tiles: list[torch.Tensor]
+    seeds: list[int]
 
-    def select(self, saliency, features, k, valid, places):
-        self.seen.extend(row[there] for row, there in zip(places, valid, strict=True))
-        return super().select(saliency, features, k, valid, places)
+    def select(self, ctx):
+        origins = ctx.origins
+        positions = torch.stack([origins.row, origins.column, origins.image.float()], -1)
+        assert ctx.counts == tuple(ctx.valid.sum(1).tolist())
+        self.seen.extend(row[there] for row, there in zip(positions, ctx.valid, strict=True))
+        self.sizes.extend(row[there] for row, there in zip(ctx.sizes, ctx.valid, strict=True))
+        self.tiles.extend(row[there] for row, there in zip(origins.tile, ctx.valid, strict=True))
+        self.seeds.extend(ctx.seeds)
+        return super().select(ctx)
+
+
+def noting() -> Noting:
+    return Noting(seen=[], sizes=[], tiles=[], seeds=[])
 
 
 @pytest.mark.parametrize("per", ["image", "sample"])
@@ -264,11 +277,11 @@ class Noting(TopK):
 def test_selectors_are_told_where_tokens_lie(name, compressor, per):
     """Behind a compressor and a stage, in a batch with several pictures: what is left, at its own places."""
     model, make = family(name)
-    noting = Noting(seen=[])
+    notes = noting()
     keeps = ({"share": "60%", "of": "current", "per": "image"}, {"share": "50%", "of": "current", "per": per})
     both = [
         trio.Stage(after_layer=after, keep=keep, selector=selector)
-        for after, keep, selector in zip((0, 2), keeps, ("soft-nms", noting), strict=True)
+        for after, keep, selector in zip((0, 2), keeps, ("soft-nms", notes), strict=True)
     ]
     with trio.Pipeline(model, stages=both, compressor=compressor) as pipeline, torch.no_grad():
         model(**make(PROMPTS))
@@ -286,24 +299,48 @@ def test_selectors_are_told_where_tokens_lie(name, compressor, per):
                 expected[-1][:, :2] = float("nan")
     if per == "sample":
         expected = [expected[0], torch.cat(expected[1:])]
-    assert len(noting.seen) == len(expected)
-    for seen, wanted in zip(noting.seen, expected, strict=True):
+    assert len(notes.seen) == len(expected) == len(set(notes.seeds))
+    for seen, wanted in zip(notes.seen, expected, strict=True):
         torch.testing.assert_close(seen, wanted, equal_nan=True)
         assert bool((((seen[:, :2] > 0) & (seen[:, :2] < 1)) | seen[:, :2].isnan()).all())
     known = all(image.placed for sample in pipeline.report.samples for image in sample.images)
     assert known == (name != "internvl" and pipeline.adapter_name != "generic")
 
 
-def test_places_on_the_picture():
+@pytest.mark.parametrize("name", FAMILIES)
+def test_selectors_are_told_what_a_compressor_merged_and_which_tile_a_token_comes_from(name):
+    """Sizes against the report's merge map; the tiles of all tokens against the tower's inputs; seeds as alone."""
+    model, make = family(name)
+    notes = noting()
+    stage = trio.Stage(after_layer=1, keep={"share": "50%", "of": "current"}, selector=notes)
+    prompts = [prompt for prompt in PROMPTS if prompt.pictures][:2]
+    with trio.Pipeline(model, stages=[stage], compressor={"name": "average-pool", "keep": "40%"}) as pipeline:
+        model(**make(prompts))
+        images = [image for sample in pipeline.report.samples for image in sample.compressor.images]
+        alone = notes.seeds.copy()
+        notes.seeds.clear()
+        for prompt in prompts:
+            model(**make([prompt]))
+    assert notes.seeds == alone
+    for image, sizes, tiles in zip(images, notes.sizes, notes.tiles, strict=False):
+        assert sizes.tolist() == [image.merged.count(index) for index in image.indices] and sizes.max() > 1
+        assert bool(tiles.isnan().all() if pipeline.adapter_name == "generic" else (tiles >= 0).all())
+    tiled = {"llava-next", "llava-onevision", "internvl"}
+    assert (name in tiled) == any(len(tiles.unique()) > 1 for tiles in notes.tiles if not tiles.isnan().any())
+
+
+def test_positions_on_the_image():
     grid = ImageTokens.from_grid(2, 4, frames=2)
     middles = [[row, column] for _ in range(2) for row in (0.25, 0.75) for column in (0.125, 0.375, 0.625, 0.875)]
-    assert grid.place.tolist() == middles  # a second frame shows the same places
+    assert grid.grid_positions.tolist() == middles  # a second frame shows the same positions
     tiled = ImageTokens.join([ImageTokens.from_grid(1, 1), ImageTokens.from_grid(2, 2)])
-    assert tiled.place.tolist() == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    assert tiled.grid_positions.tolist() == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
     some = ImageTokens.from_grid(1, 1, leading_cls=True).with_newlines()
     for kind, known in ((PATCH, True), (CLS, False), (NEWLINE, False)):
-        assert bool((some.place[some.kind == kind].isfinite() == known).all()) and bool((some.kind == kind).any())
-    assert bool(dataclasses.replace(grid, placed=False).place.isnan().all())
+        assert bool((some.grid_positions[some.kind == kind].isfinite() == known).all()) and bool(
+            (some.kind == kind).any()
+        )
+    assert bool(dataclasses.replace(grid, placed=False).grid_positions.isnan().all())
 
 
 # Qwen

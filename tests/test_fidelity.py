@@ -315,7 +315,7 @@ def test_wrong_files(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             read_samples(images, prompts)
     (folder / "broken.png").write_bytes(b"no picture at all")
-    with pytest.raises(InputError, match=r"broken\.png.*not a picture"):
+    with pytest.raises(InputError, match=r"broken\.png.*not an image"):
         read_samples(folder)
 
 
@@ -329,7 +329,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     prompts.write_text("how many circles ?\n")
     spec = tmp_path / "mine.yaml"
     spec.write_text('version: 1\nname: mine\nstages: [{after_layer: "25%", keep: 12}]\n')
-    options = ["--prompts", prompts, "--spec", "trio-11", "--spec", spec, "--json", out, "--max-new-tokens", "2"]
+    options = ["--prompts", prompts, "--spec", "trio-11", "--spec", spec, "--out", out, "--max-new-tokens", "2"]
     result = trio_("fidelity", "tiny-llava", "--images", folder, *options)
     assert result.exit_code == 0, result.stderr
     assert "mine" in result.stdout and "random" in result.stdout and "95% interval" in result.stdout
@@ -337,13 +337,16 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert found.samples == found.pictures == 5
     assert [one.spec.name for one in found.results] == ["trio-11", "mine"]
     assert found.model == "tiny-llava"
+    result = trio_("fidelity", "tiny-llava", "--images", folder, "--limit", 1, "--max-new-tokens", 1, "--json")
+    printed = FidelityReport.from_json(result.stdout)  # one object and nothing else
+    assert printed.pictures == 1 and [one.spec.name for one in printed.results] == [trio.DEFAULT_SPEC]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--spec", "trio-12"], "there is no shipped spec 'trio-12'"),
-        (["--json", "missing/out.json"], "make it first"),
+        (["--out", "missing/out.json"], "make it first"),
         (["--prompts", "missing.txt"], "cannot be read (No such file or directory)"),
     ],
 )

@@ -47,7 +47,7 @@ def draw_groups(n: int, seed: int, *, drop: bool = True) -> tuple[torch.Tensor, 
 
 
 def same(a: VisualTokens, b: VisualTokens) -> None:
-    for name in ("sizes", "places", "merged"):
+    for name in ("sizes", "token_index", "merge_map"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     torch.testing.assert_close(a.features, b.features, rtol=1e-5, atol=1e-5)
     for signal in a.signals:
@@ -61,10 +61,10 @@ def same(a: VisualTokens, b: VisualTokens) -> None:
 def test_sizes_sum_to_the_kept_mass_and_follow_the_map(n, seed):
     tokens = tokens_of(n, seed)
     out = merge(tokens, *draw_groups(n, seed))
-    assert float(out.sizes.sum()) == int((out.merged >= 0).sum())
-    assert torch.equal(torch.bincount(out.merged[out.merged >= 0], minlength=out.tokens).float(), out.sizes)
+    assert float(out.sizes.sum()) == int((out.merge_map >= 0).sum())
+    assert torch.equal(torch.bincount(out.merge_map[out.merge_map >= 0], minlength=out.tokens).float(), out.sizes)
     assert torch.equal(out.origins.size, out.sizes.long())
-    assert torch.equal(out.merged[out.places], torch.arange(out.tokens))
+    assert torch.equal(out.merge_map[out.token_index], torch.arange(out.tokens))
 
 
 @given(st.integers(1, 40), st.integers(0, 10_000))
@@ -114,7 +114,7 @@ def test_a_mean_by_hand():
     )
     out = merge(tokens, torch.tensor([1, 3]), torch.tensor([0, 0, -1, 1]))
     assert out.features.tolist() == [[1.5], [5.0]] and out.sizes.tolist() == [4.0, 1.0]
-    assert out.places.tolist() == [1, 3] and out.merged.tolist() == [0, 0, -1, 1]
+    assert out.token_index.tolist() == [1, 3] and out.merge_map.tolist() == [0, 0, -1, 1]
     assert out.origins.kind.tolist() == [MERGED, PATCH] and out.origins.column.tolist() == [1, 3]
     assert torch.equal(out.signals[CLASS], tokens.signals[CLASS])
 
@@ -134,7 +134,7 @@ def test_the_class_token_goes_before_and_away_again():
     tokens = tokens_of(4, class_token=torch.arange(5.0), seed=7)
     with_it = with_class(tokens, torch.arange(5.0))
     assert with_it.tokens == 5 and with_it.cls is None and with_it.seed == tokens.seed
-    assert with_it.places.tolist() == [-1, 0, 1, 2, 3] and with_it.merged.tolist() == [1, 2, 3, 4]
+    assert with_it.token_index.tolist() == [-1, 0, 1, 2, 3] and with_it.merge_map.tolist() == [1, 2, 3, 4]
     assert with_it.sizes.tolist() == [1.0] * 5 and with_it.origins.kind.tolist() == [CLS, *[PATCH] * 4]
     assert torch.equal(with_it.features[0], torch.arange(5.0)) and float(with_it.signals[ATTENTION][0]) == 0
     same(without_class(with_it), tokens)

@@ -28,6 +28,7 @@ from support.published import (
 )
 
 import trio
+from trio.core.context import SelectionContext
 from trio.core.tokens import ImageTokens, VisualTokens
 from trio.encoders.compressors.base import Compressor
 from trio.encoders.compressors.divprune import farthest
@@ -70,14 +71,14 @@ def test_visionzip(case: dict[str, Any]) -> None:
     assert compressor.split(k) == (case["dominant"], case["contextual"])
     tokens = start(torch.eye(PATCHES), 24, compressor, attention.mean(0), keys, class_token=torch.full((PATCHES,), 7.0))
     out = compressor.compress(tokens, k)
-    assert torch.equal(out.features[0], torch.full((PATCHES,), 7.0)) and int(out.places[0]) == -1
+    assert torch.equal(out.features[0], torch.full((PATCHES,), 7.0)) and int(out.token_index[0]) == -1
     held = [row.nonzero().squeeze(1).tolist() for row in out.features[1:]]
     contextual = [group for group in held if len(group) > 1 or group[0] not in case["kept"]]
     assert [group[0] for group in held if len(group) == 1 and group[0] in case["kept"]] == case["kept"]
     assert sorted(contextual) == sorted(case["groups"])
-    for group, place in zip(held, out.places[1:].tolist(), strict=True):
+    for group, place in zip(held, out.token_index[1:].tolist(), strict=True):
         assert place in group
-        assert {index for index, to in enumerate(out.merged.tolist()) if to == out.merged[place]} == set(group)
+        assert {index for index, to in enumerate(out.merge_map.tolist()) if to == out.merge_map[place]} == set(group)
 
 
 @pytest.mark.parametrize("case", cases("scan-clip"))
@@ -85,10 +86,10 @@ def test_scan(case: dict[str, Any]) -> None:
     shallow, deep, features = scan_inputs(case["seed"], PATCHES)
     out = compress_scan(Scan(), features, 24, shallow, deep, case["k"])
     if case["k"] == 100:  # the published code keeps 98 of these, because 16 windows do not divide 50
-        assert len(case["kept"]) == 98 and set(case["kept"]) < set(out.places.tolist())
+        assert len(case["kept"]) == 98 and set(case["kept"]) < set(out.token_index.tolist())
         return
-    assert out.places.tolist() == case["kept"]
-    assert out.merged.tolist() == case["into"] == groups_of(out.features)
+    assert out.token_index.tolist() == case["kept"]
+    assert out.merge_map.tolist() == case["into"] == groups_of(out.features)
 
 
 @pytest.mark.parametrize("case", cases("scan-qwen"))
@@ -96,8 +97,8 @@ def test_scan_of_qwen(case: dict[str, Any]) -> None:
     shallow, deep, features = scan_inputs(case["seed"], case["rows"] * case["columns"])
     compressor = Scan(window=4, limit="ceil", local_layer=0, global_layer=-1)
     out = compress_scan(compressor, features, case["rows"], shallow, deep, case["k"])
-    assert out.places.tolist() == case["kept"]
-    assert out.merged.tolist() == case["into"] == groups_of(out.features)
+    assert out.token_index.tolist() == case["kept"]
+    assert out.merge_map.tolist() == case["into"] == groups_of(out.features)
 
 
 def compress_scan(
@@ -111,7 +112,7 @@ def test_vispruner(case: dict[str, Any]) -> None:
     attention, features = vispruner_inputs(case["seed"], case["n"])
     compressor = VisPruner(important=case["important"])
     out = compressor.compress(start(features, 1, compressor, attention.mean(0)), case["k"])
-    assert out.places.tolist() == case["kept"]
+    assert out.token_index.tolist() == case["kept"]
 
 
 @pytest.mark.parametrize("case", cases("divprune"))
@@ -127,7 +128,7 @@ def test_prumerge(case: dict[str, Any]) -> None:
     compressor = PruMerge(plus=case["plus"], share=case["share"])
     tokens = start(torch.eye(PATCHES), 24, compressor, attention, keys.unflatten(1, (16, 36)))
     out = compressor.compress(tokens, PATCHES)
-    places = out.places.tolist()
+    places = out.token_index.tolist()
     (rest,) = set(places) - set(case["centres"])
     assert sorted({*case["centres"], rest}) == places
     others = [index for index in range(PATCHES) if index not in case["centres"]]
@@ -158,9 +159,7 @@ def test_tome(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", cases("trio-nms"))
 def test_nms(case: dict[str, Any]) -> None:
     saliency, features = nms_inputs(case["seed"], case["n"])
-    valid = torch.ones(1, case["n"], dtype=torch.bool)
-    places = torch.zeros(1, case["n"], 3)
-    kept, _ = NMS().select(saliency[None], features[None], torch.tensor([case["k"]]), valid, places)
+    kept, _ = NMS().select(SelectionContext.start(saliency[None], features[None], torch.tensor([case["k"]])))
     assert kept[0].tolist() == case["kept"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import hypot, isnan
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trio.core.context import SelectionContext
 from trio.selectors.nms import NMS, suppress_at_once, suppress_in_blocks, unit_length
 from trio.selectors.soft_nms import SoftNMS
 from trio.selectors.top_k import TopK
@@ -46,10 +48,13 @@ def batch(groups: list[tuple[list[float], torch.Tensor]]) -> tuple[torch.Tensor,
     return saliency, features, valid
 
 
-def chosen(selector, saliency, features, k, valid, places=None) -> list[list[int]]:
-    """What a selector keeps; without places all tokens lie at one."""
-    places = torch.full((*saliency.shape, 3), 0.5) if places is None else places
-    indices, there = selector.select(saliency, features, torch.tensor(k), valid, places)
+def chosen(selector, saliency, features, k, valid, positions=None) -> list[list[int]]:
+    """What a selector keeps; `positions`: row, column and image of each token, else not known."""
+    ctx = SelectionContext.start(saliency, features, torch.tensor(k), valid)
+    if positions is not None:
+        row, column, image = positions.unbind(-1)
+        ctx = replace(ctx, origins=replace(ctx.origins, row=row, column=column, image=image.long()))
+    indices, there = selector.select(ctx)
     assert indices.dtype == torch.int64 and there.dtype == torch.bool and indices.shape == there.shape
     return [row[keep].tolist() for row, keep in zip(indices, there, strict=True)]
 
@@ -134,12 +139,12 @@ def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
 
 
 def naive_soft_nms(
-    saliency: list[float], features: torch.Tensor, places: torch.Tensor, k: int, weight: float, spread: float
+    saliency: list[float], features: torch.Tensor, positions: torch.Tensor, k: int, weight: float, spread: float
 ) -> list[int]:
     """Straight from the description: always the largest relative saliency times distance to what is kept."""
 
     def distance(i: int, j: int) -> float:
-        (y, x, picture), (other_y, other_x, other) = places[i].tolist(), places[j].tolist()
+        (y, x, picture), (other_y, other_x, other) = positions[i].tolist(), positions[j].tolist()
         away = 1.0 if picture != other else 0.0 if isnan(y + other_y) else min(1.0, hypot(y - other_y, x - other_x))
         return max(1 - _cosine(features[i], features[j]), 0.0) + spread * k / len(saliency) * away
 
@@ -167,11 +172,11 @@ def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, spread, seed):
     generator = torch.Generator().manual_seed(seed)
     sizes, k = [60, 40, 1, 33], [20, 25, 1, 33]
     groups = [((torch.randn(n, generator=generator) + seed).tolist(), clustered(n, seed + n)) for n in sizes]
-    places = torch.rand(len(groups), 60, 3, generator=generator)
-    places[..., 2] = (places[..., 2] * 2).floor()
-    places[:, ::9, :2] = float("nan")
-    got = chosen(SoftNMS(weight=weight, spread=spread), *batch(groups)[:2], k, batch(groups)[2], places)
-    for (saliency, features), where, count, indices in zip(groups, places, k, got, strict=True):
+    positions = torch.rand(len(groups), 60, 3, generator=generator)
+    positions[..., 2] = (positions[..., 2] * 2).floor()
+    positions[:, ::9, :2] = float("nan")
+    got = chosen(SoftNMS(weight=weight, spread=spread), *batch(groups)[:2], k, batch(groups)[2], positions)
+    for (saliency, features), where, count, indices in zip(groups, positions, k, got, strict=True):
         assert indices == naive_soft_nms(saliency, features, where, count, weight, spread)
 
 
@@ -180,11 +185,11 @@ def test_soft_nms_keeps_what_looks_alike_where_it_is_far_apart():
     features = torch.eye(2)[torch.tensor([0, 0, 0, 0, 1])][None]
     saliency = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]])
     row = torch.tensor([0.1, 0.1, 0.9, 0.1, 0.5])
-    places = torch.stack([row, row, torch.tensor([0.0, 0, 0, 1, 0])], 1)[None]
+    positions = torch.stack([row, row, torch.tensor([0.0, 0, 0, 1, 0])], 1)[None]
     arguments = (saliency, features, [4], torch.ones(1, 5, dtype=torch.bool))
-    assert chosen(SoftNMS(spread=0.0), *arguments, places) == [[0, 1, 2, 4]]  # by saliency alone
-    assert chosen(SoftNMS(), *arguments, places) == [[0, 2, 3, 4]]
-    assert chosen(SoftNMS(), *arguments, torch.full_like(places, float("nan"))) == [[0, 1, 2, 4]]
+    assert chosen(SoftNMS(spread=0.0), *arguments, positions) == [[0, 1, 2, 4]]  # by saliency alone
+    assert chosen(SoftNMS(), *arguments, positions) == [[0, 2, 3, 4]]
+    assert chosen(SoftNMS(), *arguments, torch.full_like(positions, float("nan"))) == [[0, 1, 2, 4]]
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)
@@ -229,3 +234,19 @@ def test_valid_tokens_with_infinite_saliency_come_before_padding():
     valid = torch.tensor([[False, True, True, False]])
     for selector in (TopK(), NMS(), SoftNMS()):
         assert chosen(selector, saliency, torch.eye(4)[None], [2], valid) == [[1, 2]]
+
+
+def test_a_context_fills_in_what_is_not_given():
+    ctx = SelectionContext.start(torch.rand(2, 3), torch.rand(2, 3, 4), torch.tensor([1, 2]))
+    assert ctx.valid.all() and ctx.counts == (3, 3) and ctx.sizes.eq(1).all() and ctx.seeds == (0, 0)
+    assert ctx.origins.row.isnan().all() and ctx.origins.grid_positions.shape == (2, 3, 2)
+    assert ctx.origins.tile.isnan().all() and not ctx.origins.image.any()
+
+
+def test_a_group_draws_the_same_numbers_in_any_batch_and_again():
+    valid = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    both = SelectionContext.start(torch.rand(2, 5), torch.rand(2, 5, 1), torch.tensor([1, 1]), valid, seeds=(7, 8))
+    alone = SelectionContext.start(torch.rand(1, 3), torch.rand(1, 3, 1), torch.tensor([1]), seeds=(8,))
+    assert torch.equal(both.random()[1, :3], alone.random()[0]) and not both.random()[1, 3:].any()
+    assert torch.equal(both.random(), both.random()) and both.random()[0, :3].ne(both.random()[1, :3]).all()
+    assert torch.equal(torch.rand(5, generator=both.generator(0)), both.random()[0])

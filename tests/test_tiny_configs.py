@@ -10,7 +10,7 @@ import transformers
 from support.families import FAMILIES, family
 
 import trio
-from trio.adapters import adapter_for, tiny
+from trio.adapters import adapter_for, families, tiny
 from trio.adapters.tiny_inputs import MAKERS, tiny_inputs
 from trio.core.prompts import Prompt
 
@@ -23,7 +23,7 @@ MAKE = {
     "qwen2-vl": tiny.qwen_vl,
     "qwen2.5-vl": tiny.qwen_vl,
     "qwen3-vl": tiny.qwen_vl,
-    "internvl": tiny.internvl,
+    "internvl": families()["internvl"].tiny_config,
 }
 PROMPTS = [
     Prompt("what is", 1, "this thing or that"),
@@ -46,7 +46,7 @@ def built(cls, config):
 
 def runs(model, config):
     """One forward of a ragged batch with pictures, stock and reduced."""
-    batch = tiny_inputs(config)(PROMPTS)
+    batch = families()[config.model_type].tiny_inputs(config)(PROMPTS)
     assert int(batch["input_ids"].max()) < config.get_text_config().vocab_size
     with torch.no_grad():
         stock = model(**batch).logits

@@ -228,8 +228,8 @@ def test_compress_leaves_a_token_for_each_group():
     groups, hidden = (value.unflatten(0, (3, 25)) for value in values.values())
     for result, own, rows in zip(results, groups, hidden, strict=True):
         assert result.tokens == 7 and result.sizes.sum() == 25
-        assert torch.equal(result.places[result.merged], own)
-        torch.testing.assert_close(result.features, rows[result.places])
+        assert torch.equal(result.token_index[result.merge_map], own)
+        torch.testing.assert_close(result.features, rows[result.token_index])
     fixed = compress(module, images, {"name": "tome", "r": 2}, keep=10)  # 25 - 3 * 2 = 19, the rest after the tower
     assert [result.tokens for result in fixed] == [10] * 3
     assert [result.tokens for result in compress(module, images, {"name": "tome", "r": 6}, keep=20)] == [20] * 3

@@ -24,7 +24,7 @@ def test_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert run_page(ROOT / "docs" / "towers.md", names) == 6
     first = names["first"]
     assert isinstance(first, trio.encoders.compressors.base.VisualTokens)
-    assert first.features.shape == (64, 384) and len(first.merged) == 196
+    assert first.features.shape == (64, 384) and len(first.merge_map) == 196
     shown = capsys.readouterr().out
     assert "[ok]" in shown and "FAILED" not in shown
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import cost, encoders, testing, zoo
     from .adapters.base import ADAPTERS, Adapter
-    from .core.context import LayerContext
+    from .core.context import LayerContext, SelectionContext
     from .encoders.compressors.base import COMPRESSORS, Compressor
     from .encoders.towers.base import TOWERS, Tower
     from .errors import (
@@ -65,6 +65,7 @@ __all__ = [
     "PipelineSpec",
     "PluginError",
     "Scorer",
+    "SelectionContext",
     "Selector",
     "SpecError",
     "Stage",
@@ -89,6 +90,7 @@ _LAZY = {
     "Pipeline": ".pipeline:Pipeline",
     "CompressionReport": ".report:CompressionReport",
     "Scorer": ".scorers.base:Scorer",
+    "SelectionContext": ".core.context:SelectionContext",
     "Selector": ".selectors.base:Selector",
     "Stage": ".spec:StageSpec",
     "Tower": ".encoders.towers.base:Tower",

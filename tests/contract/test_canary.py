@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,9 +112,10 @@ def kept_by_place(monkeypatch):
     """Tokens are kept by where a sample stands in its batch."""
     stock = canary._Best.select
 
-    def select(self, saliency, features, k, valid, places):
-        shift = torch.arange(saliency.shape[0])[:, None] * torch.arange(saliency.shape[1])[None]
-        return stock(self, saliency + 1e6 * shift, features, k, valid, places)
+    def select(self, ctx):
+        groups, tokens = ctx.saliency.shape
+        shift = torch.arange(groups)[:, None] * torch.arange(tokens)[None]
+        return stock(self, replace(ctx, saliency=ctx.saliency + 1e6 * shift))
 
     monkeypatch.setattr(canary._Best, "select", select)
 

@@ -153,8 +153,8 @@ class Middle(trio.Compressor):
             features=tokens.features.mean(0, keepdim=True),
             origins=replace(origins, kind=torch.tensor([2]), size=torch.tensor([tokens.tokens])),
             sizes=tokens.sizes.sum()[None],
-            places=torch.tensor([middle]),
-            merged=torch.zeros_like(tokens.merged),
+            token_index=torch.tensor([middle]),
+            merge_map=torch.zeros_like(tokens.merge_map),
         )
 
 

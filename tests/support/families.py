@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 from support.models import IMAGE_TOKEN, VOCABULARY, text_config, vision_config
-from trio.adapters.tiny_inputs import TinyInputs, tiny_inputs
+from trio.adapters import families
+from trio.core.prompts import InputsFactory
 
 VIDEO_TOKEN = 98
 START, END = 96, 97
@@ -280,10 +281,10 @@ FAMILIES: dict[str, Callable[[torch.dtype, str], Any]] = {
 
 def family(
     name: str, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0
-) -> tuple[Any, TinyInputs]:
+) -> tuple[Any, InputsFactory]:
     """A tiny random model of a family, and what makes inputs for it."""
     torch.manual_seed(seed)
     model = FAMILIES[name](dtype, attention)
     # A random model would write placeholders, which stand for pictures that are not there.
     model.generation_config.suppress_tokens = [VIDEO_TOKEN, IMAGE_TOKEN, START, END]
-    return model, tiny_inputs(model.config, dtype)
+    return model, families()[model.config.model_type].tiny_inputs(model.config, dtype)

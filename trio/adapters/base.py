@@ -15,6 +15,7 @@ from ..core.backbone import Backbone, Layout, TinyModel
 from ..core.patches import PatchMap
 from ..core.probe import LayerInputs, Past, Probe, Rows
 from ..core.prompts import InputsFactory
+from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
 from ..core.upstream import Role, Upstream
 from ..errors import UnsupportedModelError
@@ -55,6 +56,24 @@ class Adapter(Backbone):
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter is made for the model."""
+
+    #: `model_type` of the configurations that `cost_shape` describes.
+    model_types: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """What a model of such a configuration computes, without weights (`trio.cost.shape_of` asks for it).
+
+        `trio.core.configs.model_shape` reads the decoder, `trio.encoders.towers.tower_shape` the tower; the matrices of
+        the projector and the visual tokens of a crop are the family's own.
+
+        Args:
+            config: of the whole model, its type one of `model_types`.
+
+        Raises:
+            UnsupportedModelError: a number is missing, or decoder or tower are of a kind that is not described.
+        """
+        raise UnsupportedModelError(f"{cls.__name__} does not say what its models cost; write its `cost_shape`")
 
     #: Where the parts are, as paths below the model.
     multimodal_path: ClassVar[str] = "model"
@@ -137,11 +156,11 @@ class Adapter(Backbone):
         return None
 
     @classmethod
-    def tiny_inputs(cls, config: Any) -> InputsFactory:
+    def tiny_inputs(cls, config: Any, dtype: torch.dtype = torch.float32) -> InputsFactory:
         """Makes batches for a model of such a configuration, by its `model_type`."""
         from .tiny_inputs import tiny_inputs
 
-        return tiny_inputs(config)
+        return tiny_inputs(config, dtype)
 
     def tiny(self) -> TinyModel | None:
         """A tiny random model of the same classes; None where none is known. Draws from torch's random state."""

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ..core.backbone import FEATURE_COUNTS
+from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
 from ..core.upstream import encoder_outputs
 from ..errors import InputError, UnsupportedModelError
 from . import tiny
 from .base import ADAPTERS, Adapter, Layout, Positions
+from .generic_costs import SHAPES
 from .placeholders import images_by_count, images_by_features, picture_rows, unplaced
 
 #: Attributes under which models keep their text decoder and their vision tower.
@@ -36,6 +38,13 @@ class GenericAdapter(Adapter):
     """
 
     fallback: ClassVar[bool] = True
+    model_types: ClassVar[frozenset[str]] = frozenset({*SHAPES, *tiny.GENERIC})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """See `Adapter.cost_shape`; only of the families that were looked at."""
+        describe = SHAPES.get(config.model_type)
+        return super().cost_shape(config) if describe is None else describe(config)
 
     def __init__(self, model: nn.Module) -> None:
         """Inspects the model.

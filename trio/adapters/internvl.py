@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..core.configs import model_shape, read
 from ..core.patches import PatchMap, join
+from ..core.prompts import InputsFactory
+from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
+from ..encoders.towers.find import tower_shape
 from . import tiny
 from .base import ADAPTERS, Layout
 from .llava import LlavaAdapter
 from .placeholders import runs_of_tiles
+from .tiny_inputs import BREAK, END, TinyInputs, noise
 
 
 @ADAPTERS.register("internvl")
@@ -24,10 +29,40 @@ class InternVLAdapter(LlavaAdapter):
     own, the thumbnail last.
     """
 
+    model_types: ClassVar[frozenset[str]] = frozenset({"internvl"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """See `Adapter.cost_shape`: two matrices on patches shuffled together; every tile is a crop."""
+        hidden, patches = read(config.text_config, "hidden_size"), round(1 / config.downsample_ratio) ** 2
+        features = read(config.vision_config, "hidden_size") * patches
+        tower = tower_shape(config.vision_config)
+        tower = tower.model_copy(update={"crop_tokens": (tower.crop_patches or 0) // patches or None})
+        return model_shape(config, projector=((features, hidden), (hidden, hidden)), tower=tower)
+
     @classmethod
     def tiny_config(cls, config: Any) -> Any | None:
         """See `Adapter.tiny_config`."""
-        return tiny.internvl(config)
+        fold = max(round(1 / config.downsample_ratio), 1)
+        vision = tiny.shrunk_clip_like(config.vision_config)
+        if vision is not None:  # tiles of 4 x 4 tokens, each of as many patches as in the model itself
+            vision |= {"image_size": [2 * tiny.SIDE * fold] * 2, "patch_size": [2, 2]}
+        given = tiny.parts(config, vision)
+        return None if given is None else tiny.built(config, {**given, **tiny.feature_layers(config)})
+
+    @classmethod
+    def tiny_inputs(cls, config: Any, dtype: torch.dtype = torch.float32) -> InputsFactory:
+        """See `Adapter.tiny_inputs`: one to three tiles an image, one behind the other."""
+        size = config.vision_config.image_size[0]
+        side = int(size // config.vision_config.patch_size[0] * config.downsample_ratio)
+
+        def tiles(number: int) -> int:
+            return 1 + number % 3
+
+        return TinyInputs(
+            lambda number: [BREAK] + [config.image_token_id] * (tiles(number) * side**2) + [END],
+            lambda numbers: {"pixel_values": torch.cat([noise(n, tiles(n), 3, size, size) for n in numbers]).to(dtype)},
+        )
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

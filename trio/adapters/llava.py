@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..core.configs import model_shape, read
 from ..core.patches import PatchMap
+from ..core.shape import ModelShape
 from ..core.tokens import CLS, ImageTokens
+from ..encoders.towers.find import tower_shape
 from ..errors import UnsupportedModelError
 from . import tiny
 from .base import ADAPTERS, Adapter, Layout
@@ -22,6 +25,21 @@ class LlavaAdapter(Adapter):
 
     Under ``positions: auto`` survivors are renumbered (``compact``), as the released TRIO code for LLaVA does.
     """
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"llava"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """See `Adapter.cost_shape`: two matrices, on the features of one layer of the tower or of several."""
+        chosen = getattr(config, "vision_feature_layer", -1)
+        hidden, width = read(config.text_config, "hidden_size"), read(config.vision_config, "hidden_size")
+        features = width * (1 if isinstance(chosen, int) else len(chosen))
+        tower = tower_shape(config.vision_config)
+        whole = getattr(config, "vision_feature_select_strategy", "full") == "full"  # "default" leaves the first out
+        if tower.crop_patches is not None:
+            tokens = tower.crop_patches + tower.cls_tokens - int(not whole)
+            tower = tower.model_copy(update={"crop_tokens": tokens})
+        return model_shape(config, projector=((features, hidden), (hidden, hidden)), tower=tower)
 
     @classmethod
     def tiny_config(cls, config: Any) -> Any | None:

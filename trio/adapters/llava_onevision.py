@@ -28,6 +28,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
 
+    model_types: ClassVar[frozenset[str]] = frozenset({"llava_onevision"})
     whole_beside_tiles: ClassVar[bool] = True
 
     @classmethod

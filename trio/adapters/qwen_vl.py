@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..core.configs import model_shape, read
 from ..core.patches import PatchMap
+from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
+from ..encoders.towers.find import tower_shape
 from ..errors import UnsupportedModelError
 from . import tiny
 from .base import ADAPTERS, Adapter, Layout, Positions
@@ -30,6 +33,17 @@ class QwenVLAdapter(Adapter):
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     vision_tower_path: ClassVar[str] = "model.visual"
     projector_path: ClassVar[str] = "model.visual.merger"
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"qwen2_vl", "qwen2_5_vl"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """See `Adapter.cost_shape`: a merger on neighbouring patches, and one more for each of DeepStack's layers."""
+        vision, tower = config.vision_config, tower_shape(config.vision_config)
+        merged = tower.hidden * tower.patches_per_token
+        merger = ((merged, merged), (merged, read(config.text_config, "hidden_size")))
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+        return model_shape(config, projector=merger * mergers, tower=tower)
 
     @classmethod
     def tiny_config(cls, config: Any) -> Any | None:
@@ -79,6 +93,8 @@ class QwenVLAdapter(Adapter):
 @ADAPTERS.register("qwen3-vl")
 class Qwen3VLAdapter(QwenVLAdapter):
     """`Qwen3VLForConditionalGeneration` (dense): DeepStack adds visual features behind the first decoder layers."""
+
+    model_types: ClassVar[frozenset[str]] = frozenset({"qwen3_vl"})
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -50,33 +50,23 @@ Given = dict[str, Any]
 
 def llava(config: Any) -> Any | None:
     """LLaVA-1.5, ViP-LLaVA and others with a CLIP or SigLIP tower and one grid a picture."""
-    given = _parts(config, shrunk_clip_like(config.vision_config))
-    return None if given is None else _built(config, {**given, **_feature_layers(config)})
+    given = parts(config, shrunk_clip_like(config.vision_config))
+    return None if given is None else built(config, {**given, **feature_layers(config)})
 
 
 def llava_next(config: Any) -> Any | None:
     """LLaVA-NeXT: as LLaVA-1.5, with the same shapes of tiled pictures."""
-    given = _parts(config, shrunk_clip_like(config.vision_config))
+    given = parts(config, shrunk_clip_like(config.vision_config))
     if given is None:
         return None
     tile = config.vision_config.image_size
     points = [[max(side // tile, 1) * TILE for side in point] for point in config.image_grid_pinpoints]
-    return _built(config, {**given, **_feature_layers(config), "image_grid_pinpoints": points})
+    return built(config, {**given, **feature_layers(config), "image_grid_pinpoints": points})
 
 
 def llava_onevision(config: Any) -> Any | None:
     """LLaVA-OneVision: as LLaVA-NeXT."""
     return llava_next(config)
-
-
-def internvl(config: Any) -> Any | None:
-    """InternVL: tiles of 4 x 4 tokens, each shuffled together from as many patches as in the model itself."""
-    fold = max(round(1 / config.downsample_ratio), 1)
-    vision = shrunk_clip_like(config.vision_config)
-    if vision is not None:
-        vision |= {"image_size": [2 * SIDE * fold] * 2, "patch_size": [2, 2]}
-    given = _parts(config, vision)
-    return None if given is None else _built(config, {**given, **_feature_layers(config)})
 
 
 def qwen_vl(config: Any) -> Any | None:
@@ -133,7 +123,7 @@ def shrunk_text(config: Any) -> Given | None:
 
 
 def shrunk_clip_like(config: Any) -> Given | None:
-    """The settings of a small tower with CLIP's names (SigLIP, InternVL's, Pixtral); None for another kind."""
+    """The settings of a small tower with CLIP's names (SigLIP, Pixtral, ...); None for another kind."""
     given: Given = config.to_dict()
     if not all(name in given for name in ("hidden_size", "num_attention_heads", "image_size", "patch_size")):
         return None
@@ -185,16 +175,16 @@ def _smolvlm(config: Any) -> Any | None:
     vision = shrunk_clip_like(config.vision_config)
     if vision is not None:
         vision |= {"image_size": 2 * SIDE * config.scale_factor, "patch_size": 2}
-    given = _parts(config, vision)
-    return None if given is None else _built(config, given)
+    given = parts(config, vision)
+    return None if given is None else built(config, given)
 
 
 def _mistral3(config: Any) -> Any | None:
     vision = shrunk_clip_like(config.vision_config)
     if vision is not None:
         vision |= {"image_size": 4 * TILE}  # the largest side of a picture
-    given = _parts(config, vision)
-    return None if given is None else _built(config, {**given, **_feature_layers(config)})
+    given = parts(config, vision)
+    return None if given is None else built(config, {**given, **feature_layers(config)})
 
 
 def _glm4v(config: Any) -> Any | None:
@@ -211,7 +201,7 @@ def _janus(config: Any) -> Any | None:
     vision = shrunk_clip_like(config.vision_config)
     if vision is not None:
         vision |= {"projection_dim": WIDTH, "num_image_tokens": SIDE**2}
-    given = _parts(config, vision)
+    given = parts(config, vision)
     if given is None:
         return None
     maker = {
@@ -224,7 +214,7 @@ def _janus(config: Any) -> Any | None:
         "channel_multiplier": [1, 1],
         "num_res_blocks": 1,
     }
-    return _built(config, {**given, "vq_config": {**config.vq_config.to_dict(), **maker}})
+    return built(config, {**given, "vq_config": {**config.vq_config.to_dict(), **maker}})
 
 
 GENERIC: Mapping[str, Callable[[Any], Any | None]] = {
@@ -244,23 +234,11 @@ GENERIC: Mapping[str, Callable[[Any], Any | None]] = {
 }
 
 
-#: Every family that has a small copy, by the configuration's `model_type`.
-TINY: Mapping[str, Callable[[Any], Any | None]] = {
-    "internvl": internvl,
-    "llava": llava,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
-    "qwen2_5_vl": qwen_vl,
-    "qwen2_vl": qwen_vl,
-    "qwen3_vl": qwen_vl,
-    **GENERIC,
-}
-
-
 # Putting together
 
 
-def _parts(config: Any, vision: Given | None) -> Given | None:
+def parts(config: Any, vision: Given | None) -> Given | None:
+    """Small settings of decoder and tower; None where one of them is not known."""
     text = shrunk_text(config.text_config)
     return None if text is None or vision is None else {"text_config": text, "vision_config": vision}
 
@@ -271,10 +249,10 @@ def _merged(config: Any, text: Given | None, vision: Given | None, axes: Sequenc
         return None
     rope = text.get("rope_parameters") or {}
     rope.setdefault("mrope_section", _sections(axes, rope))  # classes' defaults fit their full width only
-    return _built(config, {"text_config": {**text, "rope_parameters": rope}, "vision_config": vision})
+    return built(config, {"text_config": {**text, "rope_parameters": rope}, "vision_config": vision})
 
 
-def _built(config: Any, changes: Given) -> Any:
+def built(config: Any, changes: Given) -> Any:
     """A configuration of the same class, its token ids moved into the small vocabulary."""
     given = {name: value for name, value in config.to_dict().items() if name not in LEFT_OUT}
     if "image_seq_length" in given:
@@ -313,7 +291,7 @@ def _chosen_layers(kinds: Sequence[str]) -> list[int]:
     return sorted([*first, *others][:LAYERS])
 
 
-def _feature_layers(config: Any) -> Given:
+def feature_layers(config: Any) -> Given:
     """The tower's layers that feed the projector, as many as before, where the small tower has them."""
 
     def there(layer: int) -> int:

@@ -144,20 +144,6 @@ def _tiled(config: Any, dtype: torch.dtype) -> TinyInputs:
     return TinyInputs(tokens, collate)
 
 
-def _internvl(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """One to three tiles a picture, one behind the other."""
-    size = config.vision_config.image_size[0]
-    side = int(size // config.vision_config.patch_size[0] * config.downsample_ratio)
-
-    def tiles(number: int) -> int:
-        return 1 + number % 3
-
-    return TinyInputs(
-        lambda number: [BREAK] + [config.image_token_id] * (tiles(number) * side**2) + [END],
-        lambda numbers: {"pixel_values": torch.cat([noise(n, tiles(n), 3, size, size) for n in numbers]).to(dtype)},
-    )
-
-
 def _patch_merger(config: Any, dtype: torch.dtype) -> TinyInputs:
     """Pictures of any grid, neighbouring patches merged."""
     vision = config.vision_config
@@ -246,7 +232,6 @@ MAKERS: Mapping[str, Callable[[Any, torch.dtype], TinyInputs]] = {
     "glm4v_moe": _patch_merger,
     "glm_ocr": _patch_merger,
     "idefics3": _by_sample,
-    "internvl": _internvl,
     "janus": _one_grid,
     "lighton_ocr": _rows,
     "llava": _one_grid,

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import DType
+from .common import Device, DType, DTypeName, Json, ModelArgument
 
 if TYPE_CHECKING:
     from ..testing import Results
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="Zoo model, folder or hub name.")],
+    model: ModelArgument,
     promise: Annotated[
         list[str] | None, typer.Option("--promise", help="Only this promise; may be repeated. Default: all.")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.float32,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    dtype: DTypeName = DType.float32,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Check every promise of the runtime on a model; exit code 1 where one does not hold."""
     from ..testing import check_adapter
@@ -56,17 +56,15 @@ def _print(model: str, results: Results) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import console
+    from .tables import console, print_table
 
     out = console()
     table = Table(title=Text(f"promises on {model}"), title_justify="left", title_style="bold", header_style="bold")
-    for name in ("promise", "check", "", "detail"):
+    for name in ("check", "", "promise", "detail"):
         table.add_column(name)
-    before = ""
     for one in results:
         verdict = Text("ok", style="green") if one.passed else Text("FAILED", style="bold red")
         detail = textwrap.shorten(one.detail, 90, placeholder=" ...") if one.passed else one.detail
-        table.add_row(Text(one.promise if one.promise != before else ""), Text(one.name), verdict, Text(detail))
-        before = one.promise
-    out.print(table)
+        table.add_row(Text(one.name), verdict, Text(one.promise), Text(detail))
+    print_table(out, table)
     out.print(Text(f"{len(results) - len(results.failures)} of {len(results)} checks hold"))

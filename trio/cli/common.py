@@ -1,4 +1,4 @@
-"""What the commands share: output and models; pictures and prompts come from `trio.core.images`."""
+"""What the commands share: options, what they write, and models; images and prompts come from `trio.core.images`."""
 
 from __future__ import annotations
 
@@ -7,36 +7,44 @@ import sys
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from .. import DEFAULT_SPEC
 from ..core.images import inputs_for, load_picture
 from ..core.printable import HIDDEN, visible
 from ..errors import InputError, UnsupportedModelError, first_line
 from ..zoo.find import find_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from rich.console import Console
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = [
+    "IMAGES",
+    "OUT",
+    "BatchSize",
     "DType",
+    "DTypeName",
+    "Device",
+    "Force",
+    "Json",
+    "MaxNewTokens",
+    "ModelArgument",
+    "ModelName",
+    "Prompts",
+    "SpecName",
+    "SpecNames",
     "check_outputs",
-    "console",
-    "duration",
     "find_model",
     "first_line",
     "inputs_for",
-    "layer_ranges",
     "load_config",
     "load_model",
     "load_picture",
     "print_json",
-    "print_notes",
     "progress_bar",
-    "quantity",
     "say",
-    "times",
     "unused",
     "writable",
     "write_text",
@@ -52,26 +60,42 @@ class DType(StrEnum):
     float16 = "float16"
 
 
-def console() -> Console:
-    """The console for results: standard output, 100 columns where it is no terminal."""
-    from .terminal import SafeConsole
-
-    out = SafeConsole(highlight=False, soft_wrap=False)
-    return out if out.is_terminal else SafeConsole(highlight=False, width=100)
+# Options that several commands have: each is written once, so that it has one name and one meaning.
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Zoo model, folder or hub name.")]
+ModelArgument = Annotated[str, typer.Argument(help="Zoo model, folder or hub name.", metavar="MODEL")]
+SpecName = Annotated[str, typer.Option("--spec", "-s", help="Shipped spec (`trio list specs`) or a YAML file.")]
+SpecNames = Annotated[
+    list[str] | None,
+    typer.Option("--spec", "-s", help=f"Shipped spec or a YAML file; may be repeated. Default: {DEFAULT_SPEC}."),
+]
+IMAGES = typer.Option("--images", help="Folder with images.")
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        "-p",
+        help='Text file, one prompt a line, each for every image; or JSONL, {"image": ..., "prompt": ...}. '
+        "Default: a prompt that asks for a description.",
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=4096, help="Longest answer, in tokens.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Prompts in a batch.")]
+DTypeName = Annotated[DType, typer.Option("--dtype", help="Number format of the weights.")]
+Device = Annotated[str, typer.Option("--device", help="Where to run: auto, cpu, cuda, cuda:1 ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+#: Names of the option that says what to write; each command says what that is.
+OUT = ("--out", "-o")
 
 
 def say(text: str, *, err: bool = False) -> None:
     """A line on standard output or error; what would steer the terminal is written out."""
-    import typer
-
     typer.echo(visible(text, keep=""), err=err)
 
 
 def print_json(value: Any) -> None:
     """One JSON value, and nothing else, on standard output."""
     import json
-
-    import typer
 
     text = json.dumps(value, indent=2, ensure_ascii=False)
     # JSON escapes some control characters; the others mean the same escaped.
@@ -91,16 +115,6 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def print_notes(out: Console, notes: Sequence[str], most: int = 6) -> None:
-    """Notes, a line each; of many only the first, and how many more there are."""
-    from rich.text import Text
-
-    for note in notes[:most]:
-        out.print(Text(f"note: {note}"))
-    if len(notes) > most:
-        out.print(Text(f"and {len(notes) - most} more notes; --json FILE writes them all"))
 
 
 def check_outputs(files: Mapping[str, Path | None], *, force: bool) -> None:
@@ -158,37 +172,6 @@ def write_text(file: Path, text: str, option: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{option} {str(file)!r}: cannot be written ({error.strerror or error}).") from error
-
-
-def times(value: float | None) -> str:
-    """A ratio for people: `5.13x`."""
-    return "?" if value is None else f"{value:.2f}x"
-
-
-def quantity(value: float, unit: str, *, base: int = 1000) -> str:
-    """A large number with a prefix: `2.98 TFLOP`, `1.5 MiB` (with base 1024)."""
-    prefixes = ["", "K", "M", "G", "T", "P"]
-    index = 0
-    while value >= base and index < len(prefixes) - 1:
-        value, index = value / base, index + 1
-    prefix = prefixes[index] + ("i" if base == 1024 and index else "")
-    return f"{value:.0f} {unit}" if index == 0 else f"{value:.2f} {prefix}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Milliseconds below a second, seconds above."""
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def layer_ranges(*columns: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """Runs of layers over which every column is constant, counted from 1: [("1-16", (576, 96)), ...]."""
-    runs: list[tuple[int, int, tuple[int, ...]]] = []
-    for layer, values in enumerate(zip(*columns, strict=True), start=1):
-        if runs and runs[-1][2] == values:
-            runs[-1] = (runs[-1][0], layer, values)
-        else:
-            runs.append((layer, layer, values))
-    return [(str(first) if first == last else f"{first}-{last}", values) for first, last, values in runs]
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

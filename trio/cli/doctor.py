@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import DISTRIBUTION
+from .common import Json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ def doctor(
         list[str] | None,
         typer.Option("--family", help="Only this family (a model_type such as llava_next); may be repeated."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print versions and what was found in transformers, and try the promises on a tiny model of every family.
 
@@ -66,15 +67,16 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
     Raises:
         UnknownNameError: one of that name is not known.
     """
-    from ..adapters.tiny import TINY
+    from ..adapters.find import tiny_families
     from ..errors import UnknownNameError, did_you_mean
 
+    known = tiny_families()
     for name in wanted or ():
-        if name not in TINY:
+        if name not in known:
             raise UnknownNameError(
-                f"--family: there is no {name!r}. {did_you_mean(name, TINY)}Known are {', '.join(sorted(TINY))}."
+                f"--family: there is no {name!r}. {did_you_mean(name, known)}Known are {', '.join(sorted(known))}."
             )
-    return sorted(TINY) if not wanted else list(dict.fromkeys(wanted))
+    return sorted(known) if not wanted else list(dict.fromkeys(wanted))
 
 
 def _versions() -> dict[str, str]:
@@ -116,19 +118,18 @@ def _examine(name: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _tiny(name: str) -> Any:
-    from ..adapters import adapter_for
-    from ..adapters.tiny import TINY
+    from ..adapters.find import adapter_for, tiny_families
     from ..core.upstream import default_model
 
     model, config = default_model(name)
-    return adapter_for(model(TINY[name](config)).eval())
+    return adapter_for(model(tiny_families()[name].tiny_config(config)).eval())
 
 
 def _sing(adapter: Any) -> Any:
     from ..runtime.canary import sing
 
     verdict = sing(adapter)
-    assert verdict is not None  # every family of TINY has a tiny model
+    assert verdict is not None  # each of these families has a tiny model
     return verdict
 
 
@@ -142,7 +143,7 @@ def _print(found: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import console
+    from .tables import console, print_table
 
     out = console()
 
@@ -150,7 +151,7 @@ def _print(found: dict[str, Any]) -> None:
         table = Table(title=Text(title), title_justify="left", title_style="bold", show_header=False)
         for name, value in rows.items():
             table.add_row(Text(name), Text(value))
-        out.print(table)
+        print_table(out, table)
 
     tested = found["newest tested transformers"]
     note = f" (newer than {tested}, the newest tested)" if found["untested"] else ""
@@ -167,6 +168,6 @@ def _print(found: dict[str, Any]) -> None:
             f"{len(verdict['promises'])} promises" if verdict["holds"] else f"{verdict['broken']}: {verdict['detail']}"
         )
         table.add_row(Text(name), Text(verdict["model"]), holds, Text(detail))
-    out.print(table)
+    print_table(out, table)
     good = sum(verdict["holds"] for verdict in found["families"].values())
     out.print(Text(f"the promises hold on {good} of {len(found['families'])} families"))

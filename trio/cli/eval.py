@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DType
+from .. import DEFAULT_SPEC
+from .common import OUT, BatchSize, Device, DType, DTypeName, Force, Json, ModelName, SpecNames
 
 if TYPE_CHECKING:
     from ..measure.evaluation.results import Results
     from ..measure.evaluation.task import Task
 
 
-class TaskName(StrEnum):
-    """What can be asked."""
+class QuestionSource(StrEnum):
+    """Where the questions come from."""
 
     shapesvqa = "shapesvqa"
     jsonl = "jsonl"
@@ -31,12 +33,10 @@ class Split(StrEnum):
 
 
 def evaluate(
-    spec: Annotated[
-        list[str], typer.Option("--spec", "-s", help="Shipped spec or a YAML file; may be repeated. The first leads.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for answers, results and report; may be begun.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Zoo model, folder or hub name.")] = "tiny-llava",
-    task: Annotated[TaskName, typer.Option("--task", "-t", help="What is asked.")] = TaskName.shapesvqa,
+    out: Annotated[Path, typer.Option(*OUT, help="Folder for answers, results and report; may be begun.")],
+    spec: SpecNames = None,
+    model: ModelName = "tiny-llava",
+    task: Annotated[QuestionSource, typer.Option("--task", help="What is asked.")] = QuestionSource.shapesvqa,
     data: Annotated[
         Path | None, typer.Option("--data", help='For jsonl: lines {"image": PATH, "question": TEXT, "answer": TEXT}.')
     ] = None,
@@ -47,7 +47,7 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="For shapesvqa: scenes drawn from another seed than the data set's own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Questions in a batch.")] = 32,
+    batch_size: BatchSize = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For jsonl: longest answer, in tokens.")] = 32,
     baseline: Annotated[
         str | None, typer.Option(help="Spec that all others are compared with. Default: the first of each budget.")
@@ -56,9 +56,10 @@ def evaluate(
     speed_rounds: Annotated[int, typer.Option(min=0, help="Rounds of measuring times; 0: none.")] = 5,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html (needs matplotlib).")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results that are not of this run.")] = False,
-    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    dtype: DTypeName = DType.auto,
+    device: Device = "auto",
 ) -> None:
     """Ask a model many questions with every spec and every control; write tables, statistics and a report.
 
@@ -67,9 +68,10 @@ def evaluate(
     """
     from ..measure.evaluation.protocol import check_baseline, named_specs
     from ..measure.evaluation.protocol import evaluate as run
-    from .common import load_model, progress_bar, write_text
+    from .common import load_model, print_json, progress_bar, say, write_text
+    from .tables import console
 
-    specs = named_specs(spec)  # before the model: a wrong name should not cost a minute
+    specs = named_specs(spec or [DEFAULT_SPEC])  # before the model: a wrong name should not cost a minute
     check_baseline(baseline, specs)
     _check_out(out, force)
     if html:
@@ -80,7 +82,7 @@ def evaluate(
         import torch
 
         torch.set_num_threads(threads)
-    asked = None if task is TaskName.shapesvqa else _jsonl(data, limit, max_new_tokens)
+    asked = None if task is QuestionSource.shapesvqa else _jsonl(data, limit, max_new_tokens)
     network, processor = load_model(model, dtype=dtype.value, device=device)
     if asked is None:
         asked = _shapesvqa(network, data, limit, split, seed)
@@ -100,7 +102,7 @@ def evaluate(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        typer.echo("trio: stopped; give the same command again, and it goes on where it was.", err=True)
+        say("trio: stopped; give the same command again, and it goes on where it was.", err=True)
         raise typer.Exit(130) from None
     written = _write(results, out)
     if html:
@@ -110,9 +112,10 @@ def evaluate(
         page = report_html(results, overlays(network, processor, asked, specs, results))
         write_text(out / "report.html", page, "--out")
         written.append("report.html")
+    if as_json:
+        print_json(json.loads(results.to_json()))
+        return
     _print(results)
-    from .common import console
-
     console().print(f"written to {out}: {', '.join(written)}", soft_wrap=True, markup=False)
 
 
@@ -142,7 +145,7 @@ def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, s
     from ..measure.shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
 
     if data is not None:
-        raise InputError("--data: shapesvqa draws its own pictures; leave --data out, or give --task jsonl.")
+        raise InputError("--data: shapesvqa draws its own images; leave --data out, or give --task jsonl.")
     return shapesvqa(
         split.value, limit=limit or DEFAULT_LIMIT, canvas=canvas_for(model), seed=SEED if seed is None else seed
     )
@@ -163,7 +166,7 @@ def _print(results: Results) -> None:
     from rich.text import Text
 
     from ..measure.evaluation import wording
-    from .common import console
+    from .tables import console, print_table
 
     out = console()
     for title, header, rows in (wording.short_table(results), wording.gate_table(results)):
@@ -172,6 +175,6 @@ def _print(results: Results) -> None:
             table.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        out.print(table)
+        print_table(out, table)
     for line in [*wording.findings(results), *(f"note: {note}" for note in results.notes)]:
         out.print(Text(line))

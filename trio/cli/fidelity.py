@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import DEFAULT_SPEC
-from .common import DType
+from .common import (
+    IMAGES,
+    OUT,
+    BatchSize,
+    Device,
+    DType,
+    DTypeName,
+    Force,
+    Json,
+    MaxNewTokens,
+    ModelArgument,
+    Prompts,
+    SpecNames,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,39 +31,30 @@ if TYPE_CHECKING:
 
 
 def fidelity(
-    model: Annotated[str, typer.Argument(help="Zoo model, folder or hub name.")],
-    images: Annotated[Path, typer.Option("--images", "-i", help="Folder with pictures.")],
-    spec: Annotated[
-        list[str] | None,
-        typer.Option("--spec", "-s", help=f"Shipped spec or a YAML file; may be repeated. Default: {DEFAULT_SPEC}."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help='Text file, one prompt a line, each for every picture; or JSONL, {"image": ..., "prompt": ...}. '
-            "Default: a prompt that asks for a description.",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 4,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many pictures. Default: all.")] = None,
+    model: ModelArgument,
+    images: Annotated[Path, IMAGES],
+    spec: SpecNames = None,
+    prompts: Prompts = None,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(*OUT, help="File that the whole report is written to, as JSON.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    dtype: DTypeName = DType.auto,
+    device: Device = "auto",
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
     from ..measure.fidelity import measure, read_samples
     from ..spec import load_spec
-    from .common import check_outputs, console, load_model, progress_bar, say, write_text
+    from .common import check_outputs, load_model, print_json, progress_bar, say, write_text
+    from .tables import console
 
     # before the model: a wrong name should not cost a minute
     specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
     samples = read_samples(images, prompts, limit=limit)
-    check_outputs({"--json": json_file}, force=force)
+    check_outputs({"--out": out}, force=force)
     network, processor = load_model(model, dtype=dtype.value, device=device)
     with progress_bar("batches") as progress:
         report = measure(
@@ -63,11 +68,14 @@ def fidelity(
             name=model,
             progress=progress,
         )
-    if json_file is not None:
-        write_text(json_file, report.to_json(indent=1) + "\n", "--json")
+    if out is not None:
+        write_text(out, report.to_json(indent=1) + "\n", "--out")
+    if as_json:
+        print_json(json.loads(report.to_json()))
+        return
     print_report(report, console())
-    if json_file is not None:
-        say(f"everything written to {json_file}")
+    if out is not None:
+        say(f"everything written to {out}")
 
 
 def print_report(report: FidelityReport, out: Console) -> None:
@@ -75,7 +83,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import duration, print_notes, times
+    from .tables import duration, print_notes, print_table, times
 
     prompts = f"{report.samples} prompts on {report.pictures} pictures, batches of {report.batch_size}"
     out.print(Text(f"{report.model}: {prompts}, {report.dtype} on {report.device}", style="bold"))
@@ -106,8 +114,8 @@ def print_report(report: FidelityReport, out: Console) -> None:
         gained = result.gain
         shown = (gained.top1.points(), gained.kl.change(), gained.exact.points(), gained.edit.change())
         agreement.add_row("  above random", *map(_two_lines, shown), end_section=True)
-    out.print(agreement)
-    out.print(savings)
+    print_table(out, agreement)
+    print_table(out, savings)
     out.print(Text("below each mean: its 95% interval, samples of one picture drawn together"))
     out.print(Text("random: as many tokens at the same places, drawn at random"))
     print_notes(out, report.all_notes())

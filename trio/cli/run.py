@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import DEFAULT_SPEC
-from .common import DType
+from .common import OUT, Device, DType, DTypeName, Force, Json, MaxNewTokens, ModelName, SpecName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,58 +26,55 @@ SMALL = 10**11  # FLOPs of a prefill below which a processor's time goes to disp
 
 
 def run(
-    model: Annotated[str, typer.Option("--model", "-m", help="Zoo model, folder or hub name.")] = "tiny-llava",
-    picture: Annotated[
+    model: ModelName = "tiny-llava",
+    image: Annotated[
         list[Path] | None,
-        typer.Option("--picture", "-p", help="Picture file; may be repeated. Default: the bundled one."),
+        typer.Option("--image", "-i", help="Image file; may be repeated. Default: the bundled one."),
     ] = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="What to ask. Default: the bundled question.")
     ] = None,
-    spec: Annotated[
-        str, typer.Option("--spec", "-s", help="Shipped spec or a YAML file; see `trio list`.")
-    ] = DEFAULT_SPEC,
-    overlay: Annotated[
+    spec: SpecName = DEFAULT_SPEC,
+    out: Annotated[
         Path | None,
         typer.Option(
-            "--overlay",
-            "-o",
-            help=f"Where to draw what was kept. Default: {OVERLAY}, or the next free name; none with --json.",
+            *OUT,
+            help=f"File that the kept tokens are drawn to. Default: {OVERLAY} or the next free name; none with --json.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
-    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    max_new_tokens: MaxNewTokens = 32,
+    dtype: DTypeName = DType.auto,
+    device: Device = "auto",
 ) -> None:
-    """Answer a question about a picture twice, full and compressed, and show what was saved."""
+    """Answer a question about an image twice, full and compressed, and show what was saved."""
     from .. import zoo
     from ..errors import InputError
     from ..spec import load_spec
     from .common import load_model, load_picture, print_json, say, unused
 
     loaded = load_spec(spec)  # before the model: a wrong name should not cost a minute
-    files = list(picture or [zoo.demo_picture()])
+    files = list(image or [zoo.demo_picture()])
     if question is None:
-        if picture:
-            raise InputError("question: missing; a picture of your own needs a question, --question TEXT.")
+        if image:
+            raise InputError("--question: missing; an image of your own needs a question, --question TEXT.")
         question = zoo.demo_question()
     if not question.strip():
-        raise InputError("question: it is empty; give the text to ask, --question TEXT.")
-    if overlay is not None:
-        target: Path | None = _picture(overlay, force)
+        raise InputError("--question: it is empty; give the text to ask.")
+    if out is not None:
+        target: Path | None = _drawing(out, force)
     else:
         target = None if as_json else unused(OVERLAY)
-    pictures = [load_picture(file) for file in files]
+    images = [load_picture(file) for file in files]
     network, processor = load_model(model, dtype=dtype.value, device=device)
 
-    result = _answer_twice(network, processor, pictures, question, loaded, max_new_tokens)
+    result = _answer_twice(network, processor, images, question, loaded, max_new_tokens)
     if target is not None:
         try:
-            _draw(target, pictures, processor, result["report"])
+            _draw(target, images, processor, result["report"])
         except InputError as error:
-            if overlay is not None:
+            if out is not None:
                 raise
             say(f"nothing drawn: {error}", err=True)
             target = None
@@ -88,24 +85,24 @@ def run(
         _print(facts, result)
 
 
-def _picture(target: Path, force: bool) -> Path:
-    """The overlay's path, refused early where it cannot be written."""
+def _drawing(target: Path, force: bool) -> Path:
+    """The path of the drawing, refused early where it cannot be written."""
     from ..errors import InputError
     from .common import writable
 
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"overlay {str(target)!r}: the name has to end in .png, .jpg or .webp.")
-    return writable(target, "overlay", force=force)
+        raise InputError(f"--out {str(target)!r}: the name has to end in .png, .jpg or .webp.")
+    return writable(target, "--out", force=force)
 
 
 def _answer_twice(
-    model: Any, processor: Any, pictures: list[Any], question: str, spec: Any, max_new_tokens: int
+    model: Any, processor: Any, images: list[Any], question: str, spec: Any, max_new_tokens: int
 ) -> dict[str, Any]:
     from ..pipeline import Pipeline
     from .common import inputs_for
 
     pipeline = Pipeline.from_spec(spec, model, report="full")
-    inputs = inputs_for(processor, pictures, question).to(model.device, dtype=model.dtype)
+    inputs = inputs_for(processor, images, question).to(model.device, dtype=model.dtype)
     prompt = inputs["input_ids"].shape[1]
 
     def answer(length: int) -> Any:
@@ -155,25 +152,25 @@ def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
     """The predicted cost of what ran, or why it is not known."""
-    from ..cost import ModelShape, of_report
+    from ..cost import of_report, shape_of
     from ..errors import TrioError
 
     try:
-        return of_report(report, spec, ModelShape.from_config(model.config))
+        return of_report(report, spec, shape_of(model.config))
     except TrioError as error:
         return str(error)
 
 
-def _draw(target: Path, pictures: list[Any], processor: Any, report: CompressionReport) -> None:
+def _draw(target: Path, images: list[Any], processor: Any, report: CompressionReport) -> None:
     from ..errors import InputError
     from ..report.draw import overlay_from_report, seen_region
 
-    regions = [seen_region(picture, processor) for picture in pictures]
-    drawn = overlay_from_report(pictures, report, regions=regions)
+    regions = [seen_region(image, processor) for image in images]
+    drawn = overlay_from_report(images, report, regions=regions)
     try:
         drawn.save(target)
     except OSError as error:
-        raise InputError(f"overlay {str(target)!r}: cannot be written ({error.strerror or error}).") from error
+        raise InputError(f"--out {str(target)!r}: cannot be written ({error.strerror or error}).") from error
 
 
 def _facts(
@@ -187,7 +184,7 @@ def _facts(
     return {
         "model": model,
         "spec": spec,
-        "pictures": [str(file) for file in files],
+        "images": [str(file) for file in files],
         "question": question,
         "answer": {"full": full, "compressed": compressed},
         "same_answer": full == compressed,
@@ -233,7 +230,7 @@ def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import console, duration, layer_ranges, quantity, times
+    from .tables import console, duration, layer_ranges, print_table, quantity, times
 
     out = console()
     out.print(Text(f"{facts['model']}, spec {facts['spec']}", style="bold"))
@@ -277,7 +274,7 @@ def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
     for name, key in (("time to first token", "prefill"), ("time of the answer", "answer")):
         full, compressed = facts["seconds"][key]["full"], facts["seconds"][key]["compressed"]
         table.add_row(name, duration(full), duration(compressed), ratio(full, compressed))
-    out.print(table)
+    print_table(out, table)
     for note in facts["notes"]:
         out.print(Text(f"note: {note}"))
     if facts["overlay"] is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .common import Json
+
 if TYPE_CHECKING:
     from ..cost import CostPrediction, ModelShape
 
@@ -19,12 +21,12 @@ def show(
         str, typer.Option("--model", "-m", help="Published shape, zoo model, folder or hub name.")
     ] = DEFAULT_SHAPE,
     tokens: Annotated[
-        int | None, typer.Option(min=1, max=1_000_000, help="Visual tokens of the picture. Default: as the model has.")
+        int | None, typer.Option(min=1, max=1_000_000, help="Visual tokens of the image. Default: as the model has.")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, max=10_000_000, help="Other tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=0, max=10_000_000, help="Tokens to generate.")] = 0,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the spec itself, in canonical form.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show the tokens by layer and the predicted cost of a spec on a model."""
     from ..cost import predict
@@ -64,24 +66,22 @@ def show(
 
 
 def _shape(model: str) -> tuple[ModelShape, int]:
-    """The model's shape, and the visual tokens of one picture of its usual size."""
-    from ..cost import ModelShape
+    """The model's shape, and the visual tokens of one image of its usual size."""
+    from ..cost import PUBLISHED, shape_of
     from .common import load_config
 
-    if model in ModelShape.names():
-        return ModelShape.named(model), DEFAULT_TOKENS.get(model, 576)
-    config = load_config(model)
-    vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    usual = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) and patch else 576
-    return ModelShape.from_config(config).model_copy(update={"name": model}), usual
+    if model in PUBLISHED:
+        return PUBLISHED[model], DEFAULT_TOKENS.get(model, 576)
+    shape = shape_of(load_config(model)).model_copy(update={"name": model})
+    usual = shape.tower.crop_tokens if shape.tower is not None else None
+    return shape, usual or 576
 
 
 def _print(description: str, source: str, shape: ModelShape, cost: CostPrediction) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import console, layer_ranges, quantity, times
+    from .tables import console, layer_ranges, print_table, quantity, times
 
     out = console()
     out.print(Text(f"{cost.spec} on {shape.name}", style="bold"))
@@ -90,7 +90,7 @@ def _print(description: str, source: str, shape: ModelShape, cost: CostPredictio
             out.print(Text(line))
     out.print()
     counts = cost.compressed.visual_by_layer
-    width = 40
+    width = max(0, min(40, out.width - 36))  # beside layers, count and share
     chart = Table(box=None, padding=(0, 1), header_style="bold")
     chart.add_column("layers", justify="right", no_wrap=True)
     chart.add_column("visual tokens", justify="right", no_wrap=True)
@@ -123,7 +123,7 @@ def _print(description: str, source: str, shape: ModelShape, cost: CostPredictio
                 table.add_row(part, "", quantity(after, "FLOP"), "")
     row("FLOPs in all", full.total, less.total, "FLOP", end_section=True)
     row("KV cache", cost.full.kv_bytes, cost.compressed.kv_bytes, "B", base=1024)
-    out.print(table)
+    print_table(out, table)
     note = f"prompt: {cost.visual_tokens} visual and {cost.text_tokens} other tokens; {cost.new_tokens} generated"
     for line in (note, *cost.notes):
         out.print(Text(line, style="dim"))

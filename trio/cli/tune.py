@@ -1,14 +1,27 @@
-"""`trio tune`: search for the spec that meets a target on the user's own pictures."""
+"""`trio tune`: search for the spec that meets a target on the user's own images."""
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DType
+from .common import (
+    IMAGES,
+    OUT,
+    BatchSize,
+    Device,
+    DType,
+    DTypeName,
+    Force,
+    Json,
+    MaxNewTokens,
+    ModelArgument,
+    Prompts,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +30,7 @@ if TYPE_CHECKING:
     from ..measure.tuning import TuningReport
 
 
-class TaskName(StrEnum):
+class BundledTask(StrEnum):
     """Bundled questions."""
 
     shapesvqa = "shapesvqa"
@@ -31,7 +44,7 @@ class SamplerName(StrEnum):
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="Zoo model, folder or hub name.")],
+    model: ModelArgument,
     target: Annotated[
         list[str],
         typer.Option(
@@ -41,44 +54,41 @@ def tune(
             "may be repeated.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the best spec, a YAML file.")],
-    images: Annotated[Path | None, typer.Option("--images", "-i", help="Folder with pictures.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", "-p", help="As for `trio fidelity`: a text file, or JSONL.")
-    ] = None,
-    task: Annotated[TaskName | None, typer.Option(help="Bundled questions in place of pictures of one's own.")] = None,
+    out: Annotated[Path, typer.Option(*OUT, help="File that the best spec is written to, as YAML.")],
+    images: Annotated[Path | None, IMAGES] = None,
+    prompts: Prompts = None,
+    task: Annotated[BundledTask | None, typer.Option(help="Bundled questions in place of images of one's own.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Specs to try, those of an earlier run included.")] = 60,
     plot: Annotated[Path | None, typer.Option(help="Draw the Pareto front to this file (needs matplotlib).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file as JSON.")] = None,
     study: Annotated[
         Path | None, typer.Option(help="Keep the trials in this file; a stopped search goes on from it.")
     ] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the pictures that the search does not see.")] = 0.5,
-    limit: Annotated[
-        int | None, typer.Option(min=2, help="At most this many pictures. Default: all; tasks: 40.")
-    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the images that the search does not see.")] = 0.5,
+    limit: Annotated[int | None, typer.Option(min=2, help="At most this many images. Default: all; tasks: 40.")] = None,
     without: Annotated[
         list[str] | None, typer.Option("--without", help="A scorer, selector or compressor not to use; repeatable.")
     ] = None,
     sampler: Annotated[SamplerName, typer.Option(help="tpe: Parzen estimators; nsga2: evolution.")] = SamplerName.tpe,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer, in tokens.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 4,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 4,
     seed: Annotated[int, typer.Option(help="Of the split, the search and the random tokens.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = DType.auto,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    dtype: DTypeName = DType.auto,
+    device: Device = "auto",
 ) -> None:
-    """Search for the spec that meets a target, and judge it on pictures that the search has not seen."""
+    """Search for the spec that meets a target, and judge it on images that the search has not seen."""
     from ..measure.fidelity import read_samples
     from ..measure.tuning import best_spec, parse_target
     from ..measure.tuning import tune as search
     from ..measure.tuning.plot import draw, matplotlib
     from ..measure.tuning.study import optuna
-    from .common import check_outputs, console, load_model, progress_bar, say, writable, write_text
+    from .common import check_outputs, load_model, print_json, progress_bar, say, writable, write_text
+    from .tables import console
 
     wanted = parse_target(target)  # everything that can be wrong without the model, before it
     optuna()
-    check_outputs({"--out": out, "--json": json_file, "--plot": plot}, force=force)
+    check_outputs({"--out": out, "--plot": plot}, force=force)
     if study is not None:
         writable(study, "--study", force=True)  # a search goes on from its own
     if plot is not None:
@@ -106,12 +116,13 @@ def tune(
             progress=lambda what, done, total: bar(done, total),
         )
     write_text(out, best_spec(report).to_yaml(), "--out")
-    if json_file is not None:
-        write_text(json_file, report.to_json(indent=1) + "\n", "--json")
     if plot is not None:
         draw(report, plot)
+    if as_json:
+        print_json(json.loads(report.to_json()))
+        return
     print_report(report, console())
-    written = [str(file) for file in (out, plot, json_file) if file is not None]
+    written = [str(file) for file in (out, plot) if file is not None]
     say(f"written: {', '.join(written)}")
 
 
@@ -122,7 +133,7 @@ def _check_plot(plot: Path) -> None:
         raise InputError(f"--plot {str(plot)!r}: the name has to end in .png, .pdf or .svg.")
 
 
-def _check_source(images: Path | None, prompts: Path | None, task: TaskName | None) -> None:
+def _check_source(images: Path | None, prompts: Path | None, task: BundledTask | None) -> None:
     from ..errors import InputError
 
     if (task is None) == (images is None):
@@ -145,7 +156,7 @@ def print_report(report: TuningReport, out: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .common import print_notes
+    from .tables import print_notes, print_table
 
     out.print(Text(f"{report.model}: {report.trials} specs tried for {report.target}", style="bold"))
     for line in report.verdict():
@@ -175,7 +186,7 @@ def print_report(report: TuningReport, out: Console) -> None:
                 f"{row.speedup.first_token:.2f}x",
                 end_section=row is tuned.floor,
             )
-        out.print(table)
+        print_table(out, table)
     out.print(Text("in brackets: 95% intervals; random: as many tokens at the same places, drawn at random"))
     refused = sum(report.refused.values())
     notes = [f"{refused} of {report.trials} specs could not run: {'; '.join(report.refused)}"] if refused else []

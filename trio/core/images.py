@@ -27,7 +27,7 @@ def load_picture(path: Path) -> Image:
 
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    place = f"picture {str(path)!r}"
+    place = f"image {str(path)!r}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -37,7 +37,7 @@ def load_picture(path: Path) -> Image:
                     raise Image.DecompressionBombWarning
                 return ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError:
-        raise InputError(f"{place}: not a picture that can be read; give a PNG, JPEG or WebP file.") from None
+        raise InputError(f"{place}: not an image that can be read; give a PNG, JPEG or WebP file.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{place}: more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
     except FileNotFoundError:
@@ -59,7 +59,7 @@ def prompt_for(processor: Any, pictures: int, question: str) -> str:
     if getattr(processor, "image_token", None):
         return f"{processor.image_token} " * pictures + question
     raise InputError(
-        f"model: its {type(processor).__name__} has neither a chat template nor a picture token, so a prompt cannot be "
+        f"model: its {type(processor).__name__} has neither a chat template nor an image token, so a prompt cannot be "
         "written for it; use the Python API with your own inputs."
     )
 

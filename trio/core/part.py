@@ -5,18 +5,65 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import SpecError, did_you_mean
+from .shape import ModelShape
 
-__all__ = ["Part", "described_parameters", "explain", "type_name"]
+__all__ = [
+    "Categorical",
+    "Choice",
+    "FloatRange",
+    "IntRange",
+    "Part",
+    "described_parameters",
+    "explain",
+    "type_name",
+]
 
 #: What opens the section of a class's docstring that describes its parameters.
 _SECTION = re.compile(r"^(?:Parameters|Args|Arguments):\n((?:[ \t]+.*\n|\n)*)", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*)$")
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Values of a parameter that a search may try.
+
+    Attributes:
+        options: at least one.
+        later: the value in every stage behind the first; None: the one of the first stage.
+    """
+
+    options: tuple[str | int | float | bool, ...]
+    later: str | int | float | bool | None = None
+
+
+@dataclass(frozen=True)
+class IntRange:
+    """Whole numbers from `low` to `high`; `later` as in `Categorical`."""
+
+    low: int
+    high: int
+    later: int | None = None
+
+
+@dataclass(frozen=True)
+class FloatRange:
+    """Numbers from `low` to `high`, rounded to `digits`; `later` as in `Categorical`."""
+
+    low: float
+    high: float
+    digits: int = 2
+    later: float | None = None
+
+
+Choice = Categorical | IntRange | FloatRange
 
 
 class Part(BaseModel):
@@ -54,6 +101,26 @@ class Part(BaseModel):
                 field.description, changed = said, True
         if changed and cls.__pydantic_complete__:  # else what validates and describes it is not built yet
             cls.model_rebuild(force=True)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int | None:
+        """FLOPs of one call of this part, by the conventions of `trio.core.flops`; None (the default): not known.
+
+        Args:
+            shape: the model.
+            tokens: rows of one sample that reach the stage, text and visual; for a compressor those of the image.
+            visual: visual tokens that reach it: of the sample (scorer), of the group (selector) or of the image
+                (compressor, whose reading of the tower is counted by what `reads` names and does not belong here).
+            keep: how many of those are kept.
+        """
+        return None
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice] | None:
+        """Parameters that a search varies, with their values; by default none, so that all keep their defaults.
+
+        None: the part is no candidate, because it is a floor that methods are compared with.
+        """
+        return {}
 
     # Says that this __init__ only calls pydantic's own, so that a part nested in another model is validated as usual.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads

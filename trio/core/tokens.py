@@ -1,4 +1,4 @@
-"""Where visual tokens come from: the picture that each one stands for, carried beside the tokens."""
+"""Where visual tokens come from: the part of the image that each one stands for, carried beside the tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImageTokens:
         column: column on that grid, counted from the left.
         size: how many patches of the vision tower the token stands for (at least 1; 0 for structure such as newlines).
         grids: rows and columns of each frame's grid; the last one holds for all later frames. Each grid covers the
-            whole picture, so that row and column give a token's place in it.
+            whole picture, so that row and column give a token's position in it.
         placed: False where they do not: where the tokens lie on the picture is not known.
     """
 
@@ -99,15 +99,15 @@ class ImageTokens:
         return self.kind != NEWLINE
 
     @property
-    def place(self) -> torch.Tensor:
-        """float32 ``(n, 2)``: row and column of each token's middle as shares of the picture's height and width.
+    def grid_positions(self) -> torch.Tensor:
+        """float32 ``(n, 2)``: row and column of each token's middle as shares of the image's height and width.
 
-        nan where it has no place on the picture (a class token, a newline) or where that is not known.
+        nan where it has no position on the image (a class token, a newline) or where that is not known.
         """
         rows, columns = torch.tensor(self.grids)[self.frame.clamp_max(len(self.grids) - 1)].T
-        place = torch.stack([(self.row + 0.5) / rows, (self.column + 0.5) / columns], 1)
+        shares = torch.stack([(self.row + 0.5) / rows, (self.column + 0.5) / columns], 1)
         known = (self.kind == PATCH) | (self.kind == MERGED)
-        return place.masked_fill(~known[:, None], float("nan")) if self.placed else torch.full_like(place, float("nan"))
+        return shares.masked_fill(~known[:, None] | (not self.placed), float("nan"))
 
     @property
     def tokens(self) -> int:
@@ -166,9 +166,10 @@ class VisualTokens:
         features: ``(n, D)``, in the space that the compressor asks for (`Compressor.space`).
         origins: of the n tokens; row and column may start anywhere (a tile's are those of the whole picture).
         sizes: float32 ``(n,)``, how many tokens of the start each one stands for.
-        places: int64 ``(n,)``, for each token the one of the s at whose place it stands, all different; -1 for the
-            class token, which has none. A token whose origin is a ``patch`` has the features that it started with.
-        merged: int64 ``(s,)``, for each token of the start the one of the n that it went into, -1 where it was dropped.
+        token_index: int64 ``(n,)``, for each token the one of the s that it stands in for, all different; -1 for the
+            class token, which stands for none. A ``patch`` has the features that it started with.
+        merge_map: int64 ``(s,)``, for each token of the start the one of the n that it went into, -1 where it was
+            dropped.
         signals: what `Compressor.reads` asks for, first dimension n (but ``cls``: ``(D,)``).
         cls: ``(D,)``, the class token in the space of `features`; None where the tower has none, or nobody asked.
         seed: a number made from the prompt and the input's place in it (by `trio.encoders.compress`: from the pixels),
@@ -178,8 +179,8 @@ class VisualTokens:
     features: torch.Tensor
     origins: ImageTokens
     sizes: torch.Tensor
-    places: torch.Tensor
-    merged: torch.Tensor
+    token_index: torch.Tensor
+    merge_map: torch.Tensor
     signals: Mapping[Signal, torch.Tensor] = field(default_factory=dict)
     cls: torch.Tensor | None = None
     seed: int = 0

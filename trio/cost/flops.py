@@ -12,7 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from .shape import ModelShape, TowerShape
+from ..core.flops import (
+    attend,
+    head_flops,
+    keys_flops,
+    last_row_flops,
+    probe_flops,
+    product,
+    projector_flops,
+    rows_flops,
+    similarity_flops,
+)
+from ..core.shape import ModelShape, TowerShape
 
 __all__ = [
     "Attention",
@@ -21,25 +32,16 @@ __all__ = [
     "keys_flops",
     "last_row_flops",
     "layer_flops",
-    "nms_flops",
     "paper_flops",
     "prefill_flops",
     "probe_flops",
     "projector_flops",
     "rows_flops",
+    "similarity_flops",
     "tower_flops",
 ]
 
 Attention = Literal["dense", "causal"]
-
-
-def _product(rows: int, inputs: int, outputs: int) -> int:
-    return 2 * rows * inputs * outputs
-
-
-def _attend(pairs: int, width: int) -> int:
-    """QK^T and AV for `pairs` (query, key) pairs of `width` = heads * head_dim numbers."""
-    return 4 * pairs * width
 
 
 def tower_flops(tower: TowerShape | None, tokens: int) -> int:
@@ -49,41 +51,20 @@ def tower_flops(tower: TowerShape | None, tokens: int) -> int:
     crops, patches = tower.crops(tokens)
     rows, width = patches + tower.cls_tokens, tower.hidden
     matrices = 3 if tower.gated else 2
-    layer = 4 * _product(rows, width, width) + matrices * _product(rows, width, tower.intermediate)
+    layer = 4 * product(rows, width, width) + matrices * product(rows, width, tower.intermediate)
     windowed = tower.layers - tower.full_attention_layers if tower.window else 0
     pairs = (tower.layers - windowed) * rows * rows + windowed * rows * min(rows, tower.window or rows)
-    total = _product(patches, tower.patch_values, width) + tower.layers * layer + _attend(pairs, width)
+    total = product(patches, tower.patch_values, width) + tower.layers * layer + attend(pairs, width)
     if tower.pooling_head:  # one learnt query over all rows, then a feed-forward layer on it
-        total += 2 * _product(1, width, width) + 2 * _product(rows, width, width) + _attend(rows, width)
-        total += 2 * _product(1, width, tower.intermediate)
+        total += 2 * product(1, width, width) + 2 * product(rows, width, width) + attend(rows, width)
+        total += 2 * product(1, width, tower.intermediate)
     return crops * total
-
-
-def projector_flops(shape: ModelShape, tokens: int) -> int:
-    """The projector (or Qwen's merger) on `tokens` visual tokens."""
-    return sum(_product(tokens, inputs, outputs) for inputs, outputs in shape.projector)
-
-
-def rows_flops(shape: ModelShape, rows: int) -> int:
-    """One decoder layer's matrices other than keys and values, on `rows` rows: q, o, gate, up, down."""
-    width = shape.heads * shape.head_dim
-    return 2 * _product(rows, shape.hidden, width) + 3 * _product(rows, shape.hidden, shape.intermediate)
-
-
-def keys_flops(shape: ModelShape, rows: int) -> int:
-    """The key projection of one decoder layer on `rows` rows; the value projection costs the same."""
-    return _product(rows, shape.hidden, shape.kv_heads * shape.head_dim)
 
 
 def layer_flops(shape: ModelShape, rows: int, past: int = 0, *, attention: Attention = "dense") -> int:
     """One decoder layer on `rows` new rows that follow `past` cached ones."""
     pairs = rows * (past + rows) if attention == "dense" else rows * past + rows * (rows + 1) // 2
-    return rows_flops(shape, rows) + 2 * keys_flops(shape, rows) + _attend(pairs, shape.heads * shape.head_dim)
-
-
-def head_flops(shape: ModelShape, rows: int) -> int:
-    """The output head on `rows` rows."""
-    return _product(rows, shape.hidden, shape.vocab)
+    return rows_flops(shape, rows) + 2 * keys_flops(shape, rows) + attend(pairs, shape.heads * shape.head_dim)
 
 
 def prefill_flops(
@@ -99,39 +80,8 @@ def decode_flops(shape: ModelShape, cached_by_layer: Iterable[int], steps: int) 
     width, total = shape.heads * shape.head_dim, 0
     for cached in cached_by_layer:
         total += steps * (rows_flops(shape, 1) + 2 * keys_flops(shape, 1))
-        total += _attend(steps * cached + steps * (steps + 1) // 2, width)  # step t sees cached + t keys
+        total += attend(steps * cached + steps * (steps + 1) // 2, width)  # step t sees cached + t keys
     return total + steps * head_flops(shape, 1)
-
-
-def probe_flops(shape: ModelShape, tokens: int, rows: int) -> int:
-    """TRIO's saliency of `tokens` rows through `rows` supervised output rows of one layer, forward and backward.
-
-    Keys and values are projected for all tokens; queries, attention, feed-forward layer and head run on `rows` rows.
-    Gradients are of inputs only, so the backward pass of a matrix costs its forward pass, and that of attention twice
-    its forward.
-
-    Args:
-        shape: the model.
-        tokens: rows that enter the layer, text and visual.
-        rows: supervised rows K.
-    """
-    matrices = 2 * keys_flops(shape, tokens) + rows_flops(shape, rows) + head_flops(shape, rows)
-    return 2 * matrices + 3 * _attend(rows * tokens, shape.heads * shape.head_dim)
-
-
-def last_row_flops(shape: ModelShape, tokens: int) -> int:
-    """The attention of one row to `tokens` keys: its query, all keys, one row of scores."""
-    width = shape.heads * shape.head_dim
-    return keys_flops(shape, tokens) + _product(1, shape.hidden, width) + _product(tokens, 1, width)
-
-
-def nms_flops(shape: ModelShape, visual: int, keep: int) -> int:
-    """Cosine similarities of `keep` kept tokens with all `visual` ones.
-
-    The lower bound: candidates that turn out to be suppressed need no row of their own, but computing in blocks
-    computes some of them; the upper bound is `nms_flops(shape, visual, visual)`.
-    """
-    return _product(keep, shape.hidden, visual)
 
 
 def paper_flops(visual_by_layer: Iterable[int], hidden: int, intermediate: int) -> int:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from pydantic import Field
 
+from ..core.part import Part
 from ..core.record import Record
+from ..core.shape import ModelShape
+from ..encoders.compressors.base import COMPRESSORS
 from ..errors import InputError
 from ..report import CompressionReport, SampleReport
+from ..scorers.base import SCORERS
+from ..selectors.base import SELECTORS
 from ..spec import PipelineSpec, load_spec
 from ..spec.schedule import Schedule, resolve
 from . import flops
-from .encoder import compressor_flops, reading_flops
+from .encoder import reading_flops
 from .flops import Attention
-from .shape import ModelShape
 
-__all__ = ["Cost", "CostPrediction", "CountsFlops", "FlopsByPart", "of_report", "predict"]
-
-
-@runtime_checkable
-class CountsFlops(Protocol):
-    """A scorer or selector from elsewhere that says what it costs, so that predictions can count it."""
-
-    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
-        """FLOPs of one call.
-
-        Args:
-            shape: the model.
-            tokens: rows of one sample that reach the stage, text and visual.
-            visual: visual tokens of the sample (scorer) or of the group (selector) that reach it.
-            keep: how many of those are kept.
-        """
+__all__ = ["Cost", "CostPrediction", "FlopsByPart", "of_report", "predict"]
 
 
 class FlopsByPart(Record):
@@ -244,7 +233,7 @@ def of_report(
     if report.num_layers != shape.layers:
         raise InputError(
             f"report: it is of a model with {report.num_layers} decoder layers, but shape {shape.name!r} has "
-            f"{shape.layers}. Give the shape of the model that ran, ModelShape.from_config(model.config)."
+            f"{shape.layers}. Give the shape of the model that ran, trio.cost.shape_of(model.config)."
         )
     rows = zip(report.samples, report.layer_tokens, strict=True)
     samples = [_of_sample(sample, tokens, loaded) for sample, tokens in rows]
@@ -350,9 +339,12 @@ def _cost(
             continue  # nothing to lose: the runtime neither scores nor selects
         parts = spec.stages[stage.index]
         tokens = sample.text + stage.tokens_in
-        scoring += _part("scorer", parts.scorer, shape, notes)(tokens, stage.tokens_in, stage.kept)
-        choose = _part("selector", parts.selector, shape, notes)
-        selection += sum(choose(tokens, before, after) for before, after in stage.groups if before)
+        scorer, selector = SCORERS.build(parts.scorer), SELECTORS.build(parts.selector)
+        unknown = f"the scorer {parts.scorer.name!r} {_SILENT}"
+        scoring += _part(scorer, shape, (tokens, stage.tokens_in, stage.kept), unknown, notes)
+        unknown = f"the selector {parts.selector.name!r} {_SILENT}"
+        groups = ((tokens, before, after) for before, after in stage.groups if before)
+        selection += sum(_part(selector, shape, group, unknown, notes) for group in groups)
     return Cost(
         flops=FlopsByPart(
             tower=sum(flops.tower_flops(shape.tower, image) for image in sample.images),
@@ -371,19 +363,27 @@ def _cost(
 
 def _compression(sample: _Sample, spec: PipelineSpec, shape: ModelShape, notes: dict[str, None]) -> int:
     """What the compressor reads and computes for the images that lose tokens."""
-    from ..encoders.compressors.base import COMPRESSORS
-
     reduced = [(n, k) for n, k in zip(sample.images, sample.entering, strict=True) if k < n]
     if spec.compressor is None or not reduced:
         return 0
     part = COMPRESSORS.build(spec.compressor)
-    total = 0
-    for tokens, kept in reduced:
-        own, known = compressor_flops(shape, tokens, kept, part, COMPRESSORS.name_of(type(part)))
-        if not known:
-            notes[f"of the compressor {spec.compressor.name!r} only what it reads off the tower is counted"] = None
-        total += own + (0 if shape.tower is None else reading_flops(shape.tower, tokens, part))
-    return total
+    unknown = f"of the compressor {spec.compressor.name!r} only what it reads off the tower is counted"
+    total = sum(_part(part, shape, (tokens, tokens, kept), unknown, notes) for tokens, kept in reduced)
+    if shape.tower is None:
+        return total
+    return total + sum(reading_flops(shape.tower, tokens, part.reads()) for tokens, _ in reduced)
+
+
+_SILENT = "says nothing of its cost (a method `flops`), so it is not counted"
+
+
+def _part(part: Part, shape: ModelShape, counts: tuple[int, int, int], unknown: str, notes: dict[str, None]) -> int:
+    """What a part says that it costs for (tokens, visual, keep); 0, and the note `unknown`, where it says nothing."""
+    tokens, visual, keep = counts
+    own = part.flops(shape, tokens=tokens, visual=visual, keep=keep)
+    if own is None:
+        notes[unknown] = None
+    return own or 0
 
 
 def _sum(costs: Sequence[Cost], layers: int) -> Cost:
@@ -394,37 +394,3 @@ def _sum(costs: Sequence[Cost], layers: int) -> Cost:
         visual_by_layer=[sum(cost.visual_by_layer[layer] for cost in costs) for layer in range(layers)],
         paper_flops=sum(cost.paper_flops for cost in costs),
     )
-
-
-_Count = Callable[[int, int, int], int]  # (tokens, visual, keep) -> FLOPs
-
-
-def _part(kind: str, spec: Any, shape: ModelShape, notes: dict[str, None]) -> _Count:
-    """How a scorer or selector is counted: as it says itself, by our formula, or not at all (and a note says so)."""
-    from ..scorers.base import SCORERS
-    from ..selectors.base import SELECTORS
-
-    registry: Any = SCORERS if kind == "scorer" else SELECTORS
-    part = registry.build(spec)
-    if isinstance(part, CountsFlops):
-        own = part.flops
-        return lambda tokens, visual, keep: own(shape, tokens=tokens, visual=visual, keep=keep)
-    formula = _FORMULAS.get((kind, registry.name_of(type(part)) or ""))
-    if formula is None:
-        notes[f"the {kind} {spec.name!r} says nothing of its cost (a method `flops`), so it is not counted"] = None
-        return lambda tokens, visual, keep: 0
-    return formula(shape, part)
-
-
-_FORMULAS: dict[tuple[str, str], Callable[[ModelShape, Any], _Count]] = {
-    ("scorer", "objective-gradient"): lambda shape, part: (
-        lambda tokens, visual, keep: flops.probe_flops(shape, tokens, min(part.positions, tokens))
-    ),
-    ("scorer", "last-token-attention"): lambda shape, part: (
-        lambda tokens, visual, keep: flops.last_row_flops(shape, tokens)
-    ),
-    ("scorer", "random"): lambda shape, part: lambda tokens, visual, keep: 0,
-    ("selector", "nms"): lambda shape, part: lambda tokens, visual, keep: flops.nms_flops(shape, visual, keep),
-    ("selector", "soft-nms"): lambda shape, part: lambda tokens, visual, keep: flops.nms_flops(shape, visual, visual),
-    ("selector", "top-k"): lambda shape, part: lambda tokens, visual, keep: 0,
-}

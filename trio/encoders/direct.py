@@ -47,7 +47,7 @@ def compress(
 
     Returns:
         The tokens left of each input of the tower (a picture; a temporal frame of a video): features (projected where
-        `project` is given), origins on the grid of the picture, sizes, places and the merge map.
+        `project` is given), origins on the grid of the picture, sizes, token_index and the merge map.
 
     Raises:
         UnknownNameError: no compressor of that name.

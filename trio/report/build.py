@@ -72,8 +72,8 @@ def make_report(
         adapter=adapter,
         num_layers=num_layers,
         samples=samples,
-        layer_lengths=list(record.lengths),
-        layer_tokens=[[tokens[number] for tokens in record.tokens] for number in range(len(record.images))],
+        layer_lengths=list(record.layer_lengths),
+        layer_tokens=[[tokens[number] for tokens in record.layer_tokens] for number in range(len(record.images))],
         positions=positions,
         notes=notes + extra,
         level=level,
@@ -104,7 +104,7 @@ def _to_host(stage: StageRecord) -> StageRecord:
 
 
 def _compressed_to_host(record: CompressedRecord) -> CompressedRecord:
-    return replace(record, kept=record.kept.cpu(), owner=record.owner.cpu())
+    return replace(record, kept=record.kept.cpu(), merge_map=record.merge_map.cpu())
 
 
 def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageTokens, ...]) -> CompressorReport:
@@ -112,7 +112,7 @@ def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageT
     for number, image in enumerate(images):
         span = slice(first, first + image.tokens)
         indices = host.kept[sample, span].nonzero().squeeze(1)
-        owner = host.owner[sample, span]
+        merge_map = host.merge_map[sample, span]
         found.append(
             CompressedImage(
                 tokens_in=image.tokens,
@@ -120,7 +120,7 @@ def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageT
                 kept=len(indices),
                 indices=indices.tolist(),
                 origins=_origins([(number, image)], indices),
-                merged=torch.where(owner < 0, -1, owner - first).tolist(),
+                merged=torch.where(merge_map < 0, -1, merge_map - first).tolist(),
             )
         )
         first += image.tokens

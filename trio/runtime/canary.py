@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.backbone import Backbone, TinyModel
-from ..core.context import LayerContext
+from ..core.context import LayerContext, SelectionContext
 from ..core.probe import rows_at_end
 from ..core.prompts import Inputs, Prompt
 from ..core.upstream import MASK, NEWEST_TESTED, Role, cache_of, dynamic_cache, keywords, silenced, version
@@ -199,19 +199,12 @@ class _ByObjective(Scorer):
 class _Best(Selector):
     """The tokens of the highest saliency."""
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        most = int(k.max())
-        rank = saliency.sort(dim=1, descending=True, stable=True).indices[:, :most]
-        chosen = torch.arange(most)[None] < k[:, None]
-        order = torch.where(chosen, rank, saliency.shape[1]).sort(dim=1).values
-        return order.clamp_max(saliency.shape[1] - 1), chosen
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
+        most, tokens = int(ctx.k.max()), ctx.saliency.shape[1]
+        rank = ctx.saliency.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        chosen = torch.arange(most)[None] < ctx.k[:, None]
+        order = torch.where(chosen, rank, tokens).sort(dim=1).values
+        return order.clamp_max(tokens - 1), chosen
 
 
 class _Work:
@@ -383,8 +376,8 @@ def _selection(record: PrefillRecord) -> list[list[list[list[int]]]]:
 
 
 def _dropping(record: PrefillRecord) -> PrefillRecord:
-    if len(set(record.lengths)) == 1:
-        raise _BrokenPromise(f"no token was dropped: {record.lengths[0]} in every layer")
+    if len(set(record.layer_lengths)) == 1:
+        raise _BrokenPromise(f"no token was dropped: {record.layer_lengths[0]} in every layer")
     return record
 
 

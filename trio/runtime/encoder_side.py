@@ -1,7 +1,7 @@
 """A compressor at work: between the tower's signals and the first decoder layer.
 
-Stock code encodes the pictures and puts a feature at every placeholder. What a compressor leaves is then written at the
-places of the tokens that it keeps, and the others are dropped in front of the first decoder layer, exactly as a stage
+Stock code encodes the images and puts a feature at every placeholder. What a compressor leaves is then written at the
+columns of the tokens that it keeps, and the others are dropped in front of the first decoder layer, exactly as a stage
 would: embeddings, masks, positions, caches and features that come later shrink by the same code, in every family.
 """
 
@@ -16,12 +16,12 @@ import torch
 
 from ..core.backbone import Backbone
 from ..core.hooking import Owner
-from ..core.patches import PatchMap
 from ..core.tokens import CLS, PATCH, ImageTokens, Signal, VisualTokens
 from ..errors import InputError, UnsupportedModelError
+from .encoded import EncodedImage, match_images
+from .forward import Prefill
 from .record import CompressedRecord
-from .stage import Prefill
-from .state import Counts, drop
+from .state import Counts, Images, drop
 
 if TYPE_CHECKING:
     from ..encoders.compressors.base import Compressor
@@ -51,21 +51,53 @@ class BoundCompressor:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What is known of one image on the encoder side; no patches where nothing is."""
+class _Source(EncodedImage):
+    """An image on the encoder side, with what was read off the tower while it was encoded (None where nothing was)."""
 
-    image: ImageTokens
-    patches: PatchMap | None = None
-    offset: int = 0
-    number: int = 0
     reading: Reading | None = None
 
-    def pieces(self) -> list[torch.Tensor]:
-        """Its tokens by input of the tower, int64 on the CPU."""
-        if self.patches is None:
-            return [torch.arange(self.image.tokens)]
-        tiles = self.patches.tile
-        return [(tiles == tile).nonzero().squeeze(1) for tile in sorted(set(tiles.tolist()))]
+
+@dataclass(frozen=True)
+class _Piece:
+    """The visual tokens of one input of the vision tower (a tile, a frame), and how many of them are asked for.
+
+    Attributes:
+        sample: in the batch.
+        number: of the image in the sample.
+        tile: of the piece in the image.
+        source: the image.
+        members: int64 ``(n,)`` on the CPU, the piece's tokens among the image's.
+        first: visual tokens of the sample in front of the image.
+        k: tokens to leave; None where the compressor decides.
+    """
+
+    sample: int
+    number: int
+    tile: int
+    source: _Source
+    members: torch.Tensor
+    first: int
+    k: int | None
+
+    @property
+    def stays_whole(self) -> bool:
+        """Whether all its tokens are kept as they are."""
+        return self.k is not None and self.k >= len(self.members)
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """What a compressor left of a piece.
+
+    Attributes:
+        tokens: the m tokens left.
+        slots: int64 ``(m,)``, the tokens of the piece in whose columns they are written, in rising order.
+        rewritten: int64, those of the m whose features are not the ones that stand in their column already.
+    """
+
+    tokens: VisualTokens
+    slots: torch.Tensor
+    rewritten: torch.Tensor
 
 
 class EncoderSide:
@@ -123,118 +155,116 @@ class EncoderSide:
             self._readings[modality] = self._reader.take()
 
     def run(self, prefill: Prefill, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Compresses the pictures of a forward and updates the prefill.
+        """Compresses the images of a forward and updates the prefill.
 
         Args:
-            prefill: the running forward, nothing dropped yet; its sequence and record are updated.
+            prefill: the running forward, nothing dropped yet; its state and record are updated.
             hidden: ``(B, S, D)``, what enters the first decoder layer.
 
         Returns:
-            The hidden states with the new features in their places, and int64 ``(B, S')``, the columns that remain;
-            None where no picture loses a token.
+            The hidden states with the new features in their columns, and int64 ``(B, S')``, the columns that remain;
+            None where no image loses a token.
         """
-        sequence = prefill.sequence
-        sources = self._sources(prefill)
-        batch, most = sequence.origin.shape
-        device = hidden.device
-        keep = torch.zeros(batch, most, dtype=torch.bool, device=device)
-        owner = torch.full((batch, most), -1, dtype=torch.int64, device=device)
-        counts: list[tuple[int, ...]] = []
-        images: list[tuple[ImageTokens, ...]] = []
-        asked: list[tuple[int | None, ...]] = []
+        pieces = self._plan(prefill)
+        if all(piece.stays_whole for piece in pieces):
+            return None
+        compressed = [
+            None if piece.stays_whole or piece.k == 0 else self._compress(piece, prefill, hidden) for piece in pieces
+        ]
+        return self._write_back(prefill, hidden, pieces, compressed)
+
+    def _plan(self, prefill: Prefill) -> list[_Piece]:
+        """The pieces of all images in order, with the number of tokens to leave of each."""
+        pieces = []
+        for sample, row in enumerate(self._sources(prefill)):
+            first = 0
+            for number, (source, parts) in enumerate(zip(row, self._shares(row), strict=True)):
+                pieces += [
+                    _Piece(sample, number, tile, source, members, first, k) for tile, (members, k) in enumerate(parts)
+                ]
+                first += source.image.tokens
+        return pieces
+
+    def _compress(self, piece: _Piece, prefill: Prefill, hidden: torch.Tensor) -> _Compressed:
+        """Runs the compressor on one piece."""
+        seed = zlib.crc32(f"{prefill.seeds[piece.sample]}/{piece.number}/{piece.tile}".encode())
+        columns = _columns(piece, prefill)
+        tokens = self._tokens(piece.source, piece.members, hidden[piece.sample, columns], seed)
+        size = len(piece.members)
+        out = self._bound.compressor.compress(tokens, size if piece.k is None else piece.k)
+        slots, shifted = _slots(out, size)
+        rewritten = torch.arange(out.tokens) if shifted else (out.origins.kind != PATCH).nonzero().squeeze(1)
+        return _Compressed(out, slots, rewritten.to(hidden.device))
+
+    def _write_back(
+        self,
+        prefill: Prefill,
+        hidden: torch.Tensor,
+        pieces: Sequence[_Piece],
+        compressed: Sequence[_Compressed | None],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts what is left into the hidden states, the prefill's state and its record; see `run`."""
+        record, device = prefill.record, hidden.device
+        keep = torch.zeros(prefill.state.token_index.shape, dtype=torch.bool, device=device)
+        merge_map = torch.full(keep.shape, -1, dtype=torch.int64, device=device)
+        images = [list(row) for row in record.images]
         features: list[torch.Tensor] = []
         columns: list[torch.Tensor] = []
-        shorter = False
-        for sample, row in enumerate(sources):
-            plans = self._plan(row)
-            first, left, now = 0, [], []
-            for number, (source, plan) in enumerate(zip(row, plans, strict=True)):
-                kept, origins = 0, source.image
-                for tile, (piece, k) in enumerate(plan):
-                    here = (first + piece).to(device)
-                    if k is not None and k >= len(piece):
-                        keep[sample, here], owner[sample, here] = True, here
-                        kept += len(piece)
-                        continue
-                    shorter = True
-                    if k == 0:
-                        continue
-                    seed = zlib.crc32(f"{prefill.seeds[sample]}/{number}/{tile}".encode())
-                    places = sequence.visual_index[sample, here]
-                    tokens = self._tokens(source, piece, hidden[sample, places], seed)
-                    out = self._bound.compressor.compress(tokens, len(piece) if k is None else k)
-                    result = _placed(out, len(piece))
-                    keep[sample, here[result.slots]] = True
-                    went = out.merged
-                    owner[sample, here] = torch.where(went < 0, -1, here[result.slots][went.clamp_min(0)])
-                    changed = (out.origins.kind != PATCH).nonzero().squeeze(1)
-                    new = torch.arange(out.tokens) if result.shifted else changed
-                    if len(new):
-                        features.append(out.features[new.to(device)])
-                        columns.append(sample * hidden.shape[1] + places[result.slots[new.to(device)]])
-                    origins = _replaced(origins, piece[result.slots.cpu()], out.origins)
-                    kept += out.tokens
-                first += source.image.tokens
-                left.append(kept)
-                now.append(origins)
-            counts.append(tuple(left))
-            images.append(tuple(now))
-            asked.append(tuple(_sum([k for _, k in plan]) for plan in plans))
-        if not shorter:
-            return None
-        after: Counts = tuple(counts)
+        for piece, result in zip(pieces, compressed, strict=True):
+            index = (piece.first + piece.members).to(device)
+            if result is None:
+                if piece.stays_whole:
+                    keep[piece.sample, index], merge_map[piece.sample, index] = True, index
+                continue
+            out, left = result.tokens, index[result.slots]
+            keep[piece.sample, left] = True
+            merge_map[piece.sample, index] = torch.where(out.merge_map < 0, -1, left[out.merge_map.clamp_min(0)])
+            if len(result.rewritten):
+                features.append(out.features[result.rewritten])
+                column = _columns(piece, prefill)[result.slots[result.rewritten]]
+                columns.append(piece.sample * hidden.shape[1] + column)
+            image = images[piece.sample][piece.number]
+            images[piece.sample][piece.number] = _replaced(image, piece.members[result.slots.cpu()], out.origins)
         if features:
             visible = self._visible(torch.cat(features)).to(hidden)
             hidden = hidden.flatten(0, 1).index_put((torch.cat(columns),), visible).view_as(hidden)
-        prefill.record.images = tuple(images)
-        prefill.sequence, remaining = drop(sequence, keep, after)
-        lines = prefill.sequence.newlines
-        prefill.record.compressed = CompressedRecord(
-            self._bound.name, keep, owner, after, tuple(asked), () if lines is None else lines.counts
+        counts, asked = _counts(record.images, pieces, compressed)
+        record.images = tuple(map(tuple, images))
+        prefill.state, remaining = drop(prefill.state, keep, counts)
+        newlines = prefill.state.newlines
+        record.compressed = CompressedRecord(
+            self._bound.name, keep, merge_map, counts, asked, () if newlines is None else newlines.counts
         )
         return hidden, remaining
 
     # Which patches, and how many tokens
 
     def _sources(self, prefill: Prefill) -> list[list[_Source]]:
-        images, modalities = prefill.record.images, prefill.modalities
-        found: list[list[_Source]] = [[_Source(image) for image in row] for row in images]
-        for modality, arguments in prefill.encoded.items():
-            members = [
-                [place for place, own in enumerate(modalities[sample]) if own == modality]
-                for sample in range(len(images))
-            ]
-            held = [images[sample][place] for sample, row in enumerate(members) for place in row]
-            if not held:
-                continue
-            given = self._backbone.encoded_images(held, arguments)
-            repeats, rest = divmod(len(held), given) if given else (0, 1)
-            if rest or not repeats or len(images) % repeats:
+        """The images of each sample with their patches and what was read of them.
+
+        Raises:
+            InputError: the tower did not encode these images while it was read.
+        """
+        matched, totals = match_images(self._backbone, prefill.record.images, prefill.modalities, prefill.encoded)
+        for modality, patches in totals.items():
+            reading = self._readings.get(modality)
+            if reading is not None and patches != sum(reading.inputs):
                 raise InputError(
-                    f"compressor: the prompts hold {len(held)} pictures, the last encoding brought {given}: the "
-                    "features were computed for other prompts, or while the pipeline was not attached; pass pixels"
-                )
-            reading, number, offset = self._readings.get(modality), 0, 0
-            for group in range(0, len(images), repeats):
-                for place in range(len(members[group])):
-                    patches = self._backbone.patch_map(images[group][members[group][place]], number, arguments)
-                    for sample in range(group, group + repeats):
-                        at = members[sample][place]
-                        found[sample][at] = _Source(images[sample][at], patches, offset, number, reading)
-                    number, offset = number + 1, offset + (0 if patches is None else patches.total)
-            if reading is not None and offset != sum(reading.inputs):
-                raise InputError(
-                    f"compressor: the prompts' pictures have {offset} patches, the tower gave {sum(reading.inputs)}: "
+                    f"compressor: the prompts' pictures have {patches} patches, the tower gave {sum(reading.inputs)}: "
                     "the features were computed for other prompts, or while the pipeline was not attached; pass pixels"
                 )
-        if self._signals and any(source.reading is None for row in found for source in row):
+        sources = [[_Source(**vars(one), reading=self._reading_of(one)) for one in row] for row in matched]
+        if self._signals and any(source.reading is None for row in sources for source in row):
             raise InputError(
                 "compressor: the tower was not seen at work on these pictures, so its signals are not known; pass "
                 "pixels and let the model encode them while the pipeline is attached"
             )
-        return found
+        return sources
 
-    def _plan(self, row: Sequence[_Source]) -> list[list[tuple[torch.Tensor, int | None]]]:
+    def _reading_of(self, image: EncodedImage) -> Reading | None:
+        return None if image.modality is None else self._readings.get(image.modality)
+
+    def _shares(self, row: Sequence[_Source]) -> list[list[tuple[torch.Tensor, int | None]]]:
         """For each image its pieces, and how many tokens of each are kept."""
         pieces = [source.pieces() for source in row]
         sizes = [[len(piece) for piece in image] for image in pieces]
@@ -315,22 +345,36 @@ class EncoderSide:
         return self._backbone.project(features) if self._blocks else features
 
 
-@dataclass(frozen=True)
-class _Result:
-    """Where the tokens of a compressor go: slots in rising order, and whether any stands elsewhere than its own."""
-
-    slots: torch.Tensor
-    shifted: bool
+def _columns(piece: _Piece, prefill: Prefill) -> torch.Tensor:
+    """Where the tokens of a piece stand in the sequence."""
+    visual_index = prefill.state.visual_index
+    return visual_index[piece.sample, (piece.first + piece.members).to(visual_index.device)]
 
 
-def _placed(out: VisualTokens, tokens: int) -> _Result:
-    """Slots for tokens in their order: their own places; a class token takes a free one, and others make way for it."""
+def _slots(out: VisualTokens, tokens: int) -> tuple[torch.Tensor, bool]:
+    """Which tokens of a piece make room for those that are left, and whether any stands elsewhere than its own.
+
+    Each has its own; a class token takes a free one, and others make way for it.
+    """
     if not out.tokens or int(out.origins.kind[0]) != CLS:
-        return _Result(out.places, False)
-    places = out.places.cpu()[1:]
-    free = torch.ones(tokens, dtype=torch.int8).index_fill(0, places, 0).argmax()
-    slots = torch.cat([places, free[None]]).sort().values
-    return _Result(slots.to(out.places.device), not torch.equal(slots[1:], places))
+        return out.token_index, False
+    own = out.token_index.cpu()[1:]
+    free = torch.ones(tokens, dtype=torch.int8).index_fill(0, own, 0).argmax()
+    slots = torch.cat([own, free[None]]).sort().values
+    return slots.to(out.token_index.device), not torch.equal(slots[1:], own)
+
+
+def _counts(
+    images: Images, pieces: Sequence[_Piece], compressed: Sequence[_Compressed | None]
+) -> tuple[Counts, tuple[tuple[int | None, ...], ...]]:
+    """For each image the tokens that are left, and the number asked for (None where the compressor decides)."""
+    left = [[0] * len(row) for row in images]
+    asked: list[list[list[int | None]]] = [[[] for _ in row] for row in images]
+    for piece, result in zip(pieces, compressed, strict=True):
+        whole = len(piece.members) if piece.stays_whole else 0
+        left[piece.sample][piece.number] += whole if result is None else result.tokens.tokens
+        asked[piece.sample][piece.number].append(piece.k)
+    return tuple(map(tuple, left)), tuple(tuple(_sum(counts) for counts in row) for row in asked)
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:
@@ -379,9 +423,9 @@ def merged_features(features: torch.Tensor, record: CompressedRecord) -> torch.T
         features: ``(B, N, D)``, for the tokens at the start.
         record: what the compressor did.
     """
-    owner = record.owner.to(features.device)
+    merge_map = record.merge_map.to(features.device)
     batch, most, width = features.shape
-    index = torch.where(owner < 0, most, owner)[..., None].expand(-1, -1, width)
+    index = torch.where(merge_map < 0, most, merge_map)[..., None].expand(-1, -1, width)
     total = features.new_zeros(batch, most + 1, width, dtype=torch.float32).scatter_add(1, index, features.float())
     count = features.new_zeros(batch, most + 1, 1, dtype=torch.float32).scatter_add(
         1, index[..., :1], torch.ones_like(features[..., :1], dtype=torch.float32)

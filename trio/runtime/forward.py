@@ -2,15 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..core.context import TokenOrigins
 from ..core.probe import LayerInputs
-from .stage import Prefill
+from .record import PrefillRecord
+from .state import TokenState, origins_of
+
+if TYPE_CHECKING:
+    from .stage import BoundStage
+
+
+@dataclass
+class Prefill:
+    """The running forward of new visual tokens.
+
+    Attributes:
+        record: what will be reported.
+        state: the tokens still there.
+        input_ids: int64 ``(B, S)`` on the CPU.
+        seeds: one number for each sample.
+        modalities: for each image what encoded it.
+        encoded: by modality, the arguments of the encoding that this forward uses.
+        num_layers: decoder layers of the model.
+        forced: for each stage the tokens to keep, bool ``(B, N)`` of the tokens at the start, in place of scoring.
+        score_only: score, but drop nothing.
+        keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
+        clock: whether to measure phases.
+        finite: flags on the device, one for each scored stage.
+        find_tiles: gives float32 ``(B, N)``, see `TokenOrigins.tile`, for the tokens at the start.
+        embeddings: where the forward keeps no cache, those of its visual tokens, ``(n, D)``.
+        repeats: whether the forward is a further step of generation without a cache.
+    """
+
+    record: PrefillRecord
+    state: TokenState
+    input_ids: torch.Tensor
+    seeds: tuple[int, ...]
+    num_layers: int
+    modalities: tuple[tuple[str, ...], ...] = ()
+    encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    forced: Mapping[int, torch.Tensor] | None = None
+    score_only: bool = False
+    keep_saliency: bool = False
+    clock: bool = False
+    finite: list[tuple[BoundStage, torch.Tensor]] = field(default_factory=list)
+    find_tiles: Callable[[], torch.Tensor] | None = None
+    embeddings: torch.Tensor | None = None
+    repeats: bool = False
+    _origins: TokenOrigins | None = field(default=None, init=False, repr=False)
+
+    def origins_on(self, device: torch.device) -> TokenOrigins:
+        """Where the tokens at the start come from, behind the compressor: ``(B, N)``, the same at every stage."""
+        if self._origins is None:
+            self._origins = replace(origins_of(self.record.images), tiles=self.find_tiles)
+        if self._origins.row.device != device:
+            self._origins = self._origins.map(lambda values: values.to(device))
+        return self._origins
+
+    @cached_property
+    def sizes(self) -> torch.Tensor:
+        """How many tokens at the start each one stands for, behind the compressor: float32 ``(B, N)``."""
+        compressed = self.record.compressed
+        if compressed is None:
+            return torch.ones(len(self.record.images), self.state.most_at_start, device=self.state.valid.device)
+        merge_map = compressed.merge_map
+        sizes = torch.zeros(merge_map.shape, device=merge_map.device)
+        return sizes.scatter_add_(1, merge_map.clamp_min(0), (merge_map >= 0).float())
+
+    @property
+    def shorter(self) -> bool:
+        """Whether some token has been dropped."""
+        started = tuple(tuple(image.tokens for image in sample) for sample in self.record.images)
+        return self.state.counts != started
+
+    @contextmanager
+    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of the block to a phase; does nothing without a clock."""
+        if not self.clock:
+            yield
+            return
+        begin = now(device)
+        yield
+        seconds = self.record.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + now(device) - begin
+
+    def continues(self, earlier: Prefill) -> bool:
+        """Whether this is the next step of generation without a cache, which repeats the prompt one token longer.
+
+        Beams may have changed places, but their prompts have not.
+        """
+        ids, before = self.input_ids, earlier.input_ids
+        if self.embeddings is None or earlier.embeddings is None or self.embeddings.shape != earlier.embeddings.shape:
+            return False
+        if ids.shape != (before.shape[0], before.shape[1] + 1):
+            return False
+        prompts = {tuple(row) for row in before.tolist()}
+        return all(tuple(row) in prompts for row in ids[:, :-1].tolist()) and torch.allclose(
+            self.embeddings, earlier.embeddings, rtol=1e-3, atol=1e-5
+        )
+
+    def repeat(self, earlier: Prefill) -> None:
+        """Keeps what an earlier step kept, and draws what it drew."""
+        self.forced = {index: stage.kept for index, stage in earlier.record.stages.items()}
+        self.seeds = earlier.seeds
+        self.repeats = True
+
+
+def now(device: torch.device) -> float:
+    """The clock in seconds, after the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -20,14 +131,14 @@ class Segment:
     Attributes:
         valid: bool ``(B, past + S)``, False at padding.
         ragged: False where `valid` is known to be all True.
-        dropped: int64 ``(B,)``, tokens dropped so far in the conversation.
+        dropped_in_conversation: int64 ``(B,)``, tokens dropped so far, earlier turns included.
         mask: the attention mask in the backend's form.
         rotary: the rotary embeddings of the tokens that are there.
     """
 
     valid: torch.Tensor
     ragged: bool
-    dropped: torch.Tensor
+    dropped_in_conversation: torch.Tensor
     mask: Any
     rotary: Any
 
@@ -40,7 +151,7 @@ class Forward:
         entry: the module through which it came in; the forward ends with it.
         thread: the thread that runs it.
         call: arguments of the multimodal module, by name.
-        pictures: whether the call brings pictures.
+        brings_images: whether the call brings images.
         reached: whether the language model was called.
         modalities: what was encoded within this forward.
         features: visual features to be added in front of a layer, ``(B, N, D)``.
@@ -61,7 +172,7 @@ class Forward:
     entry: nn.Module
     thread: int
     call: Mapping[str, Any] = field(default_factory=dict)
-    pictures: bool = False
+    brings_images: bool = False
     reached: bool = False
     modalities: set[str] = field(default_factory=set)
     features: dict[int, torch.Tensor] = field(default_factory=dict)

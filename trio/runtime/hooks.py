@@ -20,14 +20,13 @@ from ..core.upstream import LayerCall, Role, check_one_cache, hidden_of, unsuppo
 from ..errors import AttachError, InputError, NonFiniteError
 from .cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
 from .encoder_side import BoundCompressor, EncoderSide, merged_features
-from .forward import Forward
+from .forward import Forward, Prefill, now
 from .methods import GuardedGenerate, NotedEncoder
-from .prefill import Selection, Uncached, given_tokens, start_prefill
+from .prefill import Selection, given_tokens, start_prefill
 from .record import PrefillRecord
 from .shrink import Shrinker
-from .stage import BoundStage, Prefill, now, run_stage
-from .state import NewlinePolicy
-from .state import Sequence as Tokens
+from .stage import BoundStage, run_stage
+from .state import NewlinePolicy, TokenState
 
 
 class Runtime:
@@ -97,7 +96,7 @@ class Runtime:
         self._encoded_ahead: str | None = None
         self._lock = threading.Lock()
         self._forward: Forward | None = None
-        self._uncached: Uncached | None = None
+        self._uncached: Prefill | None = None
         self.within_encoder = False
         self.forced: Selection | None = None
         self.score_only = False
@@ -221,16 +220,16 @@ class Runtime:
         forward = self._enter(module)
         call = self._upstream.multimodal
         forward.call = call.given(args, kwargs)
-        forward.pictures = self._backbone.brings_pictures(forward.call)
+        forward.brings_images = self._backbone.brings_pictures(forward.call)
         ahead, self._encoded_ahead = self._encoded_ahead, None
-        if ahead is not None and not forward.pictures:
+        if ahead is not None and not forward.brings_images:
             raise unsupported(
                 f"{call.where}.forward",
                 f"the {ahead} features that `generate` had encoded",
                 f"a call with {', '.join(name for name, value in forward.call.items() if value is not None)}",
             )
         ids, embeddings = call.read(Role.IDS, forward.call), call.read(Role.EMBEDDINGS, forward.call)
-        if ids is None and (forward.pictures or embeddings is not None):
+        if ids is None and (forward.brings_images or embeddings is not None):
             raise InputError(
                 "inputs_embeds: without input_ids nobody can tell which embeddings are visual tokens; "
                 "pass input_ids and pixels, or detach the pipeline"
@@ -268,7 +267,7 @@ class Runtime:
         hidden, mask = call.read(Role.EMBEDDINGS, given), call.read(Role.MASK, given)
         cache = call.read(Role.CACHE, given)
         reduced = any(isinstance(layer, ReducedLayer) for layer in getattr(cache, "layers", ()))
-        if forward.pictures or reduced:
+        if forward.brings_images or reduced:
             stray = call.stray_cache(given)
             if stray is not None:
                 raise unsupported(f"{call.where}.forward", f"the {Role.CACHE} as `{call.names[Role.CACHE]}`", stray)
@@ -283,13 +282,13 @@ class Runtime:
         forward.positions = call.read(Role.POSITIONS, given)
         forward.cache = cache
         forward.asks_cache = cache is not None or uses_cache(call, given, self._backbone.text_config)
-        if forward.pictures and hidden is None:
+        if forward.brings_images and hidden is None:
             raise unsupported(
                 f"{call.where}.forward",
                 f"the {Role.EMBEDDINGS} as `{call.names[Role.EMBEDDINGS]}`",
                 f"a call with {', '.join(name for name, value in given.items() if value is not None)}",
             )
-        if forward.pictures and hidden is not None:
+        if forward.brings_images and hidden is not None:
             forward.prefill = self._start(forward, hidden, not forward.asks_cache)
         elif hidden is None and not forward.call and call.read(Role.IDS, given) is None:
             raise InputError("forward: the language model got neither input_ids nor inputs_embeds")
@@ -312,7 +311,7 @@ class Runtime:
         try:
             if not failed and module is self._backbone.language_model:
                 self._finish(forward, output)
-            elif not failed and forward.pictures and not forward.reached:
+            elif not failed and forward.brings_images and not forward.reached:
                 raise unsupported(
                     type(module).__name__,
                     f"a call of its {type(self._backbone.language_model).__name__} as a module",
@@ -352,14 +351,11 @@ class Runtime:
             return None
         prefill.score_only, prefill.keep_saliency, prefill.clock = self.score_only, self._full, self._full
         if uncached:
-            prefill.uncached = hidden[prefill.sequence.visual].detach()
+            prefill.embeddings = hidden[prefill.state.visual].detach()
         if self.forced is not None:
             prefill.forced = given_tokens(self.forced, prefill.record.images, [s.index for s in self._stages.values()])
-        elif prefill.uncached is not None and self._uncached is not None:
-            again = self._uncached.continued_by(prefill, prefill.uncached)
-            prefill.forced = self._uncached.kept if again else None
-            prefill.seeds = self._uncached.seeds if again else prefill.seeds
-            prefill.repeats = again
+        elif self._uncached is not None and prefill.continues(self._uncached):
+            prefill.repeat(self._uncached)
         prefill.record.replayed = prefill.forced is not None
         return prefill
 
@@ -381,9 +377,8 @@ class Runtime:
             assert device is not None
             record.seconds["prefill"] = now(device) - forward.begin
             record.cache_bytes = bytes_of(forward.cache)
-        if prefill.uncached is not None and not prefill.score_only and self.forced is None:
-            kept = {index: stage.kept for index, stage in record.stages.items()}
-            self._uncached = Uncached(prefill.input_ids, prefill.uncached, kept, prefill.seeds)
+        if prefill.embeddings is not None and not prefill.score_only and self.forced is None:
+            self._uncached = prefill
         if not prefill.repeats:
             self._on_prefill(record)
 
@@ -472,9 +467,9 @@ class Runtime:
         if prefill is not None and index == 0 and self._encoder is not None and not prefill.score_only:
             hidden = self._compress(self._encoder, forward, prefill, hidden, cache)
         if prefill is not None:
-            prefill.sequence = prefill.sequence.to(hidden.device)
+            prefill.state = prefill.state.to(hidden.device)
         if prefill is not None and index in forward.features:
-            hidden = _added(hidden, forward.features[index], prefill.sequence)
+            hidden = _added(hidden, forward.features[index], prefill.state)
         if prefill is not None and stage is not None:
             check_can_shrink(cache, index, len(self._backbone.layers), self._signature)
             inputs = self._shrinker.inputs(forward, index, hidden, given)
@@ -488,8 +483,8 @@ class Runtime:
             now_given = given if changed is None else changed
             forward.ran = self._shrinker.inputs(forward, index, hidden, now_given, shrunk=True)
         if prefill is not None and index >= self._first:
-            prefill.record.lengths.append(prefill.sequence.valid.shape[1])
-            prefill.record.tokens.append(prefill.sequence.lengths)
+            prefill.record.layer_lengths.append(prefill.state.valid.shape[1])
+            prefill.record.layer_tokens.append(prefill.state.sample_lengths)
         if changed is None:
             return None if hidden is arrived else (hidden, given)
         return hidden, changed
@@ -499,7 +494,7 @@ class Runtime:
     ) -> torch.Tensor:
         """Runs the compressor on the pictures that enter the language model."""
         check_can_shrink(cache, 0, len(self._backbone.layers), self._signature)
-        prefill.sequence = prefill.sequence.to(hidden.device)
+        prefill.state = prefill.state.to(hidden.device)
         with prefill.timed("compression", hidden.device):
             result = encoder.run(prefill, hidden)
         if result is None:
@@ -564,14 +559,14 @@ def _device(hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.dev
 
 def _by_sample(flat: torch.Tensor, prefill: Prefill) -> torch.Tensor:
     """Features ``(n, D)`` of the batch's visual tokens in order, as ``(B, N, D)``."""
-    there = prefill.sequence.visual_valid.to(flat.device)
+    there = prefill.state.visual_valid.to(flat.device)
     number = there.flatten().cumsum(0).view(there.shape) - 1  # places, without a look at the device
     return flat[number.clamp_min(0)].masked_fill(~there[..., None], 0)
 
 
-def _added(hidden: torch.Tensor, features: torch.Tensor, sequence: Tokens) -> torch.Tensor:
+def _added(hidden: torch.Tensor, features: torch.Tensor, state: TokenState) -> torch.Tensor:
     """Hidden states with the features of the visual tokens that are still there added."""
     width = features.shape[-1]
-    here = features.to(hidden).gather(1, sequence.origin[..., None].expand(-1, -1, width))
-    here = here.masked_fill(~sequence.visual_valid[..., None], 0)
-    return hidden.scatter_add(1, sequence.visual_index[..., None].expand(-1, -1, width), here)
+    here = features.to(hidden).gather(1, state.token_index[..., None].expand(-1, -1, width))
+    here = here.masked_fill(~state.visual_valid[..., None], 0)
+    return hidden.scatter_add(1, state.visual_index[..., None].expand(-1, -1, width), here)

@@ -1,10 +1,10 @@
-"""The start of a forward that brings visual tokens: where they stand, and what is given instead of scored."""
+"""The start of a forward that brings visual tokens: where they stand, and which of them are given instead of scored."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ import torch
 from ..core.backbone import Backbone
 from ..core.upstream import Role, encoder_outputs
 from ..errors import InputError
-from .forward import Forward
+from .encoded import tiles_of
+from .forward import Forward, Prefill
 from .record import PrefillRecord
-from .stage import Prefill
 from .state import Images, NewlinePolicy, start
 
-#: Tokens to keep, as a user gives them: by stage, sample and image, places among the image's own tokens.
+#: Tokens to keep, as a user gives them: by stage, sample and image, numbers of the image's own tokens.
 Selection = Sequence[Sequence[Sequence[Sequence[int]]]]
 
 
@@ -35,10 +35,10 @@ def start_prefill(
         forward: the running forward, its mask known.
         hidden: ``(B, S, D)``, the embeddings that enter the language model.
         encoded: arguments of the last calls of the encoder methods, by modality.
-        newlines: what happens to tokens that end the rows of a picture.
+        newlines: what happens to tokens that end the rows of an image.
 
     Returns:
-        None where no sample has a picture.
+        None where no sample has an image.
 
     Raises:
         InputError: the placeholders do not fit the pictures, the mask does not fit the ids, or a sample is all padding.
@@ -50,19 +50,21 @@ def start_prefill(
     layout = backbone.layout(ids, used)
     if not any(layout.images):
         return None
-    sequence, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
+    state, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
+    modalities = layout.modalities or tuple(("image",) * len(row) for row in layout.images)
     return Prefill(
         record=PrefillRecord(
             images=images,
             valid=valid,
-            newlines=() if sequence.newlines is None else sequence.newlines.counts,
+            newlines=() if state.newlines is None else state.newlines.counts,
         ),
-        sequence=sequence,
+        state=state,
         input_ids=ids,
         seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
         num_layers=len(backbone.layers),
-        modalities=layout.modalities or tuple(("image",) * len(row) for row in layout.images),
+        modalities=modalities,
         encoded=used,
+        find_tiles=partial(tiles_of, backbone, images, modalities, used),
     )
 
 
@@ -99,36 +101,6 @@ def _seed(ids: torch.Tensor) -> int:
     return zlib.crc32(ids.to(torch.int64).numpy().tobytes())
 
 
-@dataclass(frozen=True)
-class Uncached:
-    """A forward without a cache: generation without one repeats the prompt, one token longer, at every step.
-
-    Attributes:
-        input_ids: int64 ``(B, S)`` on the CPU.
-        visual: the embeddings of its visual tokens, ``(n, D)``.
-        kept: by stage, bool ``(B, N)``.
-        seeds: of the samples, from which the first step's compressor drew.
-    """
-
-    input_ids: torch.Tensor
-    visual: torch.Tensor
-    kept: Mapping[int, torch.Tensor]
-    seeds: tuple[int, ...]
-
-    def continued_by(self, prefill: Prefill, visual: torch.Tensor) -> bool:
-        """Whether a forward is the next step: one token more behind the same prompts with the same pictures.
-
-        Beams may have changed places, but their prompts have not.
-        """
-        ids, last = prefill.input_ids, self.input_ids
-        if ids.shape != (last.shape[0], last.shape[1] + 1) or visual.shape != self.visual.shape:
-            return False
-        known = {tuple(row) for row in last.tolist()}
-        return all(tuple(row) in known for row in ids[:, :-1].tolist()) and torch.allclose(
-            visual, self.visual, rtol=1e-3, atol=1e-5
-        )
-
-
 def given_tokens(selection: Selection, images: Images, stages: Sequence[int]) -> dict[int, torch.Tensor]:
     """A user's selection as masks over the tokens at the start."""
     if len(selection) != len(stages):
@@ -146,13 +118,13 @@ def given_tokens(selection: Selection, images: Images, stages: Sequence[int]) ->
                 )
             first = 0
             for image, indices in zip(images[sample], by_image, strict=True):
-                places = torch.as_tensor(indices, dtype=torch.int64)
-                if places.numel() and not (int(places.min()) >= 0 and int(places.max()) < image.tokens):
+                chosen = torch.as_tensor(indices, dtype=torch.int64)
+                if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < image.tokens):
                     raise InputError(
                         f"replay: sample {sample}: indices must lie between 0 and {image.tokens - 1}, found "
-                        f"{int(places.min())} to {int(places.max())}"
+                        f"{int(chosen.min())} to {int(chosen.max())}"
                     )
-                mask[sample, first + places] = True
+                mask[sample, first + chosen] = True
                 first += image.tokens
         masks[number] = mask
     return masks

@@ -36,9 +36,9 @@ class CompressedRecord:
 
     Attributes:
         name: of the compressor.
-        kept: bool ``(B, N)``, the places of the tokens that it left.
-        owner: int64 ``(B, N)``, for each token at the start the place of the one that it went into, -1 where it was
-            dropped.
+        kept: bool ``(B, N)``, where the tokens stand that it left.
+        merge_map: int64 ``(B, N)``, for each token at the start the index of the one that it went into, -1 where it
+            was dropped.
         counts: tokens that each image has left.
         asked: the number asked for each image, None where the method decided.
         newlines: newline tokens that each sample has left; empty in families without.
@@ -46,7 +46,7 @@ class CompressedRecord:
 
     name: str
     kept: torch.Tensor
-    owner: torch.Tensor
+    merge_map: torch.Tensor
     counts: Counts
     asked: tuple[tuple[int | None, ...], ...]
     newlines: tuple[int, ...] = ()
@@ -58,24 +58,24 @@ class PrefillRecord:
 
     Attributes:
         images: the images of each sample, with the visual tokens that they started with; where a compressor left a
-            merged or a class token, its origin stands at its place.
+            merged or a class token, its origin stands in their row.
         newlines: newline tokens that each sample started with; empty in families without.
-        lengths: for each decoder layer the padded length of the sequence.
-        tokens: for each decoder layer the valid tokens of each sample.
+        layer_lengths: for each decoder layer the padded length of the sequence.
+        layer_tokens: for each decoder layer the valid tokens of each sample.
         stages: by index of the stage.
         valid: bool ``(B, S)`` on the CPU, the forward's own input without padding.
         seconds: time by phase, filled where the pipeline's report level is ``full``.
         cache_bytes: for each layer the bytes of keys and values that it holds after the prefill, and what it would hold
             with every token of the conversation; where the level is ``full``.
-        compressed: what the compressor did; None without one, and where no picture lost a token.
+        compressed: what the compressor did; None without one, and where no image lost a token.
         replayed: whether the selection was given instead of computed.
     """
 
     images: Images
     valid: torch.Tensor
     newlines: tuple[int, ...] = ()
-    lengths: list[int] = field(default_factory=list)
-    tokens: list[tuple[int, ...]] = field(default_factory=list)
+    layer_lengths: list[int] = field(default_factory=list)
+    layer_tokens: list[tuple[int, ...]] = field(default_factory=list)
     stages: dict[int, StageRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cache_bytes: tuple[tuple[int, int], ...] | None = None
@@ -85,6 +85,6 @@ class PrefillRecord:
     def fill_layers(self, num_layers: int, first: int) -> None:
         """Adds the layers that no hook saw: the `first` ones run on all tokens."""
         whole, length = tuple(self.valid.sum(1).tolist()), self.valid.shape[1]
-        self.lengths = [length] * first + self.lengths
-        self.tokens = [whole] * first + self.tokens
-        assert len(self.lengths) == num_layers, f"{len(self.lengths)} of {num_layers} layers ran"
+        self.layer_lengths = [length] * first + self.layer_lengths
+        self.layer_tokens = [whole] * first + self.layer_tokens
+        assert len(self.layer_lengths) == num_layers, f"{len(self.layer_lengths)} of {num_layers} layers ran"

@@ -63,7 +63,9 @@ class Shrinker:
             if own.valid is not None and own.valid.shape[0] != batch:
                 raise InputError(f"cache: it holds {own.valid.shape[0]} samples, the forward brings {batch}")
             tokens = forward.tokens(hidden)
-            own.announce(segment.valid, segment.dropped, tokens=tokens, ragged=segment.ragged, reduced=shorter)
+            own.announce(
+                segment.valid, segment.dropped_in_conversation, tokens=tokens, ragged=segment.ragged, reduced=shorter
+            )
         changed = {**given, call.mask: segment.mask, call.rotary: segment.rotary}
         # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
         changed.update(dict.fromkeys(call.position_names(given)))
@@ -76,7 +78,7 @@ class Shrinker:
     ) -> dict[str, Any]:
         """Further arguments for the tokens that are there, such as token types of a mixture of experts."""
         assert forward.prefill is not None
-        columns = forward.prefill.sequence.column.to(hidden.device)
+        columns = forward.prefill.state.column.to(hidden.device)
         return call.shrink_others(given, columns, forward.prefill.record.valid.shape[1])
 
     def _segment(
@@ -85,8 +87,8 @@ class Shrinker:
         past_valid, past_dropped, past_ragged = self._past(forward, index, hidden)
         device = hidden.device
         if shorter and forward.prefill is not None:
-            sequence = forward.prefill.sequence
-            valid, ragged, dropped = sequence.valid, sequence.ragged, past_dropped + sequence.dropped
+            state = forward.prefill.state
+            valid, ragged, dropped = state.valid, state.ragged, past_dropped + state.dropped_in_forward
             rotary = self._rotary(forward, index, hidden, given, past_dropped)
         else:
             ragged = forward.mask is not None
@@ -132,11 +134,11 @@ class Shrinker:
     ) -> Any:
         """Rotary embeddings of the survivors: renumbered, or each its own."""
         assert forward.prefill is not None
-        sequence = forward.prefill.sequence
+        state = forward.prefill.state
         if not self._compact:
-            return self._backbone.take_positions(self._calls[index].rotary_of(given), sequence.column)
-        ids = self._position_ids(forward, index, hidden, given).gather(1, sequence.column.to(hidden.device))
-        ids = ids - sequence.dropped_before.to(hidden.device) - past_dropped[:, None]
+            return self._backbone.take_positions(self._calls[index].rotary_of(given), state.column)
+        ids = self._position_ids(forward, index, hidden, given).gather(1, state.column.to(hidden.device))
+        ids = ids - state.dropped_before.to(hidden.device) - past_dropped[:, None]
         return self._backbone.rotary(hidden, ids.clamp_min(0))
 
     def _position_ids(
@@ -163,7 +165,7 @@ class Shrinker:
             shrunk: whether these are those that `arguments` gave.
         """
         assert forward.prefill is not None
-        sequence, call = forward.prefill.sequence, self._calls[index]
+        state, call = forward.prefill.state, self._calls[index]
         rotary = call.rotary_of(given)
         layer = None if forward.cache is None else layer_of(forward.cache, index)
         past_valid, past_dropped, _ = self._past(forward, index, hidden)
@@ -177,7 +179,7 @@ class Shrinker:
         if past_valid.shape[1] and layer is not None and layer.keys is not None and layer.values is not None:
             device = hidden.device
             past = Past(layer.keys.to(device), layer.values.to(device), past_valid)
-        return LayerInputs(hidden, sequence.valid.to(hidden.device), rotary, past, others)
+        return LayerInputs(hidden, state.valid.to(hidden.device), rotary, past, others)
 
 
 def _last_columns(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..core.context import LayerContext, ProbeName
+from ..core.context import LayerContext, ProbeName, SelectionContext
 from ..core.probe import Probe
 from ..errors import InputError
-from .record import PrefillRecord, StageRecord
-from .state import Groups, Sequence, drop, groups, kept_counts, places_of, ungroup
+from .forward import Prefill
+from .record import StageRecord
+from .state import Groups, TokenState, drop, groups, kept_counts, ungroup
 
 if TYPE_CHECKING:
     from ..scorers.base import Scorer
@@ -43,72 +42,6 @@ class BoundStage:
     keep_count: Callable[[int, int], int]
 
 
-@dataclass
-class Prefill:
-    """The running forward of new visual tokens.
-
-    Attributes:
-        record: what will be reported.
-        sequence: the tokens still there.
-        input_ids: int64 ``(B, S)`` on the CPU.
-        seeds: one number for each sample.
-        modalities: for each image what encoded it.
-        encoded: by modality, the arguments of the encoding that this forward uses.
-        num_layers: decoder layers of the model.
-        forced: for each stage the tokens to keep, bool ``(B, N)`` of the tokens at the start, in place of scoring.
-        score_only: score, but drop nothing.
-        keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
-        clock: whether to measure phases.
-        finite: flags on the device, one for each scored stage.
-        uncached: where the forward keeps no cache, the embeddings of its visual tokens, ``(n, D)``.
-        repeats: whether the forward is a further step of generation without a cache.
-    """
-
-    record: PrefillRecord
-    sequence: Sequence
-    input_ids: torch.Tensor
-    seeds: tuple[int, ...]
-    num_layers: int
-    modalities: tuple[tuple[str, ...], ...] = ()
-    encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    forced: Mapping[int, torch.Tensor] | None = None
-    score_only: bool = False
-    keep_saliency: bool = False
-    clock: bool = False
-    finite: list[tuple[BoundStage, torch.Tensor]] = field(default_factory=list)
-    uncached: torch.Tensor | None = None
-    repeats: bool = False
-
-    @cached_property
-    def places(self) -> torch.Tensor:
-        """Where the tokens at the start lie, behind the compressor: see `places_of`; the same at every stage."""
-        return places_of(self.record.images)
-
-    @property
-    def shorter(self) -> bool:
-        """Whether some token has been dropped."""
-        started = tuple(tuple(image.tokens for image in sample) for sample in self.record.images)
-        return self.sequence.counts != started
-
-    @contextmanager
-    def timed(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of the block to a phase; does nothing without a clock."""
-        if not self.clock:
-            yield
-            return
-        begin = now(device)
-        yield
-        seconds = self.record.seconds
-        seconds[phase] = seconds.get(phase, 0.0) + now(device) - begin
-
-
-def now(device: torch.device) -> float:
-    """The clock in seconds, after the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def run_stage(
     stage: BoundStage, prefill: Prefill, hidden: torch.Tensor, probes: Mapping[ProbeName, Callable[[], Probe]]
 ) -> torch.Tensor | None:
@@ -116,60 +49,59 @@ def run_stage(
 
     Args:
         stage: the stage.
-        prefill: the running forward; its sequence and record are updated.
+        prefill: the running forward; its state and record are updated.
         hidden: ``(B, S, D)``.
         probes: what `LayerContext.probe` gives.
 
     Returns:
         int64 ``(B, S')``, the columns that remain (padding included), or None where no sample loses a token.
     """
-    sequence = prefill.sequence
-    group = groups(sequence, prefill.record.images, stage.per)
+    state = prefill.state
+    group = groups(state, prefill.record.images, stage.per)
     asked = tuple(stage.keep_count(s, c) for s, c in zip(group.started, group.current, strict=True))
     drops = any(k < now for k, now in zip(asked, group.current, strict=True))
     scores = prefill.forced is None and (drops or prefill.keep_saliency or prefill.score_only)
     saliency = _score(stage, prefill, hidden, probes) if scores and group.started else None
 
-    keep, counts = sequence.visual_valid, sequence.counts
+    keep, counts = state.visual_valid, state.counts
     if prefill.score_only:
         pass
     elif prefill.forced is not None:
-        keep = prefill.forced[stage.index].to(keep.device).gather(1, sequence.origin) & keep
-        counts = _counts(sequence, keep)
+        keep = prefill.forced[stage.index].to(keep.device).gather(1, state.token_index) & keep
+        counts = _counts(state, keep)
     elif saliency is not None and drops:
         with prefill.timed("selection", hidden.device):
-            places = prefill.places.to(hidden.device)
-            keep, counts = _select(stage, group, asked, saliency, hidden, places, sequence)
+            keep, counts = _select(stage, group, asked, saliency, hidden, prefill)
 
     prefill.record.stages[stage.index] = StageRecord(
-        kept=_at_origin(keep, sequence),
-        entered=_at_origin(sequence.visual_valid, sequence),
+        kept=_at_origin(keep, state),
+        entered=_at_origin(state.visual_valid, state),
         counts=counts,
         asked=asked,
-        saliency=_saliency_at_origin(saliency, sequence) if prefill.keep_saliency or prefill.score_only else None,
-        newlines=() if sequence.newlines is None else sequence.newlines.counts,
+        saliency=_saliency_at_origin(saliency, state) if prefill.keep_saliency or prefill.score_only else None,
+        newlines=() if state.newlines is None else state.newlines.counts,
     )
-    if counts == sequence.counts:
+    if counts == state.counts:
         return None
-    prefill.sequence, columns = drop(sequence, keep, counts)
-    if prefill.sequence.newlines is not None:
-        prefill.record.stages[stage.index].newlines = prefill.sequence.newlines.counts
+    prefill.state, columns = drop(state, keep, counts)
+    if prefill.state.newlines is not None:
+        prefill.record.stages[stage.index].newlines = prefill.state.newlines.counts
     return columns
 
 
 def _score(
     stage: BoundStage, prefill: Prefill, hidden: torch.Tensor, probes: Mapping[ProbeName, Callable[[], Probe]]
 ) -> torch.Tensor:
-    sequence = prefill.sequence
+    state = prefill.state
     context = LayerContext(
         hidden=hidden,
-        visual=sequence.visual,
-        valid=sequence.valid,
-        visual_index=sequence.visual_index,
-        visual_valid=sequence.visual_valid,
-        origin=sequence.origin,
+        visual=state.visual,
+        valid=state.valid,
+        visual_index=state.visual_index,
+        visual_valid=state.visual_valid,
+        token_index=state.token_index,
         images=prefill.record.images,
-        counts=sequence.counts,
+        counts=state.counts,
         seeds=prefill.seeds,
         after_layer=stage.after_layer,
         num_layers=prefill.num_layers,
@@ -177,13 +109,13 @@ def _score(
     )
     with prefill.timed("scoring", hidden.device):
         saliency = stage.scorer.score(context)
-    if saliency.shape != sequence.visual_valid.shape:
+    if saliency.shape != state.visual_valid.shape:
         raise InputError(
             f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies of shape "
-            f"{tuple(saliency.shape)}; one number for each visual token is {tuple(sequence.visual_valid.shape)} here: "
+            f"{tuple(saliency.shape)}; one number for each visual token is {tuple(state.visual_valid.shape)} here: "
             "run trio.testing.check_scorer on it"
         )
-    prefill.finite.append((stage, (torch.isfinite(saliency) | ~sequence.visual_valid).all()))
+    prefill.finite.append((stage, (torch.isfinite(saliency) | ~state.visual_valid).all()))
     return saliency
 
 
@@ -193,31 +125,69 @@ def _select(
     asked: tuple[int, ...],
     saliency: torch.Tensor,
     hidden: torch.Tensor,
-    places: torch.Tensor,
-    sequence: Sequence,
+    prefill: Prefill,
 ) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
-    sample = group.sample[:, None]
-    scores = saliency[sample, group.index].masked_fill(~group.valid, float("-inf"))
-    features = hidden[sample, sequence.visual_index[sample, group.index]]
-    where = places[sample, sequence.origin[sample, group.index]]
-    k = torch.tensor(asked, dtype=torch.int64)
-    indices, chosen = stage.selector.select(scores, features, k, group.valid, where)
+    state = prefill.state
+    context = selection_context(stage, group, asked, saliency, hidden, prefill)
+    indices, chosen = stage.selector.select(context)
     if indices.shape != chosen.shape or indices.ndim != 2 or indices.shape[0] != len(asked):
         raise InputError(
             f"stage after layer {stage.after_layer}: the selector {type(stage.selector).__name__} gave indices of "
             f"shape {tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be "
             f"({len(asked)} groups, K): run trio.testing.check_selector on it"
         )
-    keep = ungroup(group, indices, chosen, sequence)
+    keep = ungroup(group, indices, chosen, state)
     kept = chosen.sum(1).tolist() if stage.selector.decides_count else list(asked)
-    return keep, kept_counts(group, kept, sequence, keep)
+    return keep, kept_counts(group, kept, state, keep)
 
 
-def _counts(sequence: Sequence, keep: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+def selection_context(
+    stage: BoundStage,
+    group: Groups,
+    asked: tuple[int, ...],
+    saliency: torch.Tensor,
+    hidden: torch.Tensor,
+    prefill: Prefill,
+) -> SelectionContext:
+    """What the stage's selector sees.
+
+    Args:
+        stage: the stage.
+        group: the groups that it selects in.
+        asked: tokens to keep of each.
+        saliency: float32 ``(B, N)`` of the present visual tokens.
+        hidden: ``(B, S, D)``.
+        prefill: the running forward.
+    """
+    state, sample = prefill.state, group.sample[:, None]
+    token_index = state.token_index[sample, group.index]
+    return SelectionContext(
+        saliency=saliency[sample, group.index].masked_fill(~group.valid, float("-inf")),
+        features=hidden[sample, state.visual_index[sample, group.index]],
+        k=torch.tensor(asked, dtype=torch.int64),
+        valid=group.valid,
+        counts=group.current,
+        origins=prefill.origins_on(hidden.device).map(lambda values: values[sample, token_index]),
+        sizes=prefill.sizes.to(hidden.device)[sample, token_index],
+        seeds=_group_seeds(stage, prefill),
+    )
+
+
+def _group_seeds(stage: BoundStage, prefill: Prefill) -> tuple[int, ...]:
+    """One number for each group, in the order of `groups`."""
+    names = [
+        f"{seed}/{stage.index}/{name}"
+        for seed, images in zip(prefill.seeds, prefill.record.images, strict=True)
+        for name in (range(len(images)) if stage.per == "image" else ("all",) if images else ())
+    ]
+    return tuple(zlib.crc32(name.encode()) for name in names)
+
+
+def _counts(state: TokenState, keep: torch.Tensor) -> tuple[tuple[int, ...], ...]:
     """Tokens that each image has left, read off the mask."""
     flags = keep.tolist()
     counts = []
-    for sample, before in enumerate(sequence.counts):
+    for sample, before in enumerate(state.counts):
         first, left = 0, []
         for now_there in before:
             left.append(sum(flags[sample][first : first + now_there]))
@@ -226,16 +196,16 @@ def _counts(sequence: Sequence, keep: torch.Tensor) -> tuple[tuple[int, ...], ..
     return tuple(counts)
 
 
-def _at_origin(keep: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+def _at_origin(keep: torch.Tensor, state: TokenState) -> torch.Tensor:
     """A mask over the present visual tokens as one over those at the start."""
-    out = torch.zeros(keep.shape[0], sequence.started + 1, dtype=torch.bool, device=keep.device)
-    out.scatter_(1, torch.where(sequence.visual_valid, sequence.origin, sequence.started), keep)
-    return out[:, : sequence.started]
+    out = torch.zeros(keep.shape[0], state.most_at_start + 1, dtype=torch.bool, device=keep.device)
+    out.scatter_(1, torch.where(state.visual_valid, state.token_index, state.most_at_start), keep)
+    return out[:, : state.most_at_start]
 
 
-def _saliency_at_origin(saliency: torch.Tensor | None, sequence: Sequence) -> torch.Tensor | None:
+def _saliency_at_origin(saliency: torch.Tensor | None, state: TokenState) -> torch.Tensor | None:
     if saliency is None:
         return None
-    out = torch.full((saliency.shape[0], sequence.started + 1), float("nan"), device=saliency.device)
-    out.scatter_(1, torch.where(sequence.visual_valid, sequence.origin, sequence.started), saliency.float())
-    return out[:, : sequence.started]
+    out = torch.full((saliency.shape[0], state.most_at_start + 1), float("nan"), device=saliency.device)
+    out.scatter_(1, torch.where(state.visual_valid, state.token_index, state.most_at_start), saliency.float())
+    return out[:, : state.most_at_start]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from ..core.context import LayerContext
+from ..core.flops import probe_flops
+from ..core.part import Categorical, Choice, IntRange
 from ..core.probe import rows_at_end
+from ..core.shape import ModelShape
 from .base import SCORERS, Scorer
 
 
@@ -53,3 +57,12 @@ class ObjectiveGradient(Scorer):
         columns = ctx.after_pictures() if self.rows == "after-picture" else ctx.valid
         rows = rows_at_end(columns, self.positions, skip=self.skip + (self.rows == "released"))
         return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Forward and backward through the supervised rows of one layer."""
+        return probe_flops(shape, tokens, min(self.positions, tokens))
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """The default rows and the paper's, and how many."""
+        return {"rows": Categorical(("after-picture", "prompt-end")), "positions": IntRange(1, 16)}

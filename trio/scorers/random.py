@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.context import LayerContext
+from ..core.shape import ModelShape
 from .base import SCORERS, Scorer
 
 
@@ -28,5 +29,14 @@ class RandomScorer(Scorer):
             generator = torch.Generator().manual_seed((ctx.seeds[b] ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
             tokens = sum(image.tokens for image in images)
             draws[b, :tokens] = torch.rand(tokens, generator=generator)
-        scores = draws.to(ctx.hidden.device).gather(1, ctx.origin)
+        scores = draws.to(ctx.hidden.device).gather(1, ctx.token_index)
         return scores.masked_fill(~ctx.visual_valid, float("-inf"))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Drawing is not counted."""
+        return 0
+
+    @classmethod
+    def search_space(cls) -> None:
+        """None: methods are compared with it."""
+        return None

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from ..core.context import SelectionContext
 from ..core.part import Part
 from ..registry import Registry
 
@@ -21,24 +22,11 @@ class Selector(Part, ABC):
     decides_count: ClassVar[bool] = False
 
     @abstractmethod
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses tokens.
 
         Args:
-            saliency: float32 ``(G, N)``, -inf where not valid.
-            features: ``(G, N, D)``.
-            k: int64 ``(G,)`` on the CPU, between 0 and the number of valid tokens of the group.
-            valid: bool ``(G, N)``.
-            places: float32 ``(G, N, 3)``, where each token lies: its row and its column as shares of its picture's
-                height and width, from 0 at the top left to 1 (nan where that is not known), and the number of the
-                picture among those of the sample. Frames of a video, and a picture and its tiles, are one picture.
+            ctx: the groups, their saliencies, features, counts and origins, see `SelectionContext`.
 
         Returns:
             Indices, int64 ``(G, K)`` in rising order with K the largest k, and bool ``(G, K)``, True at the first k of

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from ..core.context import SelectionContext
+from ..core.flops import similarity_flops
 from ..core.ops import first_k, ranking
+from ..core.part import Choice, FloatRange
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 
 #: Candidates compared with all tokens at a time where similarities are computed in blocks.
@@ -35,15 +40,9 @@ class NMS(Selector):
     centre: bool = False
     quantile: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
+        saliency, features, valid = ctx.saliency, ctx.features, ctx.valid
         order = ranking(saliency, valid)
         unit = unit_length(centred(features, valid) if self.centre else features)
         if self.quantile is None:
@@ -53,12 +52,25 @@ class NMS(Selector):
         unit = unit.gather(1, order[..., None].expand_as(unit))
         exists = valid.gather(1, order)
         if features.device.type == "cpu":
-            kept = suppress_in_blocks(unit, exists, threshold, k)
+            kept = suppress_in_blocks(unit, exists, threshold, ctx.k)
         else:
             kept = suppress_at_once(unit, exists, threshold)
         # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
         rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
-        return first_k(order.gather(1, rank), k)
+        return first_k(order.gather(1, rank), ctx.k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of the kept tokens with all, the lower bound.
+
+        Suppressed candidates need no rows of their own, but computing in blocks computes some of them; the upper bound
+        is that of all pairs.
+        """
+        return similarity_flops(shape, keep, visual)
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """Thresholds from half alike on."""
+        return {"threshold": FloatRange(0.5, 1.0)}
 
 
 def unit_length(features: torch.Tensor) -> torch.Tensor:

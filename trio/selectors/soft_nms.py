@@ -1,13 +1,18 @@
-"""Soft non-maximum suppression in feature space and on the picture: no threshold, no running out of tokens."""
+"""Soft non-maximum suppression in feature space and on the image: no threshold, no running out of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
+from ..core.context import SelectionContext
+from ..core.flops import similarity_flops
 from ..core.ops import first_k, ranking
+from ..core.part import Choice, FloatRange
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 from .nms import unit_length
 
@@ -18,7 +23,7 @@ class SoftNMS(Selector):
 
     The next token kept is always the one with the largest ``s ** weight * d``, where s is its saliency relative to the
     group's best, and d how far it is from the nearest token kept so far: ``1 - cosine similarity + spread * k / n *
-    distance on the picture``, with k of n tokens to keep. The first one is the best.
+    distance on the image``, with k of n tokens to keep. The first one is the best.
 
     With ``spread: 0`` that is Soft-NMS (arXiv 1704.04503) with similarities of features in place of overlaps of boxes,
     and the max-min diversity of DivPrune (arXiv 2503.02175) with saliencies as weights. It is what we changed in TRIO
@@ -32,36 +37,38 @@ class SoftNMS(Selector):
     Parameters:
         weight: exponent of the saliency: 0 looks at diversity alone, large values at saliency alone (top-k). 0.25 was
             chosen on the zoo's validation scenes (docs/results.md).
-        spread: how much the distance on the picture counts: a whole side of the picture (or more, or another picture)
+        spread: how much the distance on the image counts: a whole side of the image (or more, or another image)
             is worth as much as features at right angles where the spread is 1 and nearly all are kept. 0 looks at
-            features alone. A token whose place is not known is near to all others. 0.7 was chosen on the
+            features alone. A token whose position is not known is near to all others. 0.7 was chosen on the
             zoo's validation scenes, where half and twice as much were not told apart from it (docs/results.md).
     """
 
     weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.25
     spread: Annotated[float, Field(ge=0.0, le=10.0)] = 0.7
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
-        order = ranking(saliency, valid)
-        exists = valid.gather(1, order)
-        unit = unit_length(features)
+        order, k = ranking(ctx.saliency, ctx.valid), ctx.k
+        exists = ctx.valid.gather(1, order)
+        unit = unit_length(ctx.features)
         unit = unit.gather(1, order[..., None].expand_as(unit))
         distance = (unit @ unit.transpose(1, 2)).neg_().add_(1.0).clamp_min_(0.0)  # rounding may bring it below 0
         if self.spread:
-            there = places.gather(1, order[..., None].expand_as(places))
+            where = (axis.gather(1, order) for axis in (ctx.origins.row, ctx.origins.column, ctx.origins.image))
             share = k.to(exists.device) / exists.sum(1).clamp_min(1)
-            distance += on_the_picture(there).mul_((self.spread * share)[:, None, None])
-        weights = relative(saliency.gather(1, order), exists) ** self.weight
+            distance += distance_on_image(*where).mul_((self.spread * share)[:, None, None])
+        weights = relative(ctx.saliency.gather(1, order), exists) ** self.weight
         most = min(int(k.max()), order.shape[1]) if k.numel() else 0
         return first_k(order.gather(1, visit(distance, weights, exists, most)), k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of all pairs."""
+        return similarity_flops(shape, visual, visual)
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """Weight and spread; behind the first stage a spread gained nothing."""
+        return {"weight": FloatRange(0.0, 1.0), "spread": FloatRange(0.0, 1.0, later=0.0)}
 
 
 def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
@@ -72,16 +79,15 @@ def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
     return values / values.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def on_the_picture(places: torch.Tensor) -> torch.Tensor:
-    """Distances ``(G, N, N)`` between places ``(G, N, 3)``, see `Selector.select`, in sides of the picture.
+def distance_on_image(row: torch.Tensor, column: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Distances ``(G, N, N)`` between tokens ``(G, N)``, see `TokenOrigins`, in sides of the image.
 
-    At most 1, and 1 between different pictures; 0 where a place is not known. The distance on the picture alone, so
-    that the same place in two frames of a video is one place.
+    At most 1, and 1 between different images; 0 where a position is not known. The distance on the image alone, so
+    that the same position in two frames of a video is one position.
     """
-    row, column, picture = places.unbind(-1)
-    away = row[:, :, None] - row[:, None]  # in place from here: large pictures make these tensors large
+    away = row[:, :, None] - row[:, None]  # in place from here: large images make these tensors large
     away.hypot_(column[:, :, None] - column[:, None]).clamp_max_(1.0)
-    return away.masked_fill_(picture[:, :, None] != picture[:, None], 1.0).nan_to_num_(0.0)
+    return away.masked_fill_(image[:, :, None] != image[:, None], 1.0).nan_to_num_(0.0)
 
 
 def visit(distance: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most: int) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..core.context import SelectionContext
 from ..core.ops import first_k, ranking
+from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
 
 
@@ -12,13 +14,10 @@ from .base import SELECTORS, Selector
 class TopK(Selector):
     """Keeps the k most salient tokens of each group; ties go to the lower index."""
 
-    def select(
-        self,
-        saliency: torch.Tensor,
-        features: torch.Tensor,
-        k: torch.Tensor,
-        valid: torch.Tensor,
-        places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Selector.select`; neither features nor places are looked at."""
-        return first_k(ranking(saliency, valid), k)
+    def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Selector.select`."""
+        return first_k(ranking(ctx.saliency, ctx.valid), ctx.k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Sorting is not counted."""
+        return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -43,30 +43,35 @@ KEEP_HELP = (
 )
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
+COMPRESSOR_HELP = "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters"
+IF_FEWER_HELP = "where an image has fewer tokens than the count: keep them all, or raise"
 Group = Literal["image", "sample", "tile"]
+IfFewer = Literal["keep-all", "error"]
 MAX_NUMBER = 10**9  # no model has so many tokens or layers; larger numbers do not even fit a float
 MAX_STAGES = 1000
 _PERCENT = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*%\s*$"}
 
 
-class _Model(BaseModel):
+class _Translate(type(BaseModel)):  # type: ignore[misc]  # pydantic has no public name for its metaclass
+    """Makes objects whose problems are `SpecError`s; models inside others are validated by pydantic in one go."""
+
+    def __call__(cls, *args: Any, **data: Any) -> Any:
+        try:
+            return super().__call__(*args, **data)
+        except ValidationError as error:
+            raise translate(error, cls) from error
+
+
+_Translating: Any = _Translate  # without its type, which mypy takes for a conflict with that of BaseModel
+
+
+class _Model(BaseModel, metaclass=_Translating):  # type: ignore[metaclass]  # mypy has not seen the metaclass above
     """Base of the spec's models: frozen, unknown keys refused, problems raised as `SpecError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, strict=True)
 
-    def __init__(self, **data: Any) -> None:
-        """Validate the fields.
-
-        Raises:
-            SpecError: a field is missing, unknown or wrong, or fields contradict each other.
-        """
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise translate(error, type(self)) from error
-
-    # Says that this __init__ only calls pydantic's own, so that nested models are validated in one go.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
+    #: Fields that are written even where they have their default.
+    always: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -79,6 +84,40 @@ class _Model(BaseModel):
             return cls.model_validate(value)
         except ValidationError as error:
             raise translate(error, cls) from error
+
+    def written(self) -> list[str]:
+        """Names of the fields that stand in a file: those that have another value than their default."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if name in self.always or getattr(self, name) != field.get_default(call_default_factory=True)
+        ]
+
+
+def _keep_forms(schema: dict[str, Any]) -> None:
+    """The forms of `Keep` in a file, from the schema of its fields."""
+    fields = {name: _without_null(one) for name, one in schema["properties"].items()}
+    auto = {"const": "auto", "description": fields.pop("auto")["description"]}
+    long = [
+        {
+            "type": "object",
+            "properties": {name: fields[name] for name in names},
+            "required": [names[0]],
+            "additionalProperties": False,
+        }
+        for names in (("count", "per"), ("share", "of", "per"))
+    ]
+    schema.clear()
+    schema.update({"description": KEEP_HELP, "anyOf": [fields["count"], fields["share"], auto, *long]})
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field for a file, where nothing is written for None."""
+    first, *others = schema.get("anyOf", [{}])
+    named = {key: value for key, value in schema.items() if key != "title"}
+    if others != [{"type": "null"}]:
+        return named
+    return {**first, **{key: value for key, value in named.items() if key not in ("anyOf", "default")}}
 
 
 class Keep(_Model):
@@ -93,11 +132,15 @@ class Keep(_Model):
         auto: solved from `budget.average`.
     """
 
-    count: int | None = None
-    share: str | None = None
-    of: Literal["start", "current"] = "start"
-    per: Group = "image"
-    auto: bool = False
+    model_config = ConfigDict(json_schema_extra=_keep_forms)
+
+    count: Annotated[int, Field(ge=0)] | None = Field(default=None, description="tokens kept for each image")
+    share: Annotated[str, WithJsonSchema(_PERCENT)] | None = Field(
+        default=None, description="share of the tokens that the image started with"
+    )
+    of: Literal["start", "current"] = Field(default="start", description="what the share is of")
+    per: Group = Field(default="image", description="the group that the number is for")
+    auto: bool = Field(default=False, description="solved from budget.average")
 
     @model_validator(mode="before")
     @classmethod
@@ -121,15 +164,16 @@ class Keep(_Model):
 
     @classmethod
     def _checked(cls, value: dict[str, Any]) -> dict[str, Any]:
-        keys = ("count", "share", "of", "per")
+        keys = [name for name in cls.model_fields if name != "auto"]  # in a file, auto is a word
         for key in value:
-            if key not in (*keys, "auto"):
+            if key not in cls.model_fields:
                 raise Wrong(f"unknown key {key!r}. {did_you_mean(str(key), keys)}Allowed: {', '.join(keys)}.", (key,))
         given = [key for key in ("count", "share", "auto") if value.get(key) is not None and value[key] is not False]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
-        for key, options in (("of", ("start", "current")), ("per", get_args(Group))):
+        for key in ("of", "per"):
+            options = get_args(cls.model_fields[key].annotation)
             if key in value and value[key] not in options:
                 raise Wrong(f"found {short(value[key])}; allowed: {' or '.join(options)}.", (key,))
         if "share" in given:
@@ -164,28 +208,9 @@ class Keep(_Model):
     def _short_form(self) -> int | str | dict[str, Any]:
         if self.auto:
             return "auto"
-        long: dict[str, Any] = {} if self.per == "image" else {"per": self.per}
-        if self.count is not None:
-            return {"count": self.count, **long} if long else self.count
-        if self.of != "start":
-            long = {"of": self.of, **long}
-        return {"share": self.share, **long} if long else cast("str", self.share)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        per = {"enum": list(get_args(Group)), "default": "image", "description": "the group that the number is for"}
-        count = {"type": "integer", "minimum": 0}
-        of = {"enum": ["start", "current"], "default": "start", "description": "what the share is of"}
-        return {
-            "description": KEEP_HELP,
-            "anyOf": [
-                {**count, "description": "tokens kept for each image"},
-                {**_PERCENT, "description": "share of the tokens that the image started with"},
-                {"const": "auto", "description": "solved from budget.average"},
-                _object({"count": count, "per": per}, ["count"]),
-                _object({"share": _PERCENT, "of": of, "per": per}, ["share"]),
-            ],
-        }
+        long = {name: getattr(self, name) for name in self.written()}
+        short_form: int | str = next(iter(long.values()))
+        return long if len(long) > 1 else short_form
 
 
 def _depth(value: Any) -> int | str:
@@ -242,6 +267,15 @@ class Budget(_Model):
         return parse_share(self.average) if isinstance(self.average, str) else None
 
 
+def _part_forms(schema: dict[str, Any]) -> None:
+    """The forms of a part in a file, from the schema of its fields: a name, or a flat mapping with parameters."""
+    fields = {name: _without_null(one) for name, one in schema["properties"].items() if name not in ("params", "obj")}
+    mapping = {"type": "object", "properties": fields, "required": schema["required"]}
+    what = PART_HELP if len(fields) == 1 else COMPRESSOR_HELP
+    schema.clear()
+    schema.update({"description": what, "anyOf": [fields["name"], mapping]})
+
+
 class PartSpec(_Model):
     """A part and its parameters; in a file, a name or a flat mapping.
 
@@ -251,6 +285,9 @@ class PartSpec(_Model):
         obj: an object or a class given in place of a name; not written to files.
     """
 
+    model_config = ConfigDict(json_schema_extra=_part_forms)
+    always = frozenset({"name"})
+
     name: str = Field(min_length=1)
     params: dict[str, Any] = Field(default_factory=dict)
     obj: Any = Field(default=None, exclude=True, repr=False)
@@ -258,9 +295,8 @@ class PartSpec(_Model):
     @model_validator(mode="before")
     @classmethod
     def _forms(cls, value: Any) -> Any:
-        if isinstance(value, PartSpec):
-            return value
-        return _flat(value, own=())
+        own = [name for name in cls.model_fields if name not in ("name", "params", "obj")]
+        return value if isinstance(value, cls) else _flat(value, own)
 
     def as_mapping(self) -> dict[str, Any]:
         """The flat mapping that the registries build from."""
@@ -268,17 +304,8 @@ class PartSpec(_Model):
 
     @model_serializer
     def _short_form(self) -> str | dict[str, Any]:
-        return self.as_mapping() if self.params else self.name
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        return {
-            "description": PART_HELP,
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "object", "properties": {"name": {"type": "string", "minLength": 1}}, "required": ["name"]},
-            ],
-        }
+        own = {name: getattr(self, name) for name in self.written() if name not in ("params", "obj")}
+        return {**own, **self.params} if len(own) > 1 or self.params else self.name
 
 
 def _flat(value: Any, own: Sequence[str]) -> Any:
@@ -323,38 +350,8 @@ class CompressorSpec(PartSpec):
     """
 
     keep: Keep | None = Field(default=None, description=KEEP_HELP)
-    if_fewer: Literal["keep-all", "error"] = "keep-all"
-    split: Literal["even", "saliency"] = "even"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _forms(cls, value: Any) -> Any:
-        return value if isinstance(value, CompressorSpec) else _flat(value, own=("keep", "if_fewer", "split"))
-
-    @model_serializer
-    def _short_form(self) -> str | dict[str, Any]:
-        own: dict[str, Any] = {} if self.keep is None else {"keep": self.keep.model_dump()}
-        if self.if_fewer != "keep-all":
-            own["if_fewer"] = self.if_fewer
-        if self.split != "even":
-            own["split"] = self.split
-        return {"name": self.name, **own, **self.params} if own or self.params else self.name
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
-        properties = {
-            "name": {"type": "string", "minLength": 1},
-            "keep": Keep.__get_pydantic_json_schema__(None, None),
-            "if_fewer": {"enum": ["keep-all", "error"], "default": "keep-all"},
-            "split": {"enum": ["even", "saliency"], "default": "even", "description": "a number over several tiles"},
-        }
-        return {
-            "description": "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters",
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "object", "properties": properties, "required": ["name"]},
-            ],
-        }
+    if_fewer: IfFewer = Field(default="keep-all", description=IF_FEWER_HELP)
+    split: Literal["even", "saliency"] = Field(default="even", description="a number over several tiles")
 
 
 class StageSpec(_Model):
@@ -369,23 +366,22 @@ class StageSpec(_Model):
         selector: what chooses by the rating: a name, a mapping, a `Selector` class or object.
     """
 
+    always = frozenset({"scorer", "selector"})
+
     after_layer: Depth = Field(description=DEPTH_HELP)
     keep: Keep = Field(description=KEEP_HELP)
-    if_fewer: Literal["keep-all", "error"] = Field(
-        default="keep-all", description="where an image has fewer tokens than the count: keep them all, or raise"
-    )
+    if_fewer: IfFewer = Field(default="keep-all", description=IF_FEWER_HELP)
     scorer: PartSpec = Field(default=PartSpec(name="objective-gradient"), description=f"rates the tokens: {PART_HELP}")
     selector: PartSpec = Field(default=PartSpec(name="soft-nms"), description=f"chooses by the rating: {PART_HELP}")
 
-    def __init__(self, **fields: Any) -> None:
-        """Validate the fields; `keep`, `scorer` and `selector` take every form that a spec file allows, and objects.
+    if TYPE_CHECKING:
 
-        Raises:
-            SpecError: a field is missing, unknown or wrong.
-        """
-        super().__init__(**fields)
+        def __init__(self, **fields: Any) -> None:
+            """Validate the fields; `keep`, `scorer` and `selector` take every form of a spec file, and objects.
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as in _Model
+            Raises:
+                SpecError: a field is missing, unknown or wrong.
+            """
 
 
 def _name(value: str) -> str:
@@ -408,6 +404,8 @@ class PipelineSpec(_Model):
             published code. On the zoo's tiny-llava original ones keep more (docs/results.md).
         budget: a promise about the average, checked; needed by `keep: auto`.
     """
+
+    always = frozenset({"version", "name"})
 
     version: Literal[1] = Field(default=1, description="version of the format: 1")
     name: Annotated[str, AfterValidator(_name)] = Field(
@@ -483,17 +481,20 @@ class PipelineSpec(_Model):
             SpecError: a part is an object that no registry knows by name.
         """
         full = self.model_dump()
-        data = {key: value for key, value in full.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+        data = {name: full[name] for name in self.written()}
         if self.compressor is not None and self.compressor.obj is not None:
             named = _named(self.compressor.obj, "compressor", "compressor")
             own = full["compressor"] if isinstance(full["compressor"], dict) else {}
             data["compressor"] = {**own, **named}
+        if self.stages:
+            data["stages"] = [
+                {name: out[name] for name in stage.written()}
+                for stage, out in zip(self.stages, full["stages"], strict=True)
+            ]
         for index, (stage, out) in enumerate(zip(self.stages, data.get("stages", []), strict=True)):
             for kind, part in (("scorer", stage.scorer), ("selector", stage.selector)):
                 if part.obj is not None:
                     out[kind] = _named(part.obj, kind, f"stages[{index}].{kind}")
-            if out["if_fewer"] == "keep-all":
-                del out["if_fewer"]
         return data
 
     def to_yaml(self) -> str:
@@ -525,22 +526,6 @@ class PipelineSpec(_Model):
         from .schema import json_schema
 
         return json_schema(cls, parts=parts)
-
-
-def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-# What `to_dict` leaves out.
-_DEFAULTS: dict[str, Any] = {
-    "description": "",
-    "source": "",
-    "compressor": None,
-    "stages": [],
-    "positions": "original",
-    "newlines": "with-row",
-    "budget": None,
-}
 
 
 def _named(obj: Any, kind: str, place: str) -> dict[str, Any]:

@@ -129,8 +129,8 @@ class _Suite:
         expected = {
             "features": (out.features, (m, tokens.features.shape[1]), tokens.features.dtype),
             "sizes": (out.sizes, (m,), torch.float32),
-            "places": (out.places, (m,), torch.int64),
-            "merged": (out.merged, tuple(tokens.merged.shape), torch.int64),
+            "token_index": (out.token_index, (m,), torch.int64),
+            "merge_map": (out.merge_map, tuple(tokens.merge_map.shape), torch.int64),
         }
         for name, (tensor, shape, dtype) in expected.items():
             found = f"{name} are {tensor.dtype} {tuple(tensor.shape)}"
@@ -147,25 +147,25 @@ class _Suite:
             require(value.shape[0] == rows, f"{signal}: {value.shape[0]} rows for {m} of {n} tokens")
 
     def _order(self, out: VisualTokens) -> None:
-        places = out.places.tolist()
-        patches = [place for place in places if place >= 0]
-        require(len(patches) == len(places) or places.index(-1) == 0, f"the class token does not come first: {places}")
-        require(len(patches) >= len(places) - 1, f"more than one class token: {places}")
-        require(all(a < b for a, b in pairwise(patches)), f"places {patches} do not rise: not in raster order")
-        require(all(place < len(out.merged) for place in patches), f"places {patches} of {len(out.merged)} tokens")
+        index = out.token_index.tolist()
+        patches = [one for one in index if one >= 0]
+        require(len(patches) == len(index) or index.index(-1) == 0, f"the class token does not come first: {index}")
+        require(len(patches) >= len(index) - 1, f"more than one class token: {index}")
+        require(all(a < b for a, b in pairwise(patches)), f"token_index {patches} does not rise: not in raster order")
+        require(all(one < len(out.merge_map) for one in patches), f"token_index {patches}: {len(out.merge_map)} tokens")
 
     def _record(self, tokens: VisualTokens, out: VisualTokens) -> None:
-        """Sizes, places and origins against the merge map."""
-        merged = out.merged.tolist()
+        """Sizes, token_index and origins against the merge map."""
+        merged = out.merge_map.tolist()
         require(
             all(-1 <= to < out.tokens for to in merged), f"the merge map {merged} points beyond {out.tokens} tokens"
         )
-        started = tokens.merged.tolist()
+        started = tokens.merge_map.tolist()
         back = [place for place, to in enumerate(merged) if to >= 0 and started[place] < 0]
         require(not back, f"{back} were dropped before and are in the merge map again")
         kinds = [KINDS[kind] for kind in out.origins.kind.tolist()]
-        first = {place: at for at, place in enumerate(tokens.places.tolist())}
-        for at, place in enumerate(out.places.tolist()):
+        first = {place: at for at, place in enumerate(tokens.token_index.tolist())}
+        for at, place in enumerate(out.token_index.tolist()):
             members = [start for start, to in enumerate(merged) if to == at]
             name = f"token {at}"
             if place < 0:
@@ -215,7 +215,7 @@ class _Suite:
             for class_token in {False, self.compressor.wants_cls}:
                 tokens = _tokens(self.reads, grid, class_token=class_token)
                 out = self._compress(tokens, tokens.tokens)
-                for name in ("features", "sizes", "places", "merged"):
+                for name in ("features", "sizes", "token_index", "merge_map"):
                     require(torch.equal(getattr(out, name), getattr(tokens, name)), f"{grid}: {name} changed")
         return f"{len(GRIDS)} grids, bit by bit"
 
@@ -254,5 +254,5 @@ class _Suite:
 
 
 def _require_same(found: VisualTokens, expected: VisualTokens, when: str) -> None:
-    for name in ("features", "sizes", "places", "merged"):
+    for name in ("features", "sizes", "token_index", "merge_map"):
         require(torch.equal(getattr(found, name), getattr(expected, name)), f"{when}: {name} differ")

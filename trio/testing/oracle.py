@@ -202,8 +202,10 @@ def _averages(adapter: Adapter, inputs: Mapping[str, Any], features: Features, l
         if taken is None:
             return args, kwargs
         kwargs, by_layer = taken
-        visual, owner = placeholders(adapter, inputs), features.owner
-        members = (owner[:, None, :] == torch.arange(owner.shape[1], device=owner.device)[None, :, None]).float()
+        visual, merge_map = placeholders(adapter, inputs), features.merge_map
+        members = (
+            merge_map[:, None, :] == torch.arange(merge_map.shape[1], device=merge_map.device)[None, :, None]
+        ).float()
         members = members / members.sum(-1, keepdim=True).clamp_min(1)
         for layer, values in by_layer.items():
             whole = torch.zeros(features.hidden.shape, device=values.device)

@@ -23,12 +23,12 @@ class Features:
 
     Attributes:
         hidden: ``(B, S, D)``, with the new features at the columns of the tokens that they stand for.
-        owner: int64 ``(B, S)``, the column whose token each column's went into; itself where it stays, -1 where it was
-            dropped. Features that the model adds between later layers are averaged over these members.
+        merge_map: int64 ``(B, S)``, the column whose token each column's went into; itself where it stays, -1 where it
+            was dropped. Features that the model adds between later layers are averaged over these members.
     """
 
     hidden: torch.Tensor
-    owner: torch.Tensor
+    merge_map: torch.Tensor
 
 
 def kept_columns(
@@ -100,7 +100,7 @@ def merged_features(
     if any(sample.newlines for sample in report.samples):
         lines = visual & _is_newline(adapter, hidden)
     start = kept_columns(model, adapter, inputs, report).get(0, valid_tokens(inputs))
-    owner = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1).clone()
+    merge_map = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1).clone()
     for number, sample in enumerate(report.samples):
         columns = start[number].nonzero().squeeze(1)
         columns = columns[: report.layer_tokens[number][0]]  # text behind the prompt keeps the stock model's own
@@ -118,8 +118,8 @@ def merged_features(
         tokens, _ = _columns(visual[number], lines[number], sample)
         for own, image in zip(tokens, sample.compressor.images, strict=True):
             for place, into in enumerate(image.merged):
-                owner[number, own[place]] = own[into] if into >= 0 else -1
-    return Features(hidden, owner)
+                merge_map[number, own[place]] = own[into] if into >= 0 else -1
+    return Features(hidden, merge_map)
 
 
 def _padded_on_the_right(inputs: Mapping[str, Any]) -> bool:

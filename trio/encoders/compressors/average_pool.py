@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...core.flops import projector_flops
+from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
 from ..reading.grid import cells
 from ..reading.merge import merge, patches_only
@@ -19,5 +21,9 @@ class AveragePool(Compressor):
     @patches_only
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
-        middles, into = (index.to(tokens.places.device) for index in cells(tokens.origins, k))
+        middles, into = (index.to(tokens.token_index.device) for index in cells(tokens.origins, k))
         return merge(tokens, middles, into)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """The averages pass the projector."""
+        return projector_flops(shape, keep)

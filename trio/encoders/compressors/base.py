@@ -44,7 +44,8 @@ class Compressor(Part, ABC):
             k: tokens to keep, between 1 and n.
 
         Returns:
-            The tokens left, in raster order (the class token first), with sizes, places and merge map brought forward.
+            The tokens left, in raster order (the class token first), with sizes, token_index and merge_map brought
+            forward.
         """
 
 

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from ...core.flops import similarity_flops
+from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
 from ...selectors.nms import unit_length
 from ..reading.merge import keep, patches_only
@@ -28,6 +30,10 @@ class DivPrune(Compressor):
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
         return keep(tokens, farthest(tokens.features, k).sort().values)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of all pairs."""
+        return similarity_flops(shape, visual, visual)
 
 
 def farthest(features: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
 from ..reading.merge import keep, largest, patches_only
 from .base import COMPRESSORS, Compressor
@@ -30,5 +31,14 @@ class RandomTokens(Compressor):
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
         generator = torch.Generator().manual_seed((tokens.seed ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
-        draws = torch.rand(len(tokens.merged), generator=generator)  # one for each place of the start
-        return keep(tokens, largest(draws.to(tokens.places.device)[tokens.places], k))
+        draws = torch.rand(len(tokens.merge_map), generator=generator)  # one for each token of the start
+        return keep(tokens, largest(draws.to(tokens.token_index.device)[tokens.token_index], k))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Drawing is not counted."""
+        return 0
+
+    @classmethod
+    def search_space(cls) -> None:
+        """None: methods are compared with it."""
+        return None

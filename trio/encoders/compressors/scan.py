@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ...core.flops import similarity_flops
+from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
 from ..reading.grid import windows
 from ..reading.merge import keep, largest, leaders_lead, merge, most_similar, patches_only, ranking
@@ -61,6 +63,10 @@ class Scan(Compressor):
         if not self.merge:
             return keep(tokens, kept)
         return merge(tokens, kept, leaders_lead(most_similar(tokens.features, tokens.features[kept]), kept))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of all tokens with the kept ones."""
+        return similarity_flops(shape, visual, keep)
 
 
 def best_in_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
 from ..reading.grid import cells
 from ..reading.merge import keep, patches_only
@@ -19,4 +20,8 @@ class UniformGrid(Compressor):
     def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """See `Compressor.compress`."""
         middles, _ = cells(tokens.origins, k)
-        return keep(tokens, middles.to(tokens.places.device))
+        return keep(tokens, middles.to(tokens.token_index.device))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Places are known before."""
+        return 0

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from ...core.flops import product, projector_flops
+from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
 from ..reading.merge import largest, leaders_lead, members, merge, most_similar, patches_only, with_class
 from .base import COMPRESSORS, Compressor
@@ -66,6 +68,16 @@ class VisionZip(Compressor):
             features = target_plus_mean(tokens.features, tokens.sizes, leaders, into)
         compressed = merge(tokens, leaders, into, features)
         return compressed if cls is None else with_class(compressed, cls)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Keys left over against the targets, and what is new through the projector once more.
+
+        An upper bound: keys are averaged over heads, and counted at the tower's full width.
+        """
+        dominant, contextual = self.split(keep)
+        width = shape.hidden if shape.tower is None else shape.tower.hidden
+        compared = product(max(0, visual - dominant), width, contextual)
+        return compared + projector_flops(shape, contextual + 1)
 
 
 def dominant_and_contextual(

@@ -20,7 +20,7 @@ class _Tokens:
     """The tokens of a running call: S rows as the tower's own code sees them, of which m are left.
 
     Attributes:
-        owner: int64 ``(B, S)``, for each row the one of the m that it is in.
+        merge_map: int64 ``(B, S)``, for each row the one of the m that it is in.
         first: int64 ``(B, m)``, for each of the m its first row.
         sizes: float32 ``(B, m)``, how many rows each stands for.
         wanted: the number of patches to leave.
@@ -28,7 +28,7 @@ class _Tokens:
         matching: of the block that runs; None where it merges nothing.
     """
 
-    owner: torch.Tensor
+    merge_map: torch.Tensor
     first: torch.Tensor
     sizes: torch.Tensor
     wanted: int
@@ -38,7 +38,7 @@ class _Tokens:
     @property
     def whole(self) -> bool:
         """Whether nothing has been merged yet."""
-        return self.first.shape[1] == self.owner.shape[1]
+        return self.first.shape[1] == self.merge_map.shape[1]
 
 
 class Merger:
@@ -133,7 +133,7 @@ class Merger:
     def _merge(self, block: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
             tokens = self._now()
-            patches = tokens.owner.shape[1] - self._tower.prefix
+            patches = tokens.merge_map.shape[1] - self._tower.prefix
             # Where a block cannot merge its part (half of the tokens is the most), later ones make up for it.
             done = (patches - tokens.wanted) * (block + 1) // (self._last + 1)
             merges = tokens.first.shape[1] - self._tower.prefix - (patches - done)
@@ -159,21 +159,21 @@ class Merger:
                 _follow(tokens, tokens.matching)
                 tokens.matching = None
             if block == self._last:
-                told(tokens.first.gather(1, tokens.owner))
+                told(tokens.first.gather(1, tokens.merge_map))
                 self._tokens = None
             if tokens.whole:
                 return None
-            hidden = rows(hidden, tokens.owner)
+            hidden = rows(hidden, tokens.merge_map)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return after
 
 
 def _follow(tokens: _Tokens, matching: Matching) -> None:
-    """Brings owners, first rows and sizes forward."""
-    count = tokens.owner.shape[1]
-    tokens.owner = matching.into.gather(1, tokens.owner)
+    """Brings the merge map, first rows and sizes forward."""
+    count = tokens.merge_map.shape[1]
+    tokens.merge_map = matching.into.gather(1, tokens.merge_map)
     tokens.sizes = matching.sums(tokens.sizes[..., None])[..., 0]
-    every = torch.arange(count, device=tokens.owner.device).expand_as(tokens.owner)
+    every = torch.arange(count, device=tokens.merge_map.device).expand_as(tokens.merge_map)
     none = torch.full_like(matching.kept, count)
-    tokens.first = none.scatter_reduce(1, tokens.owner, every, "amin")
+    tokens.first = none.scatter_reduce(1, tokens.merge_map, every, "amin")

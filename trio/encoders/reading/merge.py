@@ -1,4 +1,4 @@
-"""Dropping and merging visual tokens: pure functions that carry sizes, places, origins and the merge map along.
+"""Dropping and merging visual tokens: pure functions that carry sizes, indices, origins and the merge map along.
 
 Every token counts with its size (how many tokens of the start it stands for), so merging twice gives what one merge
 with the composed map gives.
@@ -80,14 +80,14 @@ def keep(tokens: VisualTokens, kept: torch.Tensor) -> VisualTokens:
         tokens: n tokens.
         kept: int64 ``(m,)``, rising indices of the n.
     """
-    into = leaders_lead(torch.full_like(tokens.places, -1), kept)
+    into = leaders_lead(torch.full_like(tokens.token_index, -1), kept)
     signals = {one: value if one.kind == "cls" else value[kept] for one, value in tokens.signals.items()}
     return VisualTokens(
         tokens.features[kept],
         tokens.origins.select(kept.cpu()),
         tokens.sizes[kept],
-        tokens.places[kept],
-        _brought_forward(tokens.merged, into),
+        tokens.token_index[kept],
+        _brought_forward(tokens.merge_map, into),
         signals,
         tokens.cls,
         tokens.seed,
@@ -114,8 +114,8 @@ def merge(
         features,
         _merged_origins(tokens.origins, leaders.cpu(), into.cpu()),
         members(into, groups, sizes).sum(1),
-        tokens.places[leaders],
-        _brought_forward(tokens.merged, into),
+        tokens.token_index[leaders],
+        _brought_forward(tokens.merge_map, into),
         {
             one: value if one.kind == "cls" else group_mean(value, sizes, into, leaders)
             for one, value in tokens.signals.items()
@@ -145,8 +145,8 @@ def with_class(tokens: VisualTokens, token: torch.Tensor) -> VisualTokens:
         torch.cat([token[None].to(tokens.features.dtype), tokens.features]),
         origins,
         before(tokens.sizes, 1.0),
-        before(tokens.places, -1),
-        torch.where(tokens.merged < 0, tokens.merged, tokens.merged + 1),
+        before(tokens.token_index, -1),
+        torch.where(tokens.merge_map < 0, tokens.merge_map, tokens.merge_map + 1),
         {one: value if one.kind == "cls" else before(value, 0.0) for one, value in tokens.signals.items()},
         None,  # it is among the tokens now
         tokens.seed,
@@ -159,8 +159,8 @@ def without_class(tokens: VisualTokens) -> VisualTokens:
         tokens.features[1:],
         tokens.origins.select(torch.arange(1, tokens.tokens)),
         tokens.sizes[1:],
-        tokens.places[1:],
-        torch.where(tokens.merged < 0, tokens.merged, tokens.merged - 1),
+        tokens.token_index[1:],
+        torch.where(tokens.merge_map < 0, tokens.merge_map, tokens.merge_map - 1),
         {one: value if one.kind == "cls" else value[1:] for one, value in tokens.signals.items()},
         None,
         tokens.seed,
@@ -182,14 +182,14 @@ def patches_only(
         if int(tokens.origins.kind[0]) != CLS:
             return compress(self, tokens, k)
         if k == 1:
-            return keep(tokens, tokens.places.new_zeros(1))
+            return keep(tokens, tokens.token_index.new_zeros(1))
         return with_class(compress(self, without_class(tokens), k - 1), tokens.features[0])
 
     return apart
 
 
-def _brought_forward(merged: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    return torch.where(merged < 0, -1, into[merged.clamp_min(0)])
+def _brought_forward(merge_map: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    return torch.where(merge_map < 0, -1, into[merge_map.clamp_min(0)])
 
 
 def _merged_origins(origins: ImageTokens, leaders: torch.Tensor, into: torch.Tensor) -> ImageTokens:

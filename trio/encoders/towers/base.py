@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.shape import TowerShape
 from ...errors import InputError, UnsupportedModelError
 from ...registry import Registry
 
@@ -92,6 +93,8 @@ class Tower(ABC):
     patches_per_token: int = 1
     #: The block whose output makes the features that language models see, counted from the end.
     features_block: ClassVar[int] = -1
+    #: `model_type` of the configurations that `cost_shape` describes.
+    model_types: ClassVar[frozenset[str]] = frozenset()
     #: Why tokens cannot be merged between the blocks of this kind of tower; empty where they can.
     merging_reason: str = ""
 
@@ -108,6 +111,18 @@ class Tower(ABC):
     @abstractmethod
     def matches(cls, module: nn.Module) -> bool:
         """Whether this class is made for the module (the vision tower itself)."""
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """What a tower of such a configuration computes, without weights; `crop_tokens` are the model's to say.
+
+        Args:
+            config: of the tower, its type one of `model_types`.
+
+        Raises:
+            UnsupportedModelError: a number is missing, or this kind of tower is not described.
+        """
+        raise UnsupportedModelError(f"{cls.__name__} does not say what it costs; write its `cost_shape` (docs/cost.md)")
 
     @property
     @abstractmethod

@@ -15,6 +15,7 @@ class ClipTower(ProjectedTower):
     has_cls = True
     prefix = 1
     features_block = -2
+    model_types = frozenset({"clip_vision_model"})
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

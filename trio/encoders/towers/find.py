@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 
+from ...core.shape import TowerShape
 from ...errors import PluginError, UnsupportedModelError
 from .base import TOWERS, Tower
 
@@ -21,12 +23,7 @@ def tower_for(module: nn.Module | Tower) -> Tower:
     """
     if isinstance(module, Tower):
         return module
-    known: list[type[Tower]] = []
-    for name in TOWERS.names():
-        try:
-            known.append(TOWERS.get(name))
-        except PluginError as error:
-            warnings.warn(f"tower {name!r} is left out: {error}", stacklevel=3)
+    known = _towers()
     unwrap = getattr(module, "get_base_model", None)  # PEFT
     inner: nn.Module | None = unwrap() if callable(unwrap) else module
     seen: list[str] = []
@@ -40,3 +37,33 @@ def tower_for(module: nn.Module | Tower) -> Tower:
         f"vision tower: nothing registered takes a {' > '.join(seen) or type(module).__name__}; the registered "
         f"ones are {', '.join(TOWERS.names())}; write one (docs/towers.md) and register it with trio.TOWERS"
     )
+
+
+def tower_shape(config: Any) -> TowerShape:
+    """What a tower of a configuration computes, as the class says that is registered for its `model_type`.
+
+    Raises:
+        UnsupportedModelError: no class describes it, or a number is missing.
+    """
+    kind = str(getattr(config, "model_type", ""))
+    known = _towers()
+    for cls in known:
+        if kind in cls.model_types:
+            return cls.cost_shape(config)
+    types = sorted({name for cls in known for name in cls.model_types})
+    raise UnsupportedModelError(
+        f"the vision tower {kind or type(config).__name__!r} is not one that the cost formulas describe "
+        f"({', '.join(types)}). Write Tower.cost_shape for it, or build a ModelShape by hand; `tower=None` leaves the "
+        "tower out."
+    )
+
+
+def _towers() -> list[type[Tower]]:
+    """All classes that can be loaded."""
+    known: list[type[Tower]] = []
+    for name in TOWERS.names():
+        try:
+            known.append(TOWERS.get(name))
+        except PluginError as error:
+            warnings.warn(f"tower {name!r} is left out: {error}", stacklevel=4)
+    return known

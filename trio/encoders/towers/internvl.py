@@ -19,6 +19,7 @@ class InternVLTower(ProjectedTower):
     query_path = "q_norm"
     key_path = "k_norm"
     merge_paths = ("layernorm_after", "mlp")
+    model_types = frozenset({"internvl_vision"})
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.configs import grid_of, patch_values, read
+from ...core.shape import TowerShape
 from ...core.upstream import HIDDEN, MASK
 from ...errors import UnsupportedModelError
 from .base import Heads, Tower, pair, pixel_grid, split_heads
@@ -25,6 +27,19 @@ class ProjectedTower(Tower):
     key_path: str = "k_proj"
     #: Below a block: the norm in front of the feed-forward layer, and that layer.
     merge_paths: ClassVar[tuple[str, str]] = ("layer_norm2", "mlp")
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: images of one size, `prefix` rows beside the patches, a plain feed-forward layer."""
+        rows, columns = grid_of(config)
+        return TowerShape(
+            layers=read(config, "num_hidden_layers"),
+            hidden=read(config, "hidden_size"),
+            intermediate=read(config, "intermediate_size"),
+            patch_values=patch_values(config),
+            cls_tokens=cls.prefix,
+            crop_patches=rows * columns,
+        )
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

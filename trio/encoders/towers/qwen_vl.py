@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.configs import pair, patch_values, read
+from ...core.shape import TowerShape
 from ...core.upstream import ROTARY
 from ...errors import InputError
 from .base import TOWERS, Heads, Layout, Tower, is_a, split_heads
@@ -26,6 +28,10 @@ class QwenTower(Tower):
     not where.
     """
 
+    # Some releases of transformers give a tower the type of its model.
+    model_types = frozenset(
+        {"qwen2_vl", "qwen2_vl_vision", "qwen2_5_vl", "qwen2_5_vl_vision", "qwen3_vl", "qwen3_vl_vision"}
+    )
     merging_reason = "it packs pictures of different sizes into one sequence and rotates by position"
 
     @classmethod
@@ -37,6 +43,24 @@ class QwenTower(Tower):
             _MODELS + "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
             _MODELS + "qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",
             _MODELS + "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel",
+        )
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: Qwen2.5-VL's has windows and a gate, Qwen2-VL calls its width `embed_dim`."""
+        depth, width = read(config, "depth", "num_hidden_layers"), read(config, "embed_dim", "hidden_size")
+        full = getattr(config, "fullatt_block_indexes", None)
+        patch, temporal = pair(config.patch_size), pair(config.temporal_patch_size)[0]
+        ratio = getattr(config, "mlp_ratio", None)
+        return TowerShape(
+            layers=depth,
+            hidden=width,
+            intermediate=int(width * ratio) if ratio else read(config, "intermediate_size"),
+            patch_values=patch_values(config) * temporal,
+            gated=full is not None,
+            patches_per_token=config.spatial_merge_size**2,
+            window=None if full is None else (config.window_size // patch[0]) * (config.window_size // patch[1]),
+            full_attention_layers=0 if full is None else sum(0 <= index < depth for index in full),
         )
 
     def __init__(self, module: nn.Module) -> None:

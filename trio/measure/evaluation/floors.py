@@ -76,7 +76,7 @@ def _by_rank(ctx: LayerContext, ranks: Sequence[Sequence[int]]) -> torch.Tensor:
     table = torch.zeros(len(ranks), most)
     for row, values in zip(table, ranks, strict=True):
         row[: len(values)] = torch.tensor(values, dtype=torch.float32)
-    scores = -table.to(ctx.hidden.device).gather(1, ctx.origin)
+    scores = -table.to(ctx.hidden.device).gather(1, ctx.token_index)
     return scores.masked_fill(~ctx.visual_valid, float("-inf"))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from ...adapters import adapter_for
 from ...core.images import batch_for
 from ...core.upstream import MASK
-from ...cost import ModelShape, of_report
+from ...cost import ModelShape, of_report, shape_of
 from ...cost.flops import prefill_flops, projector_flops, tower_flops
 from ...errors import TrioError
 from ...pipeline import Pipeline
@@ -206,7 +206,7 @@ def remembered(tower: nn.Module, seen: list[Any]) -> Iterator[None]:
 def _shape(model: Any) -> tuple[ModelShape | None, str]:
     """The numbers that FLOPs are counted from, or why they are not known."""
     try:
-        return ModelShape.from_config(model.config), ""
+        return shape_of(model.config), ""
     except TrioError as error:
         return None, f"FLOPs are not counted: {error}"
 

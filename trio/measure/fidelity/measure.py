@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...cost import ModelShape
+from ...cost import ModelShape, shape_of
 from ...errors import InputError, UnsupportedModelError
 from ...spec import PipelineSpec, load_spec
 from .answering import Answered, Answerer
@@ -101,7 +101,7 @@ class _Run:
         self.notes: list[str] = []
         self.shape: ModelShape | None = None
         try:
-            self.shape = ModelShape.from_config(answerer.adapter.model.config)
+            self.shape = shape_of(answerer.adapter.model.config)
         except UnsupportedModelError as error:
             self.notes.append(f"FLOPs are not known: {error}")
 

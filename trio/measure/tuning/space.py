@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ... import DEFAULT_SPEC
 from ...adapters.base import Adapter
+from ...core.part import Categorical, Choice, IntRange, Part
 from ...encoders.compressors.base import COMPRESSORS
 from ...errors import InputError, TrioError, did_you_mean
 from ...pipeline import Pipeline
+from ...registry import registry_of
 from ...scorers.base import SCORERS
 from ...selectors.base import SELECTORS
 from ...spec import PipelineSpec, load_spec
@@ -21,19 +23,16 @@ STAGES = 3
 #: Shares of the tokens in front of a stage (or the compressor) that it keeps.
 LEAST, MOST = 0.05, 0.95
 NO = "none"
-#: Chance is what methods are compared with, and is no candidate.
-FLOOR = "random"
+#: What scorers need that is not there before a layer has run.
+AFTER_A_LAYER = frozenset({"ran", "last"})
 #: Averages of the default spec with which a search begins.
 STARTS = ("11.1%", "22.2%", "33.3%")
-#: What `objective-gradient` supervises: the default, and the paper's; rows at most.
-ROWS = ("after-picture", "prompt-end")
-POSITIONS = 16
 
 
 class Suggests(Protocol):
     """What gives parameters their values: an Optuna trial."""
 
-    def suggest_categorical(self, name: str, choices: Sequence[str]) -> Any:
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """One of the choices."""
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
@@ -79,26 +78,38 @@ class Space:
         layers, left_out = len(adapter.layers), {}
         middle = max(1, layers // 2)
 
-        def fits(kind: str, name: str, spec: Mapping[str, Any]) -> bool:
-            if name in without or (name == FLOOR and kind != "selector"):
+        def fits(kind: str, name: str, spec: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> bool:
+            if name in without:
                 return False
             try:
-                Pipeline.from_spec({"version": 1, **spec}, adapter.model, adapter=adapter)
+                part = _example(kind, name)
+                if part is None:
+                    return False
+                Pipeline.from_spec({"version": 1, **spec(part)}, adapter.model, adapter=adapter)
             except TrioError as error:
                 left_out[f"{kind} {name}"] = str(error)
                 return False
             return True
 
-        def stage(after: int, **parts: str) -> dict[str, Any]:
-            return {"stages": [{"after_layer": after, "keep": "50%", **parts}]}
+        def stage(scorer: Any, **parts: Any) -> dict[str, Any]:
+            return {"stages": [{"after_layer": middle, "keep": "50%", "scorer": scorer, **parts}]}
 
-        scorers = [name for name in SCORERS.names() if fits("scorer", name, stage(middle, scorer=name))]
-        chance = {"scorer": FLOOR}
-        selectors = [n for n in SELECTORS.names() if fits("selector", n, stage(middle, selector=n, **chance))]
-        compressors = [n for n in COMPRESSORS.names() if fits("compressor", n, {"compressor": _compressor(n, 0.5)})]
+        scorers = [name for name in SCORERS.names() if fits("scorer", name, stage)]
+        any_scorer = _example("scorer", scorers[0]) if scorers else None
+        selectors = [
+            name
+            for name in SELECTORS.names()
+            if scorers and fits("selector", name, lambda part: stage(any_scorer, selector=part))
+        ]
+        compressors = [
+            name
+            for name in COMPRESSORS.names()
+            if fits("compressor", name, lambda part: {"compressor": _compressor(part, 0.5)})
+        ]
         if not (scorers and selectors) and not compressors:
             raise InputError("without: no part is left to search with; leave fewer out.")
-        lowest = {name: int(bool(SCORERS.build(name).required() & {"ran", "last"})) for name in scorers}
+        needs = {name: SCORERS.build(_example("scorer", name)).required() for name in scorers}
+        lowest = {name: int(bool(needed & AFTER_A_LAYER)) for name, needed in needs.items()}
         return cls(layers, tuple(compressors), lowest if selectors else {}, tuple(selectors), left_out)
 
     def draw(self, trial: Suggests) -> PipelineSpec:
@@ -115,7 +126,7 @@ class Space:
             chosen = trial.suggest_categorical("compressor", choices)
         if chosen != NO:
             share = trial.suggest_float("compressor.keep", LEAST, MOST, log=True) if not _decides(chosen) else 1.0
-            made["compressor"] = _compressor(chosen, share)
+            made["compressor"] = _compressor(_drawn(trial, "compressor", chosen)[0], share)
         if self.scorers:
             count = trial.suggest_int("stages", int(chosen == NO), STAGES)
             if count:
@@ -123,26 +134,17 @@ class Space:
         return load_spec(made)
 
     def _stages(self, trial: Suggests, count: int) -> list[dict[str, Any]]:
-        scorer: dict[str, Any] = {"name": trial.suggest_categorical("scorer", tuple(self.scorers))}
-        low = self.scorers[scorer["name"]]
-        if scorer["name"] == "objective-gradient":
-            scorer["rows"] = trial.suggest_categorical("rows", ROWS)
-            scorer["positions"] = trial.suggest_int("positions", 1, POSITIONS)
-        selector: dict[str, Any] = {"name": trial.suggest_categorical("selector", self.selectors)}
-        if selector["name"] == "nms":
-            selector["threshold"] = round(trial.suggest_float("threshold", 0.5, 1.0), 2)
-        later = selector
-        if selector["name"] == "soft-nms":
-            selector["weight"] = round(trial.suggest_float("weight", 0.0, 1.0), 2)
-            later = {**selector, "spread": 0.0}  # behind the first stage it gained nothing
-            selector["spread"] = round(trial.suggest_float("spread", 0.0, 1.0), 2)
+        name = trial.suggest_categorical("scorer", tuple(self.scorers))
+        low = self.scorers[name]
+        scorers = _drawn(trial, "scorer", name)
+        selectors = _drawn(trial, "selector", trial.suggest_categorical("selector", self.selectors))
         depths = sorted({max(low, trial.suggest_int(f"layer.{i}", 0, self.layers - 1)) for i in range(count)})
         return [
             {
                 "after_layer": depth,
                 "keep": {"share": _percent(trial.suggest_float(f"keep.{i}", LEAST, MOST, log=True)), "of": "current"},
-                "scorer": scorer,
-                "selector": later if i else selector,
+                "scorer": scorers[min(i, 1)],
+                "selector": selectors[min(i, 1)],
             }
             for i, depth in enumerate(depths)
         ]
@@ -154,10 +156,15 @@ class Space:
             tokens: visual tokens of a picture.
         """
         default = load_spec(DEFAULT_SPEC)
-        scorer, selector = (part.as_mapping() for part in (default.stages[0].scorer, default.stages[0].selector))
-        if scorer["name"] not in self.scorers or selector["name"] not in self.selectors:
-            return []
-        parts = {"scorer": scorer.pop("name"), "selector": selector.pop("name"), **scorer, **selector}
+        stage, parts = default.stages[0], {}
+        for kind, part, known in (("scorer", stage.scorer, self.scorers), ("selector", stage.selector, self.selectors)):
+            built = registry_of(kind).build(part)
+            name = registry_of(kind).name_of(type(built))
+            if name is None or name not in known:
+                return []
+            parts[kind] = name
+            for parameter in built.search_space() or {}:
+                parts[_key(kind, name, parameter)] = getattr(built, parameter)
         found = []
         for average in STARTS:
             schedule = resolve(load_spec({**default.to_dict(), "budget": {"average": average}}), self.layers)
@@ -173,12 +180,43 @@ class Space:
         return found
 
 
+def _key(kind: str, name: str, parameter: str) -> str:
+    """What a trial calls a parameter of a part: parts may have parameters of the same name."""
+    return f"{kind}.{name}.{parameter}"
+
+
+def _drawn(trial: Suggests, kind: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A part with the parameters of a trial: in the first stage (or the compressor), and in later ones."""
+    space: Mapping[str, Choice] = registry_of(kind).get(name).search_space() or {}
+    first = {parameter: _suggested(trial, _key(kind, name, parameter), choice) for parameter, choice in space.items()}
+    later = {parameter: choice.later for parameter, choice in space.items() if choice.later is not None}
+    return {"name": name, **first}, {"name": name, **first, **later}
+
+
+def _suggested(trial: Suggests, key: str, choice: Choice) -> Any:
+    if isinstance(choice, Categorical):
+        return trial.suggest_categorical(key, choice.options)
+    if isinstance(choice, IntRange):
+        return trial.suggest_int(key, choice.low, choice.high)
+    return round(trial.suggest_float(key, choice.low, choice.high), choice.digits)
+
+
+def _example(kind: str, name: str) -> dict[str, Any] | None:
+    """A part with the first values of its search space; None for one that is no candidate."""
+    cls: type[Part] = registry_of(kind).get(name)
+    space = cls.search_space()
+    if space is None:
+        return None
+    first = {key: one.options[0] if isinstance(one, Categorical) else one.low for key, one in space.items()}
+    return {"name": name, **first}
+
+
 def _decides(name: str) -> bool:
     return COMPRESSORS.get(name).decides_count
 
 
-def _compressor(name: str, share: float) -> dict[str, Any]:
-    return {"name": name} if _decides(name) else {"name": name, "keep": _percent(share)}
+def _compressor(part: Mapping[str, Any], share: float) -> dict[str, Any]:
+    return dict(part) if _decides(part["name"]) else {**part, "keep": _percent(share)}
 
 
 def _percent(share: float) -> str:

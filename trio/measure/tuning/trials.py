@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, median
 
-from ...cost import ModelShape
+import torch
+
+from ...core.context import LayerContext
+from ...cost import ModelShape, shape_of
 from ...errors import UnsupportedModelError
 from ...pipeline import Pipeline
+from ...scorers.base import Scorer
 from ...spec import PipelineSpec, load_spec
 from ..fidelity.answering import Answered, Answerer
 from ..fidelity.compare import Likeness, compare
@@ -52,7 +56,7 @@ class Judge:
         self._pictures = [sample.name for sample in samples]
         self.unknown = ""
         try:
-            self._shape: ModelShape | None = ModelShape.from_config(answerer.adapter.model.config)
+            self._shape: ModelShape | None = shape_of(answerer.adapter.model.config)
         except UnsupportedModelError as error:
             self._shape, self.unknown = None, str(error)
         starts = range(0, len(samples), batch_size)
@@ -62,7 +66,7 @@ class Judge:
     @property
     def tokens(self) -> int:
         """Visual tokens of the first picture, found with a spec that keeps them all."""
-        spec = load_spec({"version": 1, "stages": [{"after_layer": 0, "keep": "100%", "scorer": "random"}]})
+        spec = load_spec({"version": 1, "stages": [{"after_layer": 0, "keep": "100%", "scorer": _Unscored()}]})
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
         report = self._answerer(self._inputs[0], pipeline, max_new_tokens=1).report
         assert report is not None  # a pipeline was given
@@ -103,6 +107,14 @@ class Judge:
             full = self._answerer(inputs, max_new_tokens=1).first_token
             ratios.append(full / self._answerer(inputs, pipeline, max_new_tokens=1).first_token)
         return median(ratios)
+
+
+class _Unscored(Scorer):
+    """Of a stage that keeps everything, which asks no scorer; fits every model."""
+
+    def score(self, ctx: LayerContext) -> torch.Tensor:
+        """The same number for all tokens."""
+        return ctx.at_visual(torch.zeros_like(ctx.visual, dtype=torch.float32))
 
 
 def standard_error(values: Sequence[float], pictures: Sequence[str]) -> float:

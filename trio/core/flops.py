@@ -1,0 +1,80 @@
+"""Formulas that a model's parts and the methods on it share: floating-point operations in closed form.
+
+Conventions. One multiply-add is 2 FLOPs. Matrix products and convolutions are counted, nothing else (no norms, softmax,
+activations, rotations, biases, look-ups, sampling): what `torch.utils.flop_counter.FlopCounterMode` counts, so that the
+two can be compared. All arguments are counts of rows; all results are whole numbers of FLOPs.
+"""
+
+from __future__ import annotations
+
+from .shape import ModelShape
+
+__all__ = [
+    "attend",
+    "head_flops",
+    "keys_flops",
+    "last_row_flops",
+    "probe_flops",
+    "product",
+    "projector_flops",
+    "rows_flops",
+    "similarity_flops",
+]
+
+
+def product(rows: int, inputs: int, outputs: int) -> int:
+    """A matrix product."""
+    return 2 * rows * inputs * outputs
+
+
+def attend(pairs: int, width: int) -> int:
+    """QK^T and AV for `pairs` (query, key) pairs of `width` = heads * head_dim numbers."""
+    return 4 * pairs * width
+
+
+def projector_flops(shape: ModelShape, tokens: int) -> int:
+    """The projector (or Qwen's merger) on `tokens` visual tokens."""
+    return sum(product(tokens, inputs, outputs) for inputs, outputs in shape.projector)
+
+
+def rows_flops(shape: ModelShape, rows: int) -> int:
+    """One decoder layer's matrices other than keys and values, on `rows` rows: q, o, gate, up, down."""
+    width = shape.heads * shape.head_dim
+    return 2 * product(rows, shape.hidden, width) + 3 * product(rows, shape.hidden, shape.intermediate)
+
+
+def keys_flops(shape: ModelShape, rows: int) -> int:
+    """The key projection of one decoder layer on `rows` rows; the value projection costs the same."""
+    return product(rows, shape.hidden, shape.kv_heads * shape.head_dim)
+
+
+def head_flops(shape: ModelShape, rows: int) -> int:
+    """The output head on `rows` rows."""
+    return product(rows, shape.hidden, shape.vocab)
+
+
+def probe_flops(shape: ModelShape, tokens: int, rows: int) -> int:
+    """A saliency by gradients: `tokens` rows, `rows` supervised output rows of one layer, forward and backward.
+
+    Keys and values are projected for all tokens; queries, attention, feed-forward layer and head run on `rows` rows.
+    Gradients are of inputs only, so the backward pass of a matrix costs its forward pass, and that of attention twice
+    its forward.
+
+    Args:
+        shape: the model.
+        tokens: rows that enter the layer, text and visual.
+        rows: supervised rows K.
+    """
+    matrices = 2 * keys_flops(shape, tokens) + rows_flops(shape, rows) + head_flops(shape, rows)
+    return 2 * matrices + 3 * attend(rows * tokens, shape.heads * shape.head_dim)
+
+
+def last_row_flops(shape: ModelShape, tokens: int) -> int:
+    """The attention of one row to `tokens` keys: its query, all keys, one row of scores."""
+    width = shape.heads * shape.head_dim
+    return keys_flops(shape, tokens) + product(1, shape.hidden, width) + product(tokens, 1, width)
+
+
+def similarity_flops(shape: ModelShape, rows: int, columns: int) -> int:
+    """Similarities of the hidden states of `rows` tokens with those of `columns` tokens."""
+    return product(rows, shape.hidden, columns)
