@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.tables import LEVEL, method, table_head, table_row
-from trio.measure.evaluation.results import Estimate, Results, RowResult
-from trio.measure.statistics import Bootstrap, holm, paired
+from trio.measure.evaluation.results import Results, RowResult
+from trio.measure.statistics import Bootstrap, Estimate, holm, paired
 
 RANDOM = "random"
 """In place of a method: the random control of the other's schedule."""

@@ -27,8 +27,8 @@ import trio
 from lab.training.evaluate import any_size, prompt
 from trio import zoo
 from trio.adapters import adapter_for
-from trio.measure.evaluation.results import Estimate
 from trio.measure.shapesvqa.examples import examples
+from trio.measure.statistics import Estimate
 from trio.selectors.nms import centred, unit_length
 
 RESULTS = Path(__file__).parent / "results"

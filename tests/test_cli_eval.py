@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_who_stops_it_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
         (["--spec", "trio-11", "--spec", "trio-11"], "2 of them are called 'trio-11'"),
         (["--spec", "trio-11", "--baseline", "x"], "none of the specs"),
         (["--spec", "trio-11", "--task", "jsonl"], "--data: missing"),
-        (["--spec", "trio-11", "--data", "x"], "draws its own pictures"),
+        (["--spec", "trio-11", "--data", "x"], "draws its own images"),
         (["--spec", "trio-11", "--limit", "2001"], "give 1 to 2000"),
         (["--spec", "trio-11", "--model", "nothing"], "model 'nothing'"),
         (["--spec", "trio-llava-1.5-64"], "trio-llava-1.5-64"),
@@ -106,6 +107,31 @@ def test_mistakes_are_one_paragraph(given: list[str], message: str, tmp_path: Pa
     result = trio_(*given, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["scipy", "jinja2", "rapidfuzz"])
+def test_without_the_extra_a_measurement_says_so_before_it_begins(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for name in [one for one in sys.modules if one.startswith(f"{module}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    commands = [["eval", "--spec", "trio-11", "--out", tmp_path / "out"]] if module != "rapidfuzz" else []
+    if module != "jinja2":
+        commands += [["fidelity", "tiny-llava", "--images", tmp_path]]
+    for command in commands:
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        assert result.exit_code == 2, result.output
+        assert f"{module} is not installed" in result.stderr and "[eval]'" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_results_can_be_printed_as_one_object(tmp_path: Path) -> None:
+    given = ("--limit", "1", "--out", tmp_path / "out", "--no-html", "--speed-rounds", "0", "--json")
+    result = trio_("--spec", "trio-11", *given)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_without_matplotlib_it_says_so_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

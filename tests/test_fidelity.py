@@ -22,8 +22,8 @@ from trio.errors import InputError, TrioError
 from trio.measure.fidelity import DESCRIBE, FidelityReport, Sample, measure, read_samples
 from trio.measure.fidelity.compare import compare, edit_similarity, kl
 from trio.measure.fidelity.floor import random_floor
-from trio.measure.fidelity.intervals import estimate, share
 from trio.measure.shapesvqa.examples import examples
+from trio.measure.statistics import Bootstrap
 from trio.spec import load_spec
 
 ROOT = Path(trio.__file__).parent.parent
@@ -103,23 +103,23 @@ def test_compare() -> None:
 
 
 def test_shares_with_one_prompt_a_picture_are_wilson_s() -> None:
-    found = share([1.0] * 8 + [0.0] * 2, [str(i) for i in range(10)])
+    found = Bootstrap(range(10), one_by_one=True).share([1.0] * 8 + [0.0] * 2)
     assert found.method == "wilson"
-    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
 
 
 def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
     values = [float(i % 2) for i in range(20) for _ in range(10)]  # within a picture all alike
-    together = share(values, [str(i // 10) for i in range(200)])
-    apart = estimate(values, [str(i) for i in range(200)])
+    together = Bootstrap([i // 10 for i in range(200)]).share(values)
+    apart = Bootstrap(range(200)).number(values)
     assert together.method == apart.method == "bootstrap"
     assert together.high - together.low > 2.5 * (apart.high - apart.low)
 
 
 def test_full_agreement_still_has_an_interval() -> None:
-    found = share([1.0] * 30, [str(i // 3) for i in range(30)])  # ten pictures, not thirty samples
+    found = Bootstrap([i // 3 for i in range(30)]).share([1.0] * 30)  # ten pictures, not thirty samples
     assert found.method == "wilson"
-    assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-3)
+    assert (found.mean, found.low, found.high) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-3)
 
 
 # The floor -----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_floor_of_a_compressor() -> None:
 def test_a_spec_that_drops_nothing_changes_nothing(report: FidelityReport) -> None:
     row = report.results[0].spec
     found = row.agreement
-    assert (found.top1.value, found.kl.value, found.exact.value, found.edit.value) == (1.0, 0.0, 1.0, 1.0)
+    assert (found.top1.mean, found.kl.mean, found.exact.mean, found.edit.mean) == (1.0, 0.0, 1.0, 1.0)
     assert row.average_kept == row.visual_tokens == 144
     assert row.retention == row.flops == 1.0
 
@@ -178,17 +178,17 @@ def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, ask
     assert report.pictures == len({sample.name for sample in asked})
     for row in report.rows():
         same = [one.answers[row.name] == one.full for one in report.asked]
-        assert row.agreement.exact.value == pytest.approx(sum(same) / 14)
+        assert row.agreement.exact.mean == pytest.approx(sum(same) / 14)
         top1 = [one.top1[row.name] for one in report.asked]
-        assert row.agreement.top1.value == pytest.approx(sum(top1) / 14)
-        assert row.agreement.kl.value == pytest.approx(sum(one.kl[row.name] for one in report.asked) / 14)
+        assert row.agreement.top1.mean == pytest.approx(sum(top1) / 14)
+        assert row.agreement.kl.mean == pytest.approx(sum(one.kl[row.name] for one in report.asked) / 14)
         edits = [edit_similarity(one.full, one.answers[row.name]) for one in report.asked]
-        assert row.agreement.edit.value == pytest.approx(sum(edits) / 14)
+        assert row.agreement.edit.mean == pytest.approx(sum(edits) / 14)
     for result in report.results:
         spec, floor = result.spec.agreement, result.floor.agreement
-        assert result.gain.top1.value == pytest.approx(spec.top1.value - floor.top1.value)
-        assert result.gain.kl.value == pytest.approx(spec.kl.value - floor.kl.value)
-    assert report.results[2].spec.agreement.kl.value > report.results[1].spec.agreement.kl.value > 0
+        assert result.gain.top1.mean == pytest.approx(spec.top1.mean - floor.top1.mean)
+        assert result.gain.kl.mean == pytest.approx(spec.kl.mean - floor.kl.mean)
+    assert report.results[2].spec.agreement.kl.mean > report.results[1].spec.agreement.kl.mean > 0
 
 
 def test_the_answers_are_the_model_s_own(report: FidelityReport, tiny: tuple[Any, Any], asked: list[Sample]) -> None:

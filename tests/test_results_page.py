@@ -17,8 +17,9 @@ from benchmarks.results import RESULTS, measured, pages, verdict
 from benchmarks.tables import budgets, flipped
 from trio import zoo
 from trio.measure.evaluation.protocol import weights
-from trio.measure.evaluation.results import Comparison, Estimate, Gate, Results, RowResult
+from trio.measure.evaluation.results import Comparison, Gate, Results, RowResult
 from trio.measure.shapesvqa.task import shapesvqa
+from trio.measure.statistics import Estimate
 
 DOCS = Path(trio.__file__).parent.parent / "docs"
 

@@ -20,8 +20,9 @@ from rich.table import Table
 
 from trio import zoo
 from trio.core.upstream import MASK, Role, cache_of, keywords
+from trio.measure.answering import decode, generate
 from trio.measure.shapesvqa.examples import Example, examples
-from trio.measure.statistics import by_scene, wilson
+from trio.measure.statistics import Bootstrap, Estimate, proportion
 
 
 def any_size(model: Any) -> bool:
@@ -68,7 +69,7 @@ def answers(
         max_new_tokens: Longest answer.
     """
     found: list[str] = []
-    with context or nullcontext(), torch.no_grad():
+    with context or nullcontext():
         for start in range(0, len(asked), batch_size):
             part = asked[start : start + batch_size]
             inputs = processor(
@@ -78,9 +79,8 @@ def answers(
                 padding_side="left",
                 return_tensors="pt",
             ).to(model.device, model.dtype)
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            found += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in found]
+            found += decode(processor, generate(model, inputs, max_new_tokens=max_new_tokens))
+    return found
 
 
 def _same_picture(one: Example, other: Example) -> bool:
@@ -111,14 +111,10 @@ def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_n
             asked_for = {Role.IDS: ids[None, :length], Role.USE_CACHE: True, Role.LOGITS_TO_KEEP: 1}
             cache = cache_of(model(**keywords(asked_for), **pictures))
             cache.batch_repeat_interleave(len(part))
-            out = model.generate(
-                **keywords({Role.IDS: full, Role.MASK: mask, Role.CACHE: cache}),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-        found += processor.batch_decode(out[:, full.shape[1] :], skip_special_tokens=True)
+        given = keywords({Role.IDS: full, Role.MASK: mask, Role.CACHE: cache})
+        found += decode(processor, generate(model, given, max_new_tokens=max_new_tokens))
         start = end
-    return [text.strip() for text in found]
+    return found
 
 
 def accuracy(
@@ -148,11 +144,14 @@ def summary(asked: Sequence[Example], right: Sequence[bool]) -> dict[str, dict[s
     table: dict[str, dict[str, float]] = {}
     for kind in dict.fromkeys(e.kind for e in asked):
         hits = [r for e, r in zip(asked, right, strict=True) if e.kind == kind]
-        low, high = wilson(sum(hits), len(hits))
-        table[kind] = {"accuracy": sum(hits) / len(hits), "low": low, "high": high, "questions": len(hits)}
-    low, high = by_scene(right, [e.scene for e in asked])
-    table["overall"] = {"accuracy": sum(right) / len(right), "low": low, "high": high, "questions": len(right)}
+        table[kind] = _row(proportion(sum(hits), len(hits)), len(hits))
+    draws = Bootstrap([e.scene for e in asked], one_by_one=True)
+    table["overall"] = _row(draws.number([float(one) for one in right]), len(right))
     return table
+
+
+def _row(found: Estimate, questions: int) -> dict[str, float]:
+    return {"accuracy": found.mean, "low": found.low, "high": found.high, "questions": questions}
 
 
 def main(

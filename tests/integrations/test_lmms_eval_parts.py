@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessor
 
 import trio
 from trio import zoo
-from trio.integrations.lmms_eval.answering import Answerer
+from trio.integrations.lmms_eval.answering import ConversationAnswerer
 from trio.integrations.lmms_eval.requests import batches, conversation, cut, generation, squared
 from trio.integrations.lmms_eval.settings import Settings, check_processor, load, place
 
@@ -178,7 +178,7 @@ def test_batches_share_their_options() -> None:
 def test_a_mixed_batch_answers_as_singles_do(spec: str | None) -> None:
     model, processor = zoo.load("tiny-llava", dtype="float32")
     pipeline = None if spec is None else trio.Pipeline.from_spec(spec, model)
-    answerer = Answerer(model, processor, pipeline)
+    answerer = ConversationAnswerer(model, processor, pipeline)
     picture = Image.open(zoo.demo_picture())
     prompts = [
         conversation(user(*pictures, text))

@@ -17,7 +17,7 @@ from lab.training.evaluate import answers, answers_by_scene, any_size, blank, pr
 from trio import zoo
 from trio.errors import UnknownNameError
 from trio.measure.shapesvqa.examples import examples
-from trio.measure.statistics import by_scene, wilson
+from trio.measure.statistics import Bootstrap, proportion
 from trio.zoo.find import find_model
 
 SLOTS = 144
@@ -214,13 +214,13 @@ def test_examples_are_a_prefix_of_more_examples() -> None:
 
 
 def test_intervals() -> None:
-    low, high = wilson(50, 100)
-    assert (round(low, 3), round(high, 3)) == (0.404, 0.596)
-    assert wilson(0, 0) == (0.0, 1.0)
-    scenes = [i // 4 for i in range(400)]
-    narrow = by_scene([i % 2 == 0 for i in range(400)], scenes)  # every scene has the same mean
-    wide = by_scene([i // 4 % 2 == 0 for i in range(400)], scenes)  # scenes are all right or all wrong
-    assert narrow == (0.5, 0.5) and wide[1] - wide[0] > 0.15
+    found = proportion(50, 100)
+    assert (round(found.low, 3), round(found.high, 3)) == (0.404, 0.596)
+    assert (proportion(0, 0).low, proportion(0, 0).high) == (0.0, 1.0)
+    draws = Bootstrap([i // 4 for i in range(400)], one_by_one=True)
+    narrow = draws.number([float(i % 2 == 0) for i in range(400)])  # every scene has the same mean
+    wide = draws.number([float(i // 4 % 2 == 0) for i in range(400)])  # scenes are all right or all wrong
+    assert (narrow.low, narrow.high) == (0.5, 0.5) and wide.high - wide.low > 0.15
     asked = examples("test", 0, 3)
     assert summary(asked, [True] * len(asked))["overall"]["accuracy"] == 1.0
 

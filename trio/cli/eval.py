@@ -76,8 +76,10 @@ def evaluate(
     _check_out(out, force)
     if html:
         from ..measure.evaluation.figures import check_matplotlib
+        from ..measure.extras import require
 
         check_matplotlib()
+        require("jinja2", "report.html")
     if threads is not None:
         import torch
 

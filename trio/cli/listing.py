@@ -143,12 +143,11 @@ def _print_lines(out: Console, found: Entries) -> None:
     """A line an entry, cut at the width of the console."""
     from rich.text import Text
 
-    shown = [entry for entries in found.values() for entry in entries]
-    width = max((len(entry["name"]) for entry in shown), default=0)
     for number, (kind, entries) in enumerate(found.items()):
         if number:
             out.print()
         out.print(Text(kind if entries else f"{kind}: none", style="bold"))
+        width = max((len(entry["name"]) for entry in entries), default=0)
         for entry in entries:
             line = Text(f"  {entry['name']:<{width}}  ", style="red" if entry.get("broken") else "")
             line.append_text(_in_short(entry))

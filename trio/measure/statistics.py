@@ -17,18 +17,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.record import Record
+from .extras import require
+
 __all__ = [
     "Bootstrap",
-    "Interval",
+    "Estimate",
     "Paired",
     "holm",
     "needed_scenes",
     "paired",
     "power",
+    "proportion",
     "scenes_to_reject",
     "smallest_p",
 ]
@@ -41,31 +46,77 @@ FEW = 10
 _NORMAL = NormalDist()
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95% interval."""
+Method = Literal["bootstrap", "wilson"]
+
+
+class Estimate(Record):
+    """A mean with its 95% interval.
+
+    Attributes:
+        mean: a share from 0 to 1, a percentage, or a number: the field that holds the estimate says which.
+        low: lower end of the interval.
+        high: upper end.
+        method: how the interval was found: by a bootstrap over scenes or images, or Wilson's; None where results of
+            earlier versions do not say.
+    """
 
     mean: float
     low: float
     high: float
+    method: Method | None = None
+
+    def __str__(self) -> str:
+        """As ``96.2 (93.1 to 98.0)``."""
+        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+    def signed(self) -> str:
+        """The same with signs, for differences."""
+        return f"{self.mean:+z.1f} ({self.low:+z.1f} to {self.high:+z.1f})"
+
+    def percent(self) -> str:
+        """A share as ``96.2% (93.1 to 98.0)``."""
+        return f"{self.mean:.1%} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+    def points(self) -> str:
+        """A difference of shares, in points, as ``+4.1 (+1.0 to +7.2)``."""
+        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+    def plain(self) -> str:
+        """As ``0.031 (0.020 to 0.045)``."""
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+    def change(self) -> str:
+        """A difference as ``-0.031 (-0.045 to -0.020)``."""
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+    def scaled(self, factor: float, digits: int) -> Estimate:
+        """The same in another unit, rounded."""
+        low, mean, high = (round(factor * value, digits) for value in (self.low, self.mean, self.high))
+        return Estimate(mean=mean, low=low, high=high, method=self.method)
 
 
 class Bootstrap:
     """Draws of whole scenes, shared by all rows."""
 
-    def __init__(self, scenes: Sequence[int], draws: int = DRAWS, seed: int = 0) -> None:
+    def __init__(self, scenes: Sequence[int], draws: int = DRAWS, seed: int = 0, *, one_by_one: bool = False) -> None:
         """Draws scenes with replacement.
 
         Args:
             scenes: the scene of each question.
             draws: how many.
             seed: of the draws.
+            one_by_one: draw scene after scene in place of all counts at once: the same distribution from other random
+                numbers, those that published intervals of fidelity and of the zoo's cards were found with.
         """
         _, self._group = np.unique(np.asarray(scenes), return_inverse=True)
-        number = int(self._group.max()) + 1
-        picks = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
-        self._weights: Values = picks.astype(float)
-        self._number = number
+        self._number = number = int(self._group.max()) + 1
+        generator = np.random.default_rng(seed)
+        if one_by_one:
+            picked = generator.integers(0, number, (draws, number))
+            counts = np.stack([np.bincount(row, minlength=number) for row in picked])
+        else:
+            counts = generator.multinomial(number, np.full(number, 1 / number), size=draws)
+        self._weights: Values = counts.astype(float)
 
     def scenes(self, chosen: NDArray[np.bool_] | None = None) -> int:
         """Scenes that have one of the chosen questions."""
@@ -84,21 +135,32 @@ class Bootstrap:
             means: Values = (self._weights @ total) / (self._weights @ count)
         return means
 
-    def mean(self, values: Values, chosen: NDArray[np.bool_]) -> Interval:
-        """Mean of shares from 0 to 1 with its interval."""
-        picked = values[chosen]
-        mean = float(picked.mean())
+    def number(self, values: Sequence[float] | Values, chosen: NDArray[np.bool_] | None = None) -> Estimate:
+        """Mean of any numbers with its interval."""
+        given = np.asarray(values, float)
+        part = np.ones(len(given), bool) if chosen is None else chosen
+        return _percentiles(float(given[part].mean()), self.means(given, part))
+
+    def mean(self, values: Sequence[float] | Values, chosen: NDArray[np.bool_] | None = None) -> Estimate:
+        """Mean of shares from 0 to 1 with its interval: Wilson's where all are 0 or all are 1."""
+        given = np.asarray(values, float)
+        picked = given if chosen is None else given[chosen]
         if (picked == picked[0]).all() and picked[0] in (0.0, 1.0):
             scenes = self.scenes(chosen)
-            low, high = wilson(round(mean * scenes), scenes)
-            return Interval(mean, low, high)
-        return _percentiles(mean, self.means(values, chosen))
+            return proportion(round(float(picked.mean()) * scenes), scenes)
+        return self.number(given, chosen)
 
-    def difference(self, values: Values, other: Values, chosen: NDArray[np.bool_]) -> Interval:
+    def share(self, values: Sequence[float]) -> Estimate:
+        """As `mean`, and Wilson's interval too for shares of yes and no with one question a scene."""
+        if len(values) == self._number and set(values) <= {0.0, 1.0}:
+            return proportion(round(sum(values)), len(values))
+        return self.mean(values)
+
+    def difference(self, values: Values, other: Values, chosen: NDArray[np.bool_]) -> Estimate:
         """Mean paired difference with its interval."""
-        return _percentiles(float((values - other)[chosen].mean()), self.means(values - other, chosen))
+        return self.number(values - other, chosen)
 
-    def retained(self, values: Values, full: Values, blind: Values, chosen: NDArray[np.bool_]) -> Interval | None:
+    def retained(self, values: Values, full: Values, blind: Values, chosen: NDArray[np.bool_]) -> Estimate | None:
         """(mean - blind) / (full - blind) with its interval.
 
         Returns:
@@ -112,9 +174,21 @@ class Bootstrap:
             return _percentiles(mean, self.means(values - blind, chosen) / np.where(gain > 0, gain, np.nan))
 
 
-def _percentiles(mean: float, draws: Values) -> Interval:
+def _percentiles(mean: float, draws: Values) -> Estimate:
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Interval(mean, float(low), float(high))
+    return Estimate(mean=mean, low=float(low), high=float(high), method="bootstrap")
+
+
+def proportion(right: int, total: int) -> Estimate:
+    """The share of so many of so many, with Wilson's interval; from 0 to 1 where there are none.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    if total == 0:
+        return Estimate(mean=0.0, low=0.0, high=1.0, method="wilson")
+    found = require("scipy.stats", "intervals").binomtest(right, total).proportion_ci(0.95, method="wilson")
+    return Estimate(mean=right / total, low=float(found.low), high=float(found.high), method="wilson")
 
 
 @dataclass(frozen=True)
@@ -211,25 +285,3 @@ def needed_scenes(result: Paired, margin: float, *, tests: int, power: float = 0
 def power(result: Paired, margin: float, *, tests: int, level: float = 0.05) -> float:
     """Power of the non-inferiority test on these scenes where the two are truly alike; arguments as above."""
     return _NORMAL.cdf(margin / result.error - _NORMAL.inv_cdf(1 - level / tests))
-
-
-Z95 = 1.959964
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share."""
-    if total == 0:
-        return 0.0, 1.0
-    p, z2 = right / total, Z95**2
-    middle, half = p + z2 / (2 * total), Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return max(0.0, (middle - half) / (1 + z2 / total)), min(1.0, (middle + half) / (1 + z2 / total))
-
-
-def by_scene(right: Sequence[bool], scenes: Sequence[int], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of a mean by a bootstrap that draws whole scenes."""
-    _, group = np.unique(np.asarray(scenes), return_inverse=True)
-    good, count = np.bincount(group, np.asarray(right, float)), np.bincount(group).astype(float)
-    picks = np.random.default_rng(seed).integers(0, len(count), (draws, len(count)))
-    means = good[picks].sum(1) / count[picks].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ...measure.answering import generate
 from .requests import Conversation, cut
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer.
+class ConversationAnswer:
+    """The answer to a conversation.
 
     Attributes:
         text: without what the task's stop strings cut off.
@@ -33,8 +33,8 @@ class Answer:
     kept: float = 0.0
 
 
-class Answerer:
-    """A model that answers batches.
+class ConversationAnswerer:
+    """A model that answers batches of conversations.
 
     Args:
         model: in evaluation mode.
@@ -47,7 +47,7 @@ class Answerer:
 
     def answer(
         self, conversations: Sequence[Conversation], options: Mapping[str, Any], until: Sequence[str]
-    ) -> list[Answer]:
+    ) -> list[ConversationAnswer]:
         """The answers to a batch.
 
         Args:
@@ -58,7 +58,7 @@ class Answerer:
         Raises:
             InputError: the model gives another number of answers than it was asked for.
         """
-        answers: list[Answer | None] = [None] * len(conversations)
+        answers: list[ConversationAnswer | None] = [None] * len(conversations)
         # Not every processor takes a batch in which some prompts have pictures and some have none.
         for seeing in (True, False):
             rows = [row for row, one in enumerate(conversations) if bool(one.pictures) is seeing]
@@ -70,7 +70,7 @@ class Answerer:
 
     def _generate(
         self, conversations: Sequence[Conversation], options: Mapping[str, Any], until: Sequence[str], seeing: bool
-    ) -> list[Answer]:
+    ) -> list[ConversationAnswer]:
         inputs = self.processor.apply_chat_template(
             [one.messages for one in conversations],
             tokenize=True,
@@ -79,15 +79,14 @@ class Answerer:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         ).to(self.model.device, dtype=self.model.dtype)
-        with self.pipeline or nullcontext():
-            out = self.model.generate(**inputs, pad_token_id=self.processor.tokenizer.pad_token_id, **options)
-        new = out[:, inputs["input_ids"].shape[1] :]
+        padding = self.processor.tokenizer.pad_token_id
+        new = generate(self.model, inputs, self.pipeline, options=options, pad_token_id=padding)
         if len(new) != len(conversations):
             raise InputError(f"generate: {len(new)} answers to {len(conversations)} requests; check generation_kwargs.")
         texts = self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         counts = self._counts(len(conversations)) if seeing else [(0.0, 0.0)] * len(conversations)
         return [
-            Answer(cut(text, until), self._length(row), visual, kept)
+            ConversationAnswer(cut(text, until), self._length(row), visual, kept)
             for text, row, (visual, kept) in zip(texts, new, counts, strict=True)
         ]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...errors import InputError
 from ...pipeline import Pipeline
-from .answering import Answer, Answerer
+from .answering import ConversationAnswer, ConversationAnswerer
 from .requests import batches, conversation, generation
 from .settings import Settings, load
 
@@ -38,7 +38,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
         self._model, self.processor = load(self.settings)
         spec = self.settings.spec
         pipeline = None if spec is None else Pipeline.from_spec(spec, self._model)
-        self._answerer: Answerer | None = Answerer(self._model, self.processor, pipeline)
+        self._answerer: ConversationAnswerer | None = ConversationAnswerer(self._model, self.processor, pipeline)
         self._device = torch.device(self._model.device)
         self._system_prompt = self._resolve_system_prompt(self.settings.system_prompt)
         self._square: tuple[int, int, int] | None = None
@@ -65,7 +65,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
         if self._answerer is None:
             raise InputError("model: lmms-eval has called `clean`, which frees the model; make a new one.")
         arguments = [request.args for request in requests]
-        answers: list[Answer | None] = [None] * len(arguments)
+        answers: list[ConversationAnswer | None] = [None] * len(arguments)
         begin = time.perf_counter()
         groups = batches([(one[0], one[2]) for one in arguments], self.settings.batch_size)
         with tqdm(total=len(arguments), disable=self.rank != 0, desc="trio") as bar:
@@ -88,7 +88,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
             placeholder=getattr(self.processor, "image_token", None),
         )
 
-    def _log(self, tasks: list[str], answers: list[Answer], seconds: float) -> None:
+    def _log(self, tasks: list[str], answers: list[ConversationAnswer], seconds: float) -> None:
         """Speed and retention, in the log and in the ``throughput`` of the results."""
         found: dict[str, float] = {}
         spec = self.settings.spec

@@ -13,6 +13,7 @@ from PIL import Image
 from ...errors import InputError
 from ...report.draw import overlay_from_report, seen_region
 from ...spec import PipelineSpec
+from ..answering import decode
 from .results import Results
 from .rows import Row
 from .runner import Runner
@@ -60,7 +61,7 @@ def overlays(model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpe
         for spec in specs[:SPECS]:
             pipeline = runner.pipeline(Row(spec.name, spec.name, spec=spec))
             out = runner.generate(inputs, [sample], pipeline, task.max_new_tokens)
-            (given,) = processor.batch_decode(out, skip_special_tokens=True)
+            (given,) = decode(processor, out)
             try:
                 region = seen_region(sample.picture(), processor)
                 drawn = overlay_from_report([sample.picture()], pipeline.report, regions=[region], panel_px=224)
@@ -68,7 +69,7 @@ def overlays(model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpe
                 png = ""
             else:
                 png = _address(drawn)
-            found.append(Overlay(sample.question, sample.answers[0], spec.name, given.strip(), png))
+            found.append(Overlay(sample.question, sample.answers[0], spec.name, given, png))
     return found
 
 

@@ -15,6 +15,7 @@ from ... import __version__
 from ...errors import InputError
 from ...pipeline import Pipeline
 from ...spec import PipelineSpec, load_spec
+from ..extras import require
 from ..statistics import DRAWS, FEW
 from .answers import AnswerFiles
 from .results import Results
@@ -64,6 +65,7 @@ def evaluate(
         InputError: there is no spec, two have one name, or `out` holds answers to something else.
         TrioError: a spec does not fit the model.
     """
+    require("scipy.stats", "evaluation")  # missing, it should not cost the answers
     loaded = named_specs(specs)
     check_baseline(baseline, loaded)
     if out is None:

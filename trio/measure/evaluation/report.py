@@ -1,10 +1,11 @@
-"""`report.html`: one file that needs nothing else."""
+"""`report.html`: one file that needs nothing else, made from `report.html.j2` by jinja2 (the extra `eval`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from html import escape
+from collections.abc import Sequence
+from pathlib import Path
 
+from ..extras import require
 from . import wording
 from .figures import retention_curve, speed_curve
 from .overlays import Overlay
@@ -12,14 +13,7 @@ from .results import OVERALL, Results
 
 __all__ = ["report_html"]
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: .6rem 0 1.6rem; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-.wide { overflow-x: auto; } .small { color: #555; font-size: 13px; } svg { max-width: 100%; height: auto; }
-figure { margin: 0 0 1.4rem; } img { max-width: 100%; }
-"""
+TEMPLATE = "report.html.j2"
 INTRO = (
     "accuracy: percent of questions answered right; retained: (accuracy - no picture) / (full - no picture); counted: "
     "over the sub-tasks that pass the validity gate. Intervals are 95%, bootstrapped over scenes. tokens: visual "
@@ -35,41 +29,28 @@ def report_html(results: Results, drawn: Sequence[Overlay]) -> str:
     Args:
         results: of the evaluation.
         drawn: samples with what was kept.
+
+    Raises:
+        InputError: jinja2 is not installed.
     """
-    return "\n".join(_page(results, drawn)) + "\n"
-
-
-def _page(results: Results, drawn: Sequence[Overlay]) -> Iterator[str]:
-    name = escape(str(results.model["name"]))
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}: what is kept</title>'
-    yield f"<style>{STYLE}</style>"
-    yield f"<h1>{name}: what is kept with fewer visual tokens</h1>"
-    yield f'<p class="small">{escape(_facts(results))}</p>'
-    if results.task["name"] == "shapesvqa":
-        yield (
-            "<p>ShapesVQA is drawn. It shows that the code works and how methods compare on small models that were "
-            "trained on such pictures; it ranks nothing else.</p>"
-        )
-    yield f"<figure>{retention_curve(results)}<figcaption>Quality against retention.</figcaption></figure>"
-    if results.speed:
-        yield f"<figure>{speed_curve(results)}<figcaption>Quality against measured time.</figcaption></figure>"
-    yield "<h2>What the numbers say</h2><ul>"
-    yield from (f"<li>{escape(line)}</li>" for line in wording.findings(results))
-    yield "</ul>"
-    for title, header, rows in wording.tables(results):
-        yield from _table(title, header, rows)
-    yield f'<p class="small">{escape(INTRO)}</p>'
-    yield from _table(*_by_kind(results))
-    for note in results.notes:
-        yield f'<p class="small">{escape(note)}</p>'
-    if drawn:
-        yield "<h2>Samples</h2>"
-    for one in drawn:
-        mark = "right" if one.given == one.answer else "wrong"
-        text = f"{one.spec}: “{one.question}” {one.given!r} ({mark}; expected {one.answer!r})"
-        picture = f'<img alt="what was kept" src="{one.png}">' if one.png else ""
-        yield f"<figure>{picture}<figcaption>{escape(text)}</figcaption></figure>"
-    yield "</html>"
+    jinja2 = require("jinja2", "report.html")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    settings = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    page = jinja2.Environment(loader=loader, **settings).get_template(TEMPLATE)
+    html: str = page.render(
+        name=results.model["name"],
+        facts=_facts(results),
+        drawn_data=results.task["name"] == "shapesvqa",
+        retention=retention_curve(results),
+        speed=speed_curve(results),
+        findings=list(wording.findings(results)),
+        tables=wording.tables(results),
+        by_kind=_by_kind(results),
+        intro=INTRO,
+        notes=results.notes,
+        samples=drawn,
+    )
+    return html + "\n"
 
 
 def _facts(results: Results) -> str:
@@ -96,11 +77,3 @@ def _by_kind(results: Results) -> wording.Table:
         if OVERALL in row.accuracy
     ]
     return "By sub-task", header, rows
-
-
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f'<h2>{escape(title)}</h2><div class="wide"><table><tr>'
-    yield "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
-    for row in rows:
-        yield "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-    yield "</table></div>"

@@ -15,27 +15,12 @@ from pydantic import Field, ValidationError
 from ...core.files import read_plain
 from ...core.record import Record
 from ...errors import InputError
+from ..statistics import Estimate
 
-__all__ = ["Comparison", "Estimate", "Gate", "Results", "RowResult", "Speed"]
+__all__ = ["Comparison", "Gate", "Results", "RowResult", "Speed"]
 
 SCHEMA_VERSION = 1
 OVERALL, COUNTED = "overall", "counted"
-
-
-class Estimate(Record):
-    """A mean with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Mean and interval."""
-        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
-
-    def signed(self) -> str:
-        """The same with signs, for differences."""
-        return f"{self.mean:+z.1f} ({self.low:+z.1f} to {self.high:+z.1f})"
 
 
 class RowResult(Record):

@@ -19,6 +19,7 @@ from ...cost import ModelShape, of_report, shape_of
 from ...cost.flops import prefill_flops, projector_flops, tower_flops
 from ...errors import TrioError
 from ...pipeline import Pipeline
+from ..answering import decode, generate
 from .answers import Answer, AnswerFiles
 from .floors import Oracle
 from .pictures import Counter, Shown, without_floor
@@ -106,13 +107,13 @@ class Runner:
         some = set(self.sizes[:LOOKED_AT])
         return max(self.small.smallest(size) / self.counter.of_size(size) for size in some)
 
-    def generate(self, inputs: Any, samples: Sequence[Sample], pipeline: Pipeline | None, new_tokens: int) -> Any:
+    def generate(
+        self, inputs: Any, samples: Sequence[Sample], pipeline: Pipeline | None, new_tokens: int
+    ) -> torch.Tensor:
         """Greedy tokens of a batch, without the prompt."""
         if pipeline is not None:
             show(pipeline, samples)
-        with pipeline or nullcontext(), torch.no_grad():
-            out = self.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        return out[:, inputs["input_ids"].shape[1] :]
+        return generate(self.model, inputs, pipeline, max_new_tokens=new_tokens)
 
     def _ask(
         self, row: Row, pipeline: Pipeline | None, batch: _Inputs
@@ -121,7 +122,7 @@ class Runner:
         tower = None if pipeline is not None and pipeline.reads_tower else self.adapter.vision_tower
         with remembered(tower, batch.seen(row)) if tower is not None else nullcontext():
             out = self.generate(inputs, batch.samples, pipeline, self.task.max_new_tokens)
-        texts = [text.strip() for text in self.processor.batch_decode(out, skip_special_tokens=True)]
+        texts = decode(self.processor, out)
         if pipeline is not None:
             report = pipeline.report
             tokens = [sample.visual_tokens for sample in report.samples]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-import torch
-
+from ..answering import wait
 from .results import Speed
 from .rows import Row
 from .runner import Runner
@@ -43,10 +42,10 @@ def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed
     for _ in range(rounds + 1):
         for name in reversed(chosen):
             for length in lengths:
-                _wait(runner.model.device)
+                wait(runner.model.device)
                 begin = time.perf_counter()
                 runner.generate(inputs[name], samples, pipelines[name], length)
-                _wait(runner.model.device)
+                wait(runner.model.device)
                 seconds.setdefault((name, length), []).append(time.perf_counter() - begin)
     medians = {key: median(taken[1:]) for key, taken in seconds.items()}
     return {
@@ -55,9 +54,3 @@ def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed
         )
         for name in reversed(chosen)
     }
-
-
-def _wait(device: torch.device) -> None:
-    """Until queued work of an accelerator is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

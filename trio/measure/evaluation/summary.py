@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..statistics import (
     FLIPS,
     Bootstrap,
-    Interval,
+    Estimate,
     holm,
     needed_scenes,
     paired,
@@ -21,7 +21,7 @@ from ..statistics import (
     smallest_p,
 )
 from .answers import Answer
-from .results import COUNTED, OVERALL, Comparison, Estimate, Gate, RowResult
+from .results import COUNTED, OVERALL, Comparison, Gate, RowResult
 from .rows import GATE_NEAR, GATE_SHARE, Row, Schedule, none_name
 from .task import Task
 
@@ -243,8 +243,8 @@ class Summary:
         ]
 
 
-def _percent(found: Interval) -> Estimate:
-    return Estimate(mean=round(100 * found.mean, 3), low=round(100 * found.low, 3), high=round(100 * found.high, 3))
+def _percent(found: Estimate) -> Estimate:
+    return found.scaled(100, 3)
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .results import COUNTED, OVERALL, Comparison, Estimate, Results, RowResult
+from ..statistics import Estimate
+from .results import COUNTED, OVERALL, Comparison, Results, RowResult
 
 __all__ = ["comparison_table", "findings", "gate_table", "main_table", "ordered", "short_table", "tables"]
 

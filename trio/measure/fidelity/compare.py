@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..extras import require
+
 
 @dataclass(frozen=True)
 class Likeness:
@@ -54,15 +56,10 @@ def kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def edit_similarity(one: str, two: str) -> float:
-    """1 minus Levenshtein's distance by characters over the length of the longer text; 1.0 for two empty ones."""
-    longest = max(len(one), len(two))
-    return 1.0 - _distance(one, two) / longest if longest else 1.0
+    """1 minus Levenshtein's distance by characters over the length of the longer text; 1.0 for two empty ones.
 
-
-def _distance(one: str, two: str) -> int:
-    row = list(range(len(two) + 1))
-    for i, a in enumerate(one, start=1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(two, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]
+    Raises:
+        InputError: rapidfuzz is not installed.
+    """
+    similarity: float = require("rapidfuzz.distance", "edit similarity").Levenshtein.normalized_similarity(one, two)
+    return similarity

@@ -12,7 +12,8 @@ from ... import __version__
 from ...cost import ModelShape, shape_of
 from ...errors import InputError, UnsupportedModelError
 from ...spec import PipelineSpec, load_spec
-from .answering import Answered, Answerer
+from ..answering import BatchAnswers, GreedyAnswerer
+from ..extras import require
 from .compare import compare
 from .floor import random_floor
 from .report import Asked, FidelityReport, SpecFidelity
@@ -70,14 +71,16 @@ def measure(
     for label, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if number < 1:
             raise InputError(f"{label}: found {number}; give 1 or more.")
-    answerer = Answerer(model, processor, max_new_tokens=max_new_tokens)
+    for library in ("scipy.stats", "rapidfuzz"):
+        require(library, "fidelity")  # missing, it should not cost the answers
+    answerer = GreedyAnswerer(model, processor, max_new_tokens=max_new_tokens)
     run = _Run(answerer, _named([load_spec(one) for one in given]), seed)
     batches = [list(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
     whole = sum(len(batch) == len(batches[0]) for batch in batches)  # a shorter last one has times of its own
     for index, batch in enumerate(batches):
         if progress is not None:
             progress(index, len(batches))
-        inputs = answerer.inputs(batch)
+        inputs = answerer.inputs([one.question() for one in batch])
         if index == 0:
             run.warm_up(inputs)
             for turn in range(whole, TURNS):
@@ -91,7 +94,7 @@ def measure(
 class _Run:
     """Asks the full model and every way in turn, and gathers what they say."""
 
-    def __init__(self, answerer: Answerer, specs: Sequence[PipelineSpec], seed: int) -> None:
+    def __init__(self, answerer: GreedyAnswerer, specs: Sequence[PipelineSpec], seed: int) -> None:
         self.answerer = answerer
         self.seed = seed
         self.specs = [Way([spec], answerer) for spec in specs]  # refused before anything runs
@@ -127,11 +130,11 @@ class _Run:
             self.floors.append(Way(floors, self.answerer))
             self.answerer(inputs, self.floors[-1].pipeline(0), max_new_tokens=2)
 
-    def turn(self, inputs: Any, number: int, *, timed: bool = True) -> list[Answered]:
+    def turn(self, inputs: Any, number: int, *, timed: bool = True) -> list[BatchAnswers]:
         """The answers of the full model and of every way; who comes first changes from turn to turn."""
         ways: list[Way | None] = [None, *self.ways]
         order = [(number + place) % len(ways) for place in range(len(ways))]
-        answers: dict[int, Answered] = {}
+        answers: dict[int, BatchAnswers] = {}
         for place in order:
             way = ways[place]
             answers[place] = answer = self.answerer(inputs, None if way is None else way.pipeline(number))
@@ -139,7 +142,7 @@ class _Run:
                 (self.full if way is None else way.seconds).append((answer.first_token, answer.answer))
         return [answers[place] for place in range(len(ways))]
 
-    def compare(self, answers: Sequence[Answered]) -> None:
+    def compare(self, answers: Sequence[BatchAnswers]) -> None:
         """Compares a batch's answers with the full model's, the first of them."""
         full, *others = answers
         self.texts += full.texts

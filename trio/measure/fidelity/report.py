@@ -7,31 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.record import Document, Record
-
-
-class Estimate(Record):
-    """A mean with its 95% interval, and how the interval was found (by a bootstrap over pictures, or Wilson's)."""
-
-    value: float
-    low: float
-    high: float
-    method: Literal["bootstrap", "wilson"]
-
-    def percent(self) -> str:
-        """A share as ``96.2% (93.1 to 98.0)``."""
-        return f"{self.value:.1%} ({100 * self.low:.1f} to {100 * self.high:.1f})"
-
-    def points(self) -> str:
-        """A difference of shares, in points, as ``+4.1 (+1.0 to +7.2)``."""
-        return f"{100 * self.value:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
-
-    def plain(self) -> str:
-        """As ``0.031 (0.020 to 0.045)``."""
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-    def change(self) -> str:
-        """A difference as ``-0.031 (-0.045 to -0.020)``."""
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+from ..statistics import Estimate
 
 
 class Times(Record):

@@ -45,6 +45,10 @@ class Sample:
         """
         return load_picture(self.picture) if isinstance(self.picture, Path) else self.picture.convert("RGB")
 
+    def question(self) -> tuple[list[Image.Image], str]:
+        """The images and the text of the prompt; errors as `load`."""
+        return [self.load()], self.prompt
+
 
 def read_samples(
     images: Path, prompts: Path | Sequence[str] | None = None, *, limit: int | None = None

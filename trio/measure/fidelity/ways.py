@@ -11,9 +11,9 @@ from ...errors import TrioError
 from ...pipeline import Pipeline
 from ...report import CompressionReport
 from ...spec import PipelineSpec
-from .answering import Answered, Answerer
+from ..answering import BatchAnswers, GreedyAnswerer
+from ..statistics import Bootstrap
 from .compare import Likeness
-from .intervals import estimate, share
 from .report import Likenesses, Row, Times
 
 #: Seconds to the first token and to the end, of one batch.
@@ -56,7 +56,7 @@ class Tokens:
 class Way:
     """A spec, or several draws of a random one that batches take in turn."""
 
-    def __init__(self, specs: Sequence[PipelineSpec], answerer: Answerer) -> None:
+    def __init__(self, specs: Sequence[PipelineSpec], answerer: GreedyAnswerer) -> None:
         """Builds the pipelines, which share the answerer's adapter.
 
         Raises:
@@ -73,7 +73,7 @@ class Way:
         """The pipeline for a batch."""
         return self.pipelines[batch % len(self.pipelines)]
 
-    def add(self, answered: Answered, likenesses: Sequence[Likeness], shape: ModelShape | None) -> None:
+    def add(self, answered: BatchAnswers, likenesses: Sequence[Likeness], shape: ModelShape | None) -> None:
         """Adds a batch."""
         assert answered.report is not None  # every way has a pipeline
         self.tokens.add(answered.report, self.spec, shape)
@@ -109,20 +109,28 @@ def middle(pairs: Sequence[Pair]) -> Times:
 
 def agreement(likenesses: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
     """Means with intervals."""
+    draws = _draws(pictures)
     return Likenesses(
-        top1=share([float(one.top1) for one in likenesses], pictures),
-        kl=estimate([one.kl for one in likenesses], pictures),
-        exact=share([float(one.exact) for one in likenesses], pictures),
-        edit=share([one.edit for one in likenesses], pictures),
+        top1=draws.share([float(one.top1) for one in likenesses]),
+        kl=draws.number([one.kl for one in likenesses]),
+        exact=draws.share([float(one.exact) for one in likenesses]),
+        edit=draws.share([one.edit for one in likenesses]),
     )
 
 
 def gain(spec: Sequence[Likeness], floor: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
     """Agreement of a spec minus that of its floor on the same samples, with intervals."""
     pairs = list(zip(spec, floor, strict=True))
+    draws = _draws(pictures)
     return Likenesses(
-        top1=estimate([float(one.top1) - float(two.top1) for one, two in pairs], pictures),
-        kl=estimate([one.kl - two.kl for one, two in pairs], pictures),
-        exact=estimate([float(one.exact) - float(two.exact) for one, two in pairs], pictures),
-        edit=estimate([one.edit - two.edit for one, two in pairs], pictures),
+        top1=draws.number([float(one.top1) - float(two.top1) for one, two in pairs]),
+        kl=draws.number([one.kl - two.kl for one, two in pairs]),
+        exact=draws.number([float(one.exact) - float(two.exact) for one, two in pairs]),
+        edit=draws.number([one.edit - two.edit for one, two in pairs]),
     )
+
+
+def _draws(pictures: Sequence[str]) -> Bootstrap:
+    """Draws in which the samples of one picture stay together."""
+    number = {name: index for index, name in enumerate(dict.fromkeys(pictures))}
+    return Bootstrap([number[name] for name in pictures], one_by_one=True)

@@ -85,7 +85,7 @@ def draw(report: TuningReport, file: Path) -> None:
 def _judged(axes: Any, row: Row, quality: str, label: str, colour: str, marker: str) -> None:
     found = quality_of(row, quality)
     assert found is not None  # a report's quality is one
-    value = 100 * found.value
+    value = 100 * found.mean
     axes.errorbar(
         [100 * cost_of(row, "flops")],
         [value],

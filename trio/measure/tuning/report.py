@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.record import Document, Record
-from ..fidelity.report import Estimate, FidelityReport, Row
+from ..fidelity.report import FidelityReport, Row
+from ..statistics import Estimate
 from .target import Bound, parse_target
 
 
@@ -96,7 +97,7 @@ def _says(bound: Bound, found: Estimate) -> str:
         return "met"
     if not bound.met(found.high):
         return "missed"
-    if bound.met(found.value):
+    if bound.met(found.mean):
         return "met by the mean, not by the whole interval"
     return "missed by the mean, but the interval reaches it"
 

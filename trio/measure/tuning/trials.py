@@ -15,7 +15,7 @@ from ...errors import UnsupportedModelError
 from ...pipeline import Pipeline
 from ...scorers.base import Scorer
 from ...spec import PipelineSpec, load_spec
-from ..fidelity.answering import Answered, Answerer
+from ..answering import BatchAnswers, GreedyAnswerer
 from ..fidelity.compare import Likeness, compare
 from ..fidelity.samples import Sample
 from ..fidelity.ways import Tokens
@@ -42,7 +42,7 @@ class Found:
 class Judge:
     """Knows the full model's answers to the samples of the search."""
 
-    def __init__(self, answerer: Answerer, samples: Sequence[Sample], *, batch_size: int, timed: bool) -> None:
+    def __init__(self, answerer: GreedyAnswerer, samples: Sequence[Sample], *, batch_size: int, timed: bool) -> None:
         """Asks the full model once.
 
         Args:
@@ -59,9 +59,9 @@ class Judge:
             self._shape: ModelShape | None = shape_of(answerer.adapter.model.config)
         except UnsupportedModelError as error:
             self._shape, self.unknown = None, str(error)
-        starts = range(0, len(samples), batch_size)
-        self._inputs = [answerer.inputs(samples[start : start + batch_size]) for start in starts]
-        self._full: list[Answered] = [answerer(inputs) for inputs in self._inputs]
+        batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self._inputs = [answerer.inputs([one.question() for one in batch]) for batch in batches]
+        self._full: list[BatchAnswers] = [answerer(inputs) for inputs in self._inputs]
 
     @property
     def tokens(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 from ... import DEFAULT_SPEC
 from ...errors import BudgetError, InputError
 from ...spec import PipelineSpec, load_spec
+from ..answering import GreedyAnswerer
+from ..extras import require
 from ..fidelity import FidelityReport, Sample, measure
-from ..fidelity.answering import Answerer
 from .report import Candidate, TuningReport, cost_of, quality_of
 from .space import Space
 from .study import Sampler, Study, front, optuna
@@ -67,11 +68,13 @@ def tune(
     """
     wanted = target if isinstance(target, Target) else parse_target(target)
     optuna()  # missing, it should not cost the answers of the full model
+    for library in ("scipy.stats", "rapidfuzz"):
+        require(library, "tune")
     if trials < 1:
         raise InputError(f"trials: found {trials}; give 1 or more.")
     seen, unseen = split(samples, held_out, seed)
     length = 1 if wanted.quality == "agreement" else max_new_tokens
-    answerer = Answerer(model, processor, max_new_tokens=length)
+    answerer = GreedyAnswerer(model, processor, max_new_tokens=length)
     called = name or type(answerer.adapter.model).__name__
     space = Space.of(answerer.adapter, without=without)
     setup = {

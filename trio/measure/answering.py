@@ -1,0 +1,153 @@
+"""Answers of a model to a batch: one way to ask, for evaluation, fidelity, tuning and lmms-eval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..adapters import adapter_for
+from ..core.images import batch_for
+from ..errors import InputError
+from ..pipeline import Pipeline
+from ..report import CompressionReport
+
+__all__ = ["GREEDY", "BatchAnswers", "GreedyAnswerer", "decode", "generate", "wait"]
+
+#: Options of `generate` for greedy answers, whatever the checkpoint has as its default.
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    # Settings of checkpoints that sample by default; set, they only make `generate` warn.
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
+def generate(
+    model: Any,
+    inputs: Mapping[str, Any],
+    context: AbstractContextManager[Any] | None = None,
+    *,
+    options: Mapping[str, Any] = GREEDY,
+    **more: Any,
+) -> torch.Tensor:
+    """The tokens that a model adds to a batch, int64 ``(B, T)``, without the prompts.
+
+    Args:
+        model: in evaluation mode.
+        inputs: what its forward takes, on its device, padded on the left.
+        context: entered while it runs: a pipeline, or None for the full model.
+        options: of `generate`; greedy where not given.
+        more: further options, such as ``max_new_tokens``.
+    """
+    with context or nullcontext(), torch.no_grad():
+        tokens: torch.Tensor = model.generate(**inputs, **options, **more)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def decode(processor: Any, tokens: torch.Tensor) -> list[str]:
+    """Answers as text, without special tokens and the blanks around them."""
+    return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def wait(device: torch.device) -> None:
+    """Until queued work of an accelerator is done, so that clocks mean something."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class BatchAnswers:
+    """Answers to a batch of B prompts.
+
+    Attributes:
+        logits: of the first token, float32 ``(B, V)`` on the CPU, before any processing by `generate`.
+        texts: B answers, special tokens left out.
+        first_token: seconds from the call of `generate` to the first token.
+        answer: seconds to the end.
+        report: of the pipeline; None without one.
+    """
+
+    logits: torch.Tensor
+    texts: list[str]
+    first_token: float
+    answer: float
+    report: CompressionReport | None
+
+
+class GreedyAnswerer:
+    """Asks a model in batches, with a pipeline or without, and notes the first token's logits and times."""
+
+    def __init__(self, model: Any, processor: Any, *, max_new_tokens: int) -> None:
+        """Binds a model and its processor; `max_new_tokens` is the longest answer.
+
+        Raises:
+            UnsupportedModelError: no adapter takes the model.
+            InputError: the model is in training mode.
+        """
+        if model.training:
+            raise InputError("model: it is in training mode, where answers are random; call model.eval() first.")
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.adapter = adapter_for(model)
+
+    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
+        """A batch on the model's device, from the images and the text of each prompt.
+
+        Raises:
+            InputError: the processor cannot write such a batch.
+        """
+        return batch_for(self.processor, prompts).to(self.model.device, dtype=self.model.dtype)
+
+    def __call__(
+        self, inputs: Any, pipeline: Pipeline | None = None, *, max_new_tokens: int | None = None
+    ) -> BatchAnswers:
+        """Answers a batch."""
+        with pipeline or nullcontext(), _FirstToken.of(self.adapter.model) as first:  # attaching is not timed
+            wait(self.model.device)
+            start = time.perf_counter()
+            tokens = generate(self.model, inputs, max_new_tokens=max_new_tokens or self.max_new_tokens)
+            wait(self.model.device)
+            end = time.perf_counter()
+        return BatchAnswers(
+            logits=first.logits.float().cpu(),
+            texts=decode(self.processor, tokens),
+            first_token=first.time - start,
+            answer=end - start,
+            report=None if pipeline is None else pipeline.report,
+        )
+
+
+class _FirstToken:
+    """Notes when the first forward ended, and its logits at the last position."""
+
+    logits: torch.Tensor
+    time: float
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._seen = False
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: torch.nn.Module) -> Iterator[_FirstToken]:
+        watch = cls(model)
+        handle = model.register_forward_hook(watch._after)
+        try:
+            yield watch
+        finally:
+            handle.remove()
+
+    def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not self._seen:
+            self._seen = True
+            device: Any = self._model.device
+            wait(device)
+            self.time = time.perf_counter()
+            self.logits = output.logits[:, -1].detach()
