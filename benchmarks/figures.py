@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.readme import defaults
 from benchmarks.tables import LEVEL, method
-from trio.measure.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from trio.measure.evaluation.results import COUNTED, OVERALL, EvaluationResults, RowResult
 
 #: Methods and controls of the first figure, with colour and line style; "" is the default.
 CURVES = {
@@ -29,7 +29,7 @@ LEVELS = ("full", "no picture")
 Panel = dict[str, Any]
 
 
-def accuracy(results: Results) -> Panel:
+def accuracy(results: EvaluationResults) -> Panel:
     """Curves of a model: share kept, accuracy and its interval, in percent."""
     bases = defaults(results)
     by_name = {one.name: one for one in results.rows}
@@ -46,7 +46,7 @@ def accuracy(results: Results) -> Panel:
     return {"model": results.model["name"], "curves": curves, "levels": levels}
 
 
-def _point(results: Results, row: RowResult) -> list[float]:
+def _point(results: EvaluationResults, row: RowResult) -> list[float]:
     assert row.average is not None
     found = row.accuracy.get(COUNTED, row.accuracy[OVERALL])
     kept = 100 * row.average / results.model["visual_tokens"]
@@ -57,7 +57,7 @@ def _mean(row: RowResult) -> float:
     return round(row.accuracy.get(COUNTED, row.accuracy[OVERALL]).mean, 3)
 
 
-def differences(results: Results) -> Panel:
+def differences(results: EvaluationResults) -> Panel:
     """Every method minus the default of the smallest budget, in points: mean, interval, whether it is significant."""
     share, base = list(defaults(results).items())[-1]
     rows = [
@@ -75,13 +75,13 @@ def digest(panels: Sequence[Panel]) -> str:
 
 
 #: What is plotted, a panel a model, by the pictures' paths below ``docs``.
-FIGURES: dict[str, Callable[[Results], Panel]] = {
+FIGURES: dict[str, Callable[[EvaluationResults], Panel]] = {
     "results/accuracy.png": accuracy,
     "results/differences.png": differences,
 }
 
 
-def drawn(found: Sequence[Results]) -> dict[str, bytes]:
+def drawn(found: Sequence[EvaluationResults]) -> dict[str, bytes]:
     """The pictures as PNG, by their paths below ``docs``."""
     draw = {accuracy: _draw_accuracy, differences: _draw_differences}
     return {path: draw[panel]([panel(one) for one in found]) for path, panel in FIGURES.items()}

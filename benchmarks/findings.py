@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.tables import LEVEL, method, table_head, table_row
-from trio.measure.evaluation.results import Results, RowResult
+from trio.measure.evaluation.results import EvaluationResults, RowResult
 from trio.measure.statistics import Bootstrap, Estimate, holm, paired
 
 RANDOM = "random"
@@ -48,7 +48,7 @@ PAIRS = (
 )
 
 
-def findings(results: Results, budgets: Sequence[str] = ("33", "22", "11")) -> Iterator[str]:
+def findings(results: EvaluationResults, budgets: Sequence[str] = ("33", "22", "11")) -> Iterator[str]:
     """The lines of a table, a row a pair that the results have; none where they have none.
 
     Args:
@@ -89,14 +89,14 @@ def _at(row: RowResult, budget: str) -> bool:
     return row.name.endswith(f", {budget}%")
 
 
-def _right(results: Results, row: RowResult) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _right(results: EvaluationResults, row: RowResult) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Which questions a row answers right; of random the mean of its draws."""
     draws = [np.asarray([character == "1" for character in results.right[name]], float) for name in row.draws]
     mean: np.ndarray[tuple[int], np.dtype[np.float64]] = np.mean(draws, axis=0)
     return mean
 
 
-def _counted(results: Results, *rows: RowResult) -> list[str]:
+def _counted(results: EvaluationResults, *rows: RowResult) -> list[str]:
     """Sub-tasks that pass the gate for all rows; all where none does."""
     kinds = set(results.kinds)
     for one in results.comparisons:

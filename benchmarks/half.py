@@ -21,7 +21,7 @@ import trio
 from benchmarks.evaluate import PUBLISHED, SHARES, two_stages
 from trio import zoo
 from trio.core.images import batch_for
-from trio.measure.evaluation import Sample, shapesvqa
+from trio.measure.evaluation import LabelledSample, shapesvqa
 from trio.measure.shapesvqa.task import canvas_for
 from trio.spec import load_spec
 from trio.spec.schedule import resolve
@@ -49,7 +49,7 @@ def shapes(tokens: int, layers: int) -> dict[str, list[dict[str, Any]]]:
     return {"one stage": both[:1], "two stages": both}
 
 
-def chosen(model: Any, processor: Any, pipeline: trio.Pipeline, samples: Sequence[Sample]) -> list[set[int]]:
+def chosen(model: Any, processor: Any, pipeline: trio.Pipeline, samples: Sequence[LabelledSample]) -> list[set[int]]:
     """The tokens that each sample has left."""
     inputs = batch_for(processor, [([one.picture()], one.question) for one in samples])
     with pipeline, torch.no_grad():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
-from trio.measure.evaluation.results import COUNTED, OVERALL, Results, RowResult
+from trio.measure.evaluation.results import COUNTED, OVERALL, EvaluationResults, RowResult
 from trio.measure.evaluation.rows import none_name
 
 BEGIN, END = "<!-- results: python -m benchmarks.results -->", "<!-- end of results -->"
@@ -20,7 +20,7 @@ METHODS = ("TRIO as published", "TRIO with top-k", "divprune", "visionzip", "uni
 Found = dict[str, RowResult | None]
 
 
-def block(results: Results) -> str:
+def block(results: EvaluationResults) -> str:
     """The block with the lines that mark it.
 
     Args:
@@ -49,7 +49,7 @@ def block(results: Results) -> str:
     return "\n".join(lines)
 
 
-def with_block(readme: str, results: Results) -> str:
+def with_block(readme: str, results: EvaluationResults) -> str:
     """The README with its table renewed.
 
     Args:
@@ -61,14 +61,14 @@ def with_block(readme: str, results: Results) -> str:
     return readme[: readme.index(BEGIN)] + block(results) + readme[readme.index(END) + len(END) :]
 
 
-def defaults(results: Results) -> dict[str, RowResult]:
+def defaults(results: EvaluationResults) -> dict[str, RowResult]:
     """The default's rows by their budget, as its specs' names give it: ``33%`` of ``TRIO, 33%``."""
     bases = [base for base, _ in budgets(results)]
     name = method(bases[0].name)
     return {base.name.removeprefix(f"{name}, "): base for base in bases if method(base.name) == name}
 
 
-def _rows(results: Results, bases: dict[str, RowResult]) -> Iterator[tuple[str, Found]]:
+def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[tuple[str, Found]]:
     """Label, and the row of each budget; rows that no budget has are left out."""
     by_name = {one.name: one for one in results.rows}
 
@@ -114,7 +114,7 @@ def _cell(one: RowResult | None) -> str:
     return "not applicable" if one.refused else str(one.accuracy.get(COUNTED, one.accuracy.get(OVERALL)))
 
 
-def _counted(results: Results, rows: list[RowResult]) -> Iterator[str]:
+def _counted(results: EvaluationResults, rows: list[RowResult]) -> Iterator[str]:
     """Which sub-tasks the accuracies are over, where not all of them count."""
     firsts = {_first(one) for one in rows if one.schedule}
     kinds = {
@@ -127,7 +127,7 @@ def _counted(results: Results, rows: list[RowResult]) -> Iterator[str]:
         yield f"Of {len(results.kinds)} sub-tasks, the {number} that pass the validity gate count."
 
 
-def _gain(results: Results, bases: dict[str, RowResult]) -> Iterator[str]:
+def _gain(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[str]:
     """The default against random tokens at the smallest budget, in a sentence."""
     share, base = min(bases.items(), key=lambda item: item[1].average or 0.0)
     random = results.control("random", base.schedule)

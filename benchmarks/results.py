@@ -16,7 +16,7 @@ from benchmarks.findings import findings
 from benchmarks.readme import MODEL, with_block
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
 from trio.measure.evaluation import wording
-from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Results, RowResult
+from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, EvaluationResults, RowResult
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,14 +57,14 @@ def pages(files: Sequence[Path]) -> dict[str, str]:
     Args:
         files: results, in the order in which they are shown.
     """
-    found = [(file, Results.load(file)) for file in files]
+    found = [(file, EvaluationResults.load(file)) for file in files]
     made = {"results.md": _short(found)}
     for name in dict.fromkeys(results.model["name"] for _, results in found):
         made[f"results/{name}.md"] = _of_model(name, [one for one in found if one[1].model["name"] == name])
     return made
 
 
-def _short(found: Sequence[tuple[Path, Results]]) -> str:
+def _short(found: Sequence[tuple[Path, EvaluationResults]]) -> str:
     """Figures, a sentence a model, where the tables are, and how to read them."""
     lines = [HEAD]
     if not found:
@@ -102,7 +102,7 @@ def _part_of_page(file: Path) -> str:
     return "the default part by part, on validation scenes" if _varied(file) else "all methods and controls"
 
 
-def _of_model(name: str, found: Sequence[tuple[Path, Results]]) -> str:
+def _of_model(name: str, found: Sequence[tuple[Path, EvaluationResults]]) -> str:
     """All tables of a model."""
     lines = [
         f"# Results of {name}\n",
@@ -124,7 +124,7 @@ def measured() -> list[Path]:
     return [file for kind in ("eval", "parts") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
 
 
-def _in_a_line(results: Results) -> str:
+def _in_a_line(results: EvaluationResults) -> str:
     """To how many methods the default is shown to be non-inferior, and above or below how many it stands."""
     verdicts = {one.row: verdict(one) for one in results.comparisons if not results.row(one.row).control}
     said = list(verdicts.values())
@@ -138,7 +138,7 @@ def _in_a_line(results: Results) -> str:
     )
 
 
-def _pivot(results: Results) -> Iterator[str]:
+def _pivot(results: EvaluationResults) -> Iterator[str]:
     """A row a method, a column a budget."""
     compared = [one for one in results.comparisons if not results.row(one.row).control]
     baselines = list(dict.fromkeys(one.baseline for one in compared))
@@ -151,7 +151,7 @@ def _pivot(results: Results) -> Iterator[str]:
     yield ""
 
 
-def _power(results: Results) -> Iterator[str]:
+def _power(results: EvaluationResults) -> Iterator[str]:
     """What the number of scenes was good for."""
     compared = [one for one in results.comparisons if not results.row(one.row).control]
     if not compared:
@@ -165,7 +165,7 @@ def _power(results: Results) -> Iterator[str]:
     )
 
 
-def _findings(found: Sequence[tuple[Path, Results]]) -> Iterator[str]:
+def _findings(found: Sequence[tuple[Path, EvaluationResults]]) -> Iterator[str]:
     """What each part is good for."""
     tables = [(file, results, list(findings(results))) for file, results in found]
     if not any(lines for *_, lines in tables):
@@ -196,7 +196,7 @@ def verdict(one: Comparison) -> str:
     return ", ".join(said) or "open"
 
 
-def _section(file: Path, results: Results) -> Iterator[str]:
+def _section(file: Path, results: EvaluationResults) -> Iterator[str]:
     model, task = results.model, results.task
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     yield f"## {'The default, part by part' if _varied(file) else 'Methods and controls'}\n"
@@ -214,7 +214,7 @@ def _section(file: Path, results: Results) -> Iterator[str]:
     yield from _negative(results)
 
 
-def _negative(results: Results) -> Iterator[str]:
+def _negative(results: EvaluationResults) -> Iterator[str]:
     """Which specs are not shown to beat a floor, and which lie below one."""
     yield "### Negative findings\n"
     empty = [line for line in wording.findings(results) if "no sub-task passes" in line]
@@ -234,7 +234,7 @@ def _negative(results: Results) -> Iterator[str]:
     yield ""
 
 
-def _gates(results: Results) -> Iterator[str]:
+def _gates(results: EvaluationResults) -> Iterator[str]:
     _, header, rows = wording.gate_table(results)
     yield "### Validity gate\n"
     yield (
@@ -246,7 +246,7 @@ def _gates(results: Results) -> Iterator[str]:
     yield ""
 
 
-def _budget(results: Results, base: RowResult, methods: Sequence[RowResult]) -> Iterator[str]:
+def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowResult]) -> Iterator[str]:
     assert base.average is not None
     yield f"### {base.average:.1f} of {results.model['visual_tokens']} visual tokens on average\n"
     yield table_head(
@@ -270,7 +270,7 @@ def _budget(results: Results, base: RowResult, methods: Sequence[RowResult]) -> 
     yield ""
 
 
-def _line(results: Results, row: RowResult, floor: str, default: Comparison | None) -> str:
+def _line(results: EvaluationResults, row: RowResult, floor: str, default: Comparison | None) -> str:
     if row.refused:
         return table_row([row.name, "not applicable", *[""] * 7])
     kind = COUNTED if COUNTED in row.accuracy else OVERALL
@@ -302,7 +302,7 @@ def _star(one: Comparison) -> str:
     return " *" if one.p_holm < LEVEL else ""
 
 
-def _by_kind(results: Results) -> Iterator[str]:
+def _by_kind(results: EvaluationResults) -> Iterator[str]:
     """Accuracies by sub-task at the smallest budget."""
     base, methods = list(budgets(results))[-1]
     floors = [row.name for row in results.rows if row.control and row.schedule in (base.schedule, "")]
@@ -320,14 +320,14 @@ def main() -> None:
     """Writes docs/results.md, the pages and figures below docs/results/ and the README's table."""
     files, docs = measured(), ROOT / "docs"
     made = {path: text.encode() for path, text in pages(files).items()}
-    made |= figures.drawn([Results.load(file) for file in files if not _varied(file)])
+    made |= figures.drawn([EvaluationResults.load(file) for file in files if not _varied(file)])
     (docs / "results").mkdir(exist_ok=True)
     for old in (docs / "results").iterdir():
         if f"results/{old.name}" not in made:
             old.unlink()
     for path, content in made.items():
         (docs / path).write_bytes(content)
-    readme, shown = ROOT / "README.md", Results.load(RESULTS / f"eval-{MODEL}.json")
+    readme, shown = ROOT / "README.md", EvaluationResults.load(RESULTS / f"eval-{MODEL}.json")
     readme.write_text(with_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
     Console().print(f"wrote {', '.join(f'docs/{path}' for path in made)} and the table in README.md")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from trio.measure.evaluation.results import Comparison, Results, RowResult
+from trio.measure.evaluation.results import Comparison, EvaluationResults, RowResult
 
 LEVEL = 0.05
 
@@ -15,7 +15,7 @@ def method(name: str) -> str:
     return re.sub(r", [\d.]+%$", "", name)
 
 
-def budgets(results: Results) -> Iterator[tuple[RowResult, list[RowResult]]]:
+def budgets(results: EvaluationResults) -> Iterator[tuple[RowResult, list[RowResult]]]:
     """The default of each budget, with the methods that are compared with it, itself first."""
     others = {one.row: one.baseline for one in results.comparisons if not results.row(one.row).control}
     for base in results.methods:

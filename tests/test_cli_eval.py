@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from trio.cli import app
-from trio.measure.evaluation.results import Results
+from trio.measure.evaluation.results import EvaluationResults
 
 
 def trio_(*args: str | Path) -> Result:
@@ -45,7 +45,7 @@ def test_it_prints_the_table_the_gate_and_what_they_say(done: tuple[Result, Path
 
 def test_it_writes_results_that_can_be_read(done: tuple[Result, Path]) -> None:
     _, out = done
-    results = Results.load(out / "results.json")
+    results = EvaluationResults.load(out / "results.json")
     assert results.model["name"] == "tiny-llava" and results.model["visual_tokens"] == 144
     assert results.task["name"] == "shapesvqa" and results.task["version"] == 1 and results.task["scenes"] == 1
     assert [row.name for row in results.methods] == ["trio-11"]
@@ -75,7 +75,7 @@ def test_questions_of_ones_own(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "No sub-task" in result.stdout or "no sub-task passes the gate" in result.stdout
     assert "oracle, after 0, 2, 3: 11.1%: not applicable" in " ".join(result.stdout.split())
-    results = Results.load(tmp_path / "out" / "results.json")
+    results = EvaluationResults.load(tmp_path / "out" / "results.json")
     assert results.kinds == ["all"] and results.settings["max_new_tokens"] == 2 and not results.speed
     assert not (tmp_path / "out" / "report.html").exists()
 

@@ -16,14 +16,14 @@ from trio import zoo
 from trio.core.tokens import ImageTokens
 from trio.measure import evaluation
 from trio.measure.evaluation import rows as rows_module
-from trio.measure.evaluation.answers import Answer, AnswerFiles
+from trio.measure.evaluation.answers import AnswerFiles, RowAnswer
 from trio.measure.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
 from trio.measure.evaluation.pictures import Counter, Shown, without_floor
 from trio.measure.evaluation.protocol import named_specs, weights
-from trio.measure.evaluation.results import Results
+from trio.measure.evaluation.results import EvaluationResults
 from trio.measure.evaluation.rows import plan
 from trio.measure.evaluation.runner import Runner, remembered
-from trio.measure.evaluation.task import Sample, Task, jsonl, normalise
+from trio.measure.evaluation.task import LabelledSample, Task, jsonl, normalise
 from trio.spec import PipelineSpec
 
 SPEC = {"name": "ours", "stages": [{"after_layer": 0, "keep": "11.1%"}]}
@@ -44,17 +44,17 @@ def task() -> Task:
     return evaluation.shapesvqa(limit=2)
 
 
-def run(loaded: Loaded, task: Task, out: Path, specs: list[Any], progress: Any = None) -> Results:
+def run(loaded: Loaded, task: Task, out: Path, specs: list[Any], progress: Any = None) -> EvaluationResults:
     return evaluation.evaluate(*loaded, task, specs, out=out, batch_size=8, speed_rounds=0, progress=progress)
 
 
 @pytest.fixture(scope="module")
-def whole(loaded: Loaded, task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+def whole(loaded: Loaded, task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationResults, Path]:
     out = tmp_path_factory.mktemp("whole")
     return run(loaded, task, out, [SPEC]), out
 
 
-def test_every_control_is_in_the_table(whole: tuple[Results, Path], task: Task) -> None:
+def test_every_control_is_in_the_table(whole: tuple[EvaluationResults, Path], task: Task) -> None:
     results, _ = whole
     label = "after 0: 11.1%"
     names = ["full", "no picture", "wrong picture", "ours", "none after layer 0"]
@@ -75,21 +75,21 @@ def test_every_control_is_in_the_table(whole: tuple[Results, Path], task: Task) 
     assert {gate.kind for gate in results.gates} == set(task.kinds)
 
 
-def test_results_are_written_and_read(whole: tuple[Results, Path], tmp_path: Path) -> None:
+def test_results_are_written_and_read(whole: tuple[EvaluationResults, Path], tmp_path: Path) -> None:
     results, _ = whole
     (tmp_path / "results.json").write_text(results.to_json())
-    assert Results.load(tmp_path / "results.json") == results
+    assert EvaluationResults.load(tmp_path / "results.json") == results
     lines = results.to_csv().splitlines()
     assert lines[0].startswith("row,control,schedule,kind,questions,accuracy,low,high,retained")
     assert len({line.count(",") for line in lines if '"' not in line}) == 1
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(trio.InputError, match=r"broken\.json.*trio eval"):
-        Results.load(tmp_path / "broken.json")
+        EvaluationResults.load(tmp_path / "broken.json")
     assert results.model["weights"] == weights(zoo.load("tiny-llava")[0])
 
 
 def test_a_killed_run_goes_on_and_gives_the_same(
-    whole: tuple[Results, Path], loaded: Loaded, task: Task, tmp_path: Path
+    whole: tuple[EvaluationResults, Path], loaded: Loaded, task: Task, tmp_path: Path
 ) -> None:
     asked = []
 
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
 
 
 def test_a_finished_folder_takes_more_specs_and_nothing_else(
-    whole: tuple[Results, Path], loaded: Loaded, task: Task
+    whole: tuple[EvaluationResults, Path], loaded: Loaded, task: Task
 ) -> None:
     results, out = whole
     more = {"name": "theirs", "stages": [{"after_layer": 0, "keep": "11.1%", "selector": "top-k"}]}
@@ -134,7 +134,7 @@ def test_a_finished_folder_takes_more_specs_and_nothing_else(
 
 def test_half_a_batch_is_asked_again(tmp_path: Path) -> None:
     files = AnswerFiles(tmp_path, {"a": 1})
-    answers = [Answer(i, "é", 1, 1.0, None) for i in range(5)]
+    answers = [RowAnswer(i, "é", 1, 1.0, None) for i in range(5)]
     files.add("row", "key", answers)
     assert files.read("row", "key", [[0, 1], [2, 3], [4, 5]]) == (answers[:4], 2)
     assert files.read("row", "key", [[0, 1], [2, 3], [4, 5]]) == (answers[:4], 2)  # and the rest is gone
@@ -364,8 +364,8 @@ def test_the_remembered_tower_changes_no_answer(loaded: Loaded, task: Task, tmp_
 )
 def test_answers_are_compared_without_case_articles_and_punctuation(answer: str, same: str) -> None:
     assert normalise(answer) == same
-    assert Sample(Image.new("RGB", (1, 1)), "?", (same,)).is_right(answer)
-    assert not Sample(Image.new("RGB", (1, 1)), "?", ("other",)).is_right(answer)
+    assert LabelledSample(Image.new("RGB", (1, 1)), "?", (same,)).is_right(answer)
+    assert not LabelledSample(Image.new("RGB", (1, 1)), "?", ("other",)).is_right(answer)
 
 
 def test_questions_from_a_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from trio.cli import app
 from trio.measure.evaluation.overlays import Overlay
 from trio.measure.evaluation.report import report_html
-from trio.measure.evaluation.results import Results
+from trio.measure.evaluation.results import EvaluationResults
 
 MARK = "hunter2"
 ATTACKS = [
@@ -90,7 +90,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(request: pytest.FixtureRequest, out: Path) -> str:
     if request.param == "as it was written":
         return (out / "report.html").read_text(encoding="utf-8")
-    results = Results.load(out / "results.json")
+    results = EvaluationResults.load(out / "results.json")
     model = {**results.model, "name": HOSTILE, "class": HOSTILE, "dtype": HOSTILE}
     changed = results.model_copy(update={"model": model, "notes": [HOSTILE], "device": HOSTILE})
     return report_html(changed, [Overlay(HOSTILE, HOSTILE, HOSTILE, HOSTILE, "")])

@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from trio.measure.evaluation import wording
-from trio.measure.evaluation.answers import Answer
-from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, Results
-from trio.measure.evaluation.rows import SEEDS, Row, Schedule, none_name
+from trio.measure.evaluation.answers import RowAnswer
+from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, EvaluationResults
+from trio.measure.evaluation.rows import SEEDS, ControlSchedule, EvaluationRow, none_name
 from trio.measure.evaluation.summary import Summary
-from trio.measure.evaluation.task import Sample, Task
+from trio.measure.evaluation.task import LabelledSample, Task
 from trio.measure.statistics import (
     Bootstrap,
     Paired,
@@ -152,24 +152,24 @@ def test_non_inferiority_holds_its_level_and_its_power() -> None:
 def summary(right: dict[str, str], share: float = 0.111, each: int = 4) -> Summary:
     """A summary of made-up answers: two sub-tasks, `each` questions a scene."""
     samples = tuple(
-        Sample(None, f"{i}", ("yes",), "easy" if i % 2 else "hard", i // each)  # type: ignore[arg-type]  # never looked at
+        LabelledSample(None, f"{i}", ("yes",), "easy" if i % 2 else "hard", i // each)  # type: ignore[arg-type]  # never looked at
         for i in range(80)
     )
     task = Task("made up", 1, samples, 1)
     spec = PipelineSpec.parse({"stages": [{"after_layer": 0, "keep": "11.1%"}]})
-    schedules = {"s": Schedule("s", (0,), spec, share * 100, 100)}
+    schedules = {"s": ControlSchedule("s", (0,), spec, share * 100, 100)}
     rows = [
-        Row("full", "full", "full"),
-        Row("no picture", "no picture", "no picture"),
-        Row("ours", "ours", "", "s", spec),
-        Row("theirs", "theirs", "", "s", spec),
-        Row(none_name(0), none_name(0), "none"),
-        *(Row(f"random {seed}", "random, s", "random", "s", spec) for seed in SEEDS),
-        Row("oracle, s", "oracle, s", "oracle", "s", spec, refused="no map"),
+        EvaluationRow("full", "full", "full"),
+        EvaluationRow("no picture", "no picture", "no picture"),
+        EvaluationRow("ours", "ours", "", "s", spec),
+        EvaluationRow("theirs", "theirs", "", "s", spec),
+        EvaluationRow(none_name(0), none_name(0), "none"),
+        *(EvaluationRow(f"random {seed}", "random, s", "random", "s", spec) for seed in SEEDS),
+        EvaluationRow("oracle, s", "oracle, s", "oracle", "s", spec, refused="no map"),
     ]
     given = {row.name: right.get(row.group, right["full"]) for row in rows if not row.refused}
     answers = {
-        name: [Answer(i, "yes" if c == "1" else "no", 100, 11.0, None) for i, c in enumerate(text)]
+        name: [RowAnswer(i, "yes" if c == "1" else "no", 100, 11.0, None) for i, c in enumerate(text)]
         for name, text in given.items()
     }
     return Summary(task, rows, schedules, answers)
@@ -234,7 +234,7 @@ def test_comparisons_are_signed_corrected_and_say_whether_anything_counts() -> N
 def findings_of(scenes: int, right: dict[str, str]) -> tuple[list[str], list[list[str]], Summary]:
     """What is said about made-up answers to 80 questions on so many scenes, and the table of comparisons."""
     found = summary(right, each=80 // scenes)
-    results = Results(
+    results = EvaluationResults(
         model={"name": "m", "visual_tokens": 100},
         task={"name": "made up", "kinds": {"hard": 40, "easy": 40}, "questions": 80, "scenes": scenes},
         settings={"margin": 1.0},

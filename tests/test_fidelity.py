@@ -19,7 +19,7 @@ import trio
 from trio import zoo
 from trio.cli import app
 from trio.errors import InputError, TrioError
-from trio.measure.fidelity import DESCRIBE, FidelityReport, Sample, measure, read_samples
+from trio.measure.fidelity import DESCRIBE, FidelityReport, PromptSample, measure, read_samples
 from trio.measure.fidelity.compare import compare, edit_similarity, kl
 from trio.measure.fidelity.floor import random_floor
 from trio.measure.shapesvqa.examples import examples
@@ -40,12 +40,12 @@ def tiny() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Sample]:
-    return [Sample(e.image, e.question, f"scene {e.scene}") for e in examples("validation", 5, 3)][:14]
+def asked() -> list[PromptSample]:
+    return [PromptSample(e.image, e.question, f"scene {e.scene}") for e in examples("validation", 5, 3)][:14]
 
 
 @pytest.fixture(scope="module")
-def report(tiny: tuple[Any, Any], asked: list[Sample]) -> FidelityReport:
+def report(tiny: tuple[Any, Any], asked: list[PromptSample]) -> FidelityReport:
     harsh = {"version": 1, "name": "trio-11", "stages": [{"after_layer": 0, "keep": 2}]}
     return measure(*tiny, [EVERYTHING, "trio-11", harsh], asked, max_new_tokens=4, batch_size=6)
 
@@ -173,7 +173,7 @@ def test_two_specs_of_one_name_are_told_apart(report: FidelityReport) -> None:
     ]
 
 
-def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, asked: list[Sample]) -> None:
+def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, asked: list[PromptSample]) -> None:
     assert report.samples == len(asked) == 14
     assert report.pictures == len({sample.name for sample in asked})
     for row in report.rows():
@@ -191,7 +191,9 @@ def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, ask
     assert report.results[2].spec.agreement.kl.mean > report.results[1].spec.agreement.kl.mean > 0
 
 
-def test_the_answers_are_the_model_s_own(report: FidelityReport, tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_the_answers_are_the_model_s_own(
+    report: FidelityReport, tiny: tuple[Any, Any], asked: list[PromptSample]
+) -> None:
     from trio.core.images import inputs_for
 
     model, processor = tiny
@@ -221,7 +223,7 @@ def test_report_comes_back_from_json(report: FidelityReport) -> None:
     assert "trio-11, random" in summary and "too few" in summary
 
 
-def test_nothing_is_left_on_the_model(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_nothing_is_left_on_the_model(tiny: tuple[Any, Any], asked: list[PromptSample]) -> None:
     model, processor = tiny
     before = [len(module._forward_hooks) for module in model.modules()]
     told: list[tuple[int, int]] = []
@@ -231,7 +233,7 @@ def test_nothing_is_left_on_the_model(tiny: tuple[Any, Any], asked: list[Sample]
     assert told == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_wrong_arguments(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_wrong_arguments(tiny: tuple[Any, Any], asked: list[PromptSample]) -> None:
     for bad, message in (
         ({"samples": []}, "samples: there is none"),
         ({"specs": []}, "specs: there is none"),
@@ -356,7 +358,9 @@ def test_command_says_what_is_wrong(folder: Path, options: list[str], message: s
     assert message in result.stderr and result.stdout == ""
 
 
-def test_a_spec_that_does_not_fit_is_refused_before_anything_runs(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_a_spec_that_does_not_fit_is_refused_before_anything_runs(
+    tiny: tuple[Any, Any], asked: list[PromptSample]
+) -> None:
     spec = {"version": 1, "stages": [{"after_layer": 40, "keep": 3}]}
     with pytest.raises(TrioError, match="40"):
         measure(*tiny, spec, asked)

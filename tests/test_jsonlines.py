@@ -13,7 +13,7 @@ from PIL import Image
 
 import trio
 from trio.measure import jsonlines
-from trio.measure.evaluation.answers import Answer, AnswerFiles
+from trio.measure.evaluation.answers import AnswerFiles, RowAnswer
 from trio.measure.evaluation.task import jsonl
 from trio.measure.fidelity import read_samples
 
@@ -21,10 +21,10 @@ from trio.measure.fidelity import read_samples
 BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 TEXTS = [f"one{c}two" for c in BREAKS] + ["é", '"quoted"', "", "\x00", "😀"]
 BATCHES = [[3, 0, 7], [1, 2, 4], [5, 6, 8], [9, 10, 11], [12, 13, 14]]
-ANSWERS = [[Answer(i, TEXTS[i], 144, 16.0, None if i % 2 else 1e9) for i in batch] for batch in BATCHES]
+ANSWERS = [[RowAnswer(i, TEXTS[i], 144, 16.0, None if i % 2 else 1e9) for i in batch] for batch in BATCHES]
 
 
-def finish(folder: Path) -> list[Answer]:
+def finish(folder: Path) -> list[RowAnswer]:
     """Goes on where a run was stopped, as `trio eval` does."""
     files = AnswerFiles(folder, {"a": 1})
     found, done = files.read("row", "key", BATCHES)

@@ -17,7 +17,7 @@ from benchmarks.results import RESULTS, measured, pages, verdict
 from benchmarks.tables import budgets, flipped
 from trio import zoo
 from trio.measure.evaluation.protocol import weights
-from trio.measure.evaluation.results import Comparison, Gate, Results, RowResult
+from trio.measure.evaluation.results import Comparison, EvaluationResults, Gate, RowResult
 from trio.measure.shapesvqa.task import shapesvqa
 from trio.measure.statistics import Estimate
 
@@ -42,12 +42,12 @@ def test_every_model_has_its_page_and_the_first_page_is_short() -> None:
 
 @pytest.mark.parametrize("path", figures.FIGURES)
 def test_the_figures_are_made_from_the_committed_results(path: str) -> None:
-    found = [Results.load(file) for file in measured() if file.name.startswith("eval-")]
+    found = [EvaluationResults.load(file) for file in measured() if file.name.startswith("eval-")]
     with Image.open(DOCS / path) as picture:
         assert picture.info["Description"] == figures.digest([figures.FIGURES[path](one) for one in found])
 
 
-def test_the_figures_show_the_numbers_of_the_results(shown: Results) -> None:
+def test_the_figures_show_the_numbers_of_the_results(shown: EvaluationResults) -> None:
     curves, gaps = figures.accuracy(shown), figures.differences(shown)
     for budget, (kept, *value) in zip(readme.defaults(shown).values(), curves["curves"]["TRIO"], strict=True):
         found = budget.accuracy["counted"]
@@ -59,7 +59,7 @@ def test_the_figures_show_the_numbers_of_the_results(shown: Results) -> None:
     assert row[1] == pytest.approx(one.difference.mean, abs=1e-3) and row[4] is (one.p_holm < 0.05)
 
 
-def test_a_figure_says_what_it_was_drawn_from(shown: Results) -> None:
+def test_a_figure_says_what_it_was_drawn_from(shown: EvaluationResults) -> None:
     drawn = figures.drawn([shown])
     less = figures.drawn([without(shown, "visionzip, 11%", "TRIO as published, 11%")])
     for path, content in drawn.items():
@@ -73,18 +73,18 @@ def test_the_saliency_page_is_made_from_the_committed_results() -> None:
 
 
 @pytest.fixture(scope="module")
-def shown() -> Results:
+def shown() -> EvaluationResults:
     """What the README shows."""
-    return Results.load(RESULTS / f"eval-{readme.MODEL}.json")
+    return EvaluationResults.load(RESULTS / f"eval-{readme.MODEL}.json")
 
 
-def table(results: Results) -> dict[str, list[str]]:
+def table(results: EvaluationResults) -> dict[str, list[str]]:
     """The README's rows: the cells behind each label."""
     lines = [line.strip("| ").split(" | ") for line in readme.block(results).splitlines() if line.startswith("| ")]
     return {cells[0]: cells[1:] for cells in lines}
 
 
-def without(results: Results, *names: str) -> Results:
+def without(results: EvaluationResults, *names: str) -> EvaluationResults:
     """The results had these rows not been there."""
     rows = [row for row in results.rows if row.name not in names]
     compared = [one for one in results.comparisons if not {one.row, one.baseline} & set(names)]
@@ -100,14 +100,14 @@ def test_what_half_precision_changes_is_shown_as_measured() -> None:
     assert all(0.9 < row["same"] / row["tokens"] <= 1 for row in rows) and len(rows) == 6
 
 
-def test_the_readme_is_made_from_the_committed_results(shown: Results) -> None:
+def test_the_readme_is_made_from_the_committed_results(shown: EvaluationResults) -> None:
     text = (DOCS.parent / "README.md").read_text()
     assert readme.with_block(text, shown) == text
     with pytest.raises(SystemExit, match=r"README\.md: put the lines"):
         readme.with_block(text.replace(readme.END, ""), shown)
 
 
-def test_the_readme_shows_the_default_and_its_controls(shown: Results) -> None:
+def test_the_readme_shows_the_default_and_its_controls(shown: EvaluationResults) -> None:
     bases = readme.defaults(shown)
     assert list(bases) == ["33%", "22%", "11%"]
     assert bases == {base.name.split(", ")[-1]: base for base, compared in budgets(shown) if len(compared) > 1}
@@ -121,7 +121,7 @@ def test_the_readme_shows_the_default_and_its_controls(shown: Results) -> None:
     assert rows["everything"] == [str(shown.row("full").accuracy["counted"])] * 3
 
 
-def test_the_readme_leaves_out_what_was_not_measured(shown: Results) -> None:
+def test_the_readme_leaves_out_what_was_not_measured(shown: EvaluationResults) -> None:
     less = without(shown, *(row.name for row in shown.rows if row.name.startswith("visionzip, ")), "divprune, 22%")
     before, after = table(shown), table(less)
     assert before.keys() - after.keys() == {"visionzip (compressor)"}
@@ -138,7 +138,7 @@ def test_the_readme_leaves_out_what_was_not_measured(shown: Results) -> None:
         (-4.0, 0.2, "not told apart from random tokens"),
     ],
 )
-def test_the_readme_says_what_the_numbers_say(mean: float, p: float, said: str, shown: Results) -> None:
+def test_the_readme_says_what_the_numbers_say(mean: float, p: float, said: str, shown: EvaluationResults) -> None:
     base = readme.defaults(shown)["11%"]
     random = f"random, {base.schedule}"
     rest = [one for one in shown.comparisons if (one.row, one.baseline) != (random, base.name)]
@@ -148,7 +148,7 @@ def test_the_readme_says_what_the_numbers_say(mean: float, p: float, said: str, 
     assert f"{-mean:+.1f} ({-mean - 1:+.1f} to {-mean + 1:+.1f}) points" in text
 
 
-def test_the_readme_says_which_sub_tasks_count(shown: Results) -> None:
+def test_the_readme_says_which_sub_tasks_count(shown: EvaluationResults) -> None:
     def closed(*layers: int) -> list[Gate]:
         """At every layer all sub-tasks count, at these ones all but one."""
         return [
@@ -175,7 +175,7 @@ def test_the_readme_says_which_sub_tasks_count(shown: Results) -> None:
 def test_committed_results_are_of_what_ships() -> None:
     hashes: dict[str, str] = {}
     for file in measured():
-        results = Results.load(file)
+        results = EvaluationResults.load(file)
         name, task = results.model["name"], results.task
         assert name in zoo.names()
         assert results.model["weights"] == hashes.setdefault(name, weights(zoo.load(name)[0]))
@@ -212,7 +212,7 @@ def row(name: str, control: str = "", schedule: str = "s", **more: Any) -> RowRe
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     nothing: dict[str, Any] = {"tokens": None, "average": None, "flops": None, "accuracy": {}, "retained": {}}
-    made = Results(
+    made = EvaluationResults(
         model={"name": "m", "weights": "0" * 64, "layers": 8, "dtype": "float32", "visual_tokens": 144},
         task={
             "name": "shapesvqa",
@@ -298,7 +298,7 @@ def test_verdicts_are_about_the_baseline(mean: float, p: float, p_inferior: floa
     assert verdict(compared("a", "b", mean, p, p_inferior)) == said
 
 
-def test_findings_are_paired_differences_of_rows(shown: Results) -> None:
+def test_findings_are_paired_differences_of_rows(shown: EvaluationResults) -> None:
     lines = [line.strip("| ").split(" | ") for line in "\n".join(findings(shown)).splitlines()]
     cells = {line[0]: line[1:] for line in lines[2:]}
     bases = list(readme.defaults(shown).values())
@@ -311,7 +311,7 @@ def test_findings_are_paired_differences_of_rows(shown: Results) -> None:
     assert set(cells) <= known and len(known) == len(PAIRS)
 
 
-def test_findings_leave_out_what_was_not_measured(shown: Results) -> None:
+def test_findings_leave_out_what_was_not_measured(shown: EvaluationResults) -> None:
     less = without(shown, "TRIO with nms, 22%")
     (line,) = [line for line in findings(less) if line.startswith("| nms over top-k")]
     first, second, third = (cell.strip() for cell in line.split("|")[2:5])

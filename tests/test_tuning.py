@@ -22,7 +22,7 @@ from trio import zoo
 from trio.adapters import adapter_for
 from trio.cli import app
 from trio.errors import BudgetError, InputError, SpecError
-from trio.measure.fidelity import Sample
+from trio.measure.fidelity import PromptSample
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.tuning import Candidate, TuningReport, best_spec, parse_target, tune
 from trio.measure.tuning.plot import draw
@@ -157,7 +157,7 @@ def test_front_is_what_nothing_dominates(points: list[tuple[int, int, int]]) -> 
 
 def test_split_is_by_picture_and_seeded() -> None:
     picture = Image.new("RGB", (8, 8))
-    samples = [Sample(picture, f"q{i}", f"p{i // 3}") for i in range(30)]
+    samples = [PromptSample(picture, f"q{i}", f"p{i // 3}") for i in range(30)]
     seen, unseen = split(samples, 0.3, 0)
     assert {s.name for s in seen}.isdisjoint(s.name for s in unseen)
     assert len({s.name for s in unseen}) == 3 and len(seen) + len(unseen) == 30
@@ -168,7 +168,7 @@ def test_split_is_by_picture_and_seeded() -> None:
 
 
 def test_wrong_splits() -> None:
-    samples = [Sample(Image.new("RGB", (8, 8)), f"q{i}", "one") for i in range(3)]
+    samples = [PromptSample(Image.new("RGB", (8, 8)), f"q{i}", "one") for i in range(3)]
     with pytest.raises(InputError, match="1 pictures cannot be split"):
         split(samples, 0.5, 0)
     with pytest.raises(InputError, match=r"held_out: found 1\.5"):
@@ -334,18 +334,20 @@ def test_optuna_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Sample]:
-    return [Sample(e.image, e.question, f"scene {e.scene}") for e in examples("validation", 6, 4)][::2]
+def asked() -> list[PromptSample]:
+    return [PromptSample(e.image, e.question, f"scene {e.scene}") for e in examples("validation", 6, 4)][::2]
 
 
 @pytest.fixture(scope="module")
-def report(tiny: tuple[Any, Any], asked: list[Sample]) -> TuningReport:
+def report(tiny: tuple[Any, Any], asked: list[PromptSample]) -> TuningReport:
     target = parse_target(["agreement>=60%", "tokens<=50%"])
     options: dict[str, Any] = {"trials": 6, "max_new_tokens": 2, "batch_size": 16, "name": "tiny-llava"}
     return tune(*tiny, asked, target=target, **options)
 
 
-def test_the_verdict_is_on_pictures_that_the_search_has_not_seen(report: TuningReport, asked: list[Sample]) -> None:
+def test_the_verdict_is_on_pictures_that_the_search_has_not_seen(
+    report: TuningReport, asked: list[PromptSample]
+) -> None:
     assert set(report.search_pictures).isdisjoint(report.unseen_pictures)
     assert set(report.search_pictures) | set(report.unseen_pictures) == {sample.name for sample in asked}
     assert {one.picture for one in report.search.asked} == set(report.search_pictures)
@@ -381,7 +383,7 @@ def test_report_comes_back_from_json(report: TuningReport) -> None:
     assert TuningReport.from_json(report.to_json()) == report
 
 
-def test_a_timed_target_measures_time(tiny: tuple[Any, Any], asked: list[Sample]) -> None:
+def test_a_timed_target_measures_time(tiny: tuple[Any, Any], asked: list[PromptSample]) -> None:
     from trio.measure.answering import GreedyAnswerer
 
     judge = Judge(GreedyAnswerer(*tiny, max_new_tokens=1), asked[:4], batch_size=4, timed=True)
@@ -409,7 +411,7 @@ def test_the_picture_is_drawn(report: TuningReport, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, asked: list[Sample]) -> Path:
+def folder(tmp_path: Path, asked: list[PromptSample]) -> Path:
     images = tmp_path / "pictures"
     images.mkdir()
     lines = []

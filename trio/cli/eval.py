@@ -13,7 +13,7 @@ from .. import DEFAULT_SPEC
 from .common import OUT, BatchSize, Device, DType, DTypeName, Force, Json, ModelName, SpecNames
 
 if TYPE_CHECKING:
-    from ..measure.evaluation.results import Results
+    from ..measure.evaluation.results import EvaluationResults
     from ..measure.evaluation.task import Task
 
 
@@ -153,7 +153,7 @@ def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, s
     )
 
 
-def _write(results: Results, out: Path) -> list[str]:
+def _write(results: EvaluationResults, out: Path) -> list[str]:
     from .common import write_text
 
     write_text(out / "results.json", results.to_json(), "--out")
@@ -161,7 +161,7 @@ def _write(results: Results, out: Path) -> list[str]:
     return ["results.json", "results.csv"]
 
 
-def _print(results: Results) -> None:
+def _print(results: EvaluationResults) -> None:
     """The table, the gate and the comparisons."""
     from rich.box import SIMPLE
     from rich.table import Table

@@ -26,7 +26,7 @@ from .common import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..measure.fidelity import Sample
+    from ..measure.fidelity import PromptSample
     from ..measure.tuning import TuningReport
 
 
@@ -142,13 +142,13 @@ def _check_source(images: Path | None, prompts: Path | None, task: BundledTask |
         raise InputError("--prompts: a task has questions of its own; leave it out, or give --images.")
 
 
-def _shapesvqa(network: Any, limit: int | None) -> list[Sample]:
+def _shapesvqa(network: Any, limit: int | None) -> list[PromptSample]:
     """Questions of the split for choosing; the split that is reported stays unseen."""
-    from ..measure.fidelity import Sample
+    from ..measure.fidelity import PromptSample
     from ..measure.shapesvqa.task import canvas_for, shapesvqa
 
     questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
-    return [Sample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]
+    return [PromptSample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]
 
 
 def print_report(report: TuningReport, out: Console) -> None:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..shapesvqa.task import shapesvqa
     from .protocol import evaluate
-    from .results import Results
-    from .task import Sample, Task, jsonl
+    from .results import EvaluationResults
+    from .task import LabelledSample, Task, jsonl
 
-__all__ = ["Results", "Sample", "Task", "evaluate", "jsonl", "shapesvqa"]
+__all__ = ["EvaluationResults", "LabelledSample", "Task", "evaluate", "jsonl", "shapesvqa"]
 
 _HOME = {
-    "Results": "results",
-    "Sample": "task",
+    "EvaluationResults": "results",
+    "LabelledSample": "task",
     "Task": "task",
     "evaluate": "protocol",
     "jsonl": "task",

@@ -16,14 +16,14 @@ from ...core.files import read_plain, replace_file
 from ...errors import InputError
 from ..jsonlines import Line, append_lines, cut_lines, read_lines
 
-__all__ = ["Answer", "AnswerFiles"]
+__all__ = ["AnswerFiles", "RowAnswer"]
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
-class Answer:
+class RowAnswer:
     """What one row answered to one question.
 
     Attributes:
@@ -41,7 +41,7 @@ class Answer:
     flops: Amount | None
 
 
-_SHAPE = TypeAdapter(Answer)
+_SHAPE = TypeAdapter(RowAnswer)
 _REMEDY = "remove that file to have the row asked again, or give another --out."
 
 
@@ -83,7 +83,7 @@ class AnswerFiles:
                 "measurements. Give another --out, or remove the folder to start again."
             )
 
-    def read(self, row: str, key: str, batches: Sequence[Sequence[int]]) -> tuple[list[Answer], int]:
+    def read(self, row: str, key: str, batches: Sequence[Sequence[int]]) -> tuple[list[RowAnswer], int]:
         """The answers of a row so far, and how many batches they are; an unfinished batch at the end is cut off.
 
         Args:
@@ -110,7 +110,7 @@ class AnswerFiles:
         return [line.value for line in lines[:whole]], done
 
     @staticmethod
-    def _refuse(file: Path, lines: Sequence[Line[Answer]], wanted: Sequence[int]) -> None:
+    def _refuse(file: Path, lines: Sequence[Line[RowAnswer]], wanted: Sequence[int]) -> None:
         turns = [*wanted, *[None] * (len(lines) - len(wanted))]
         line, turn = next((a, b) for a, b in zip(lines, turns, strict=True) if a.value.question != b)
         due = "nothing more is asked" if turn is None else f"it is the turn of question {turn}"
@@ -119,7 +119,7 @@ class AnswerFiles:
             f"{_REMEDY}"
         )
 
-    def add(self, row: str, key: str, answers: Sequence[Answer]) -> None:
+    def add(self, row: str, key: str, answers: Sequence[RowAnswer]) -> None:
         """Appends a batch; when this returns, it survives the end of the process and of the machine.
 
         Raises:
@@ -132,7 +132,7 @@ class AnswerFiles:
         return self._folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', row)[:80]}-{mark}.jsonl"
 
 
-def _answers(lines: Sequence[Line[Answer]], batch: Sequence[int]) -> bool:
+def _answers(lines: Sequence[Line[RowAnswer]], batch: Sequence[int]) -> bool:
     """Whether the lines answer just these questions, in this order."""
     return [line.value.question for line in lines] == list(batch)
 

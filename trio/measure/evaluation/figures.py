@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import DISTRIBUTION
 from ...errors import InputError
-from .results import COUNTED, OVERALL, Results, RowResult
+from .results import COUNTED, OVERALL, EvaluationResults, RowResult
 
 __all__ = ["check_matplotlib", "retention_curve", "speed_curve"]
 
@@ -31,7 +31,7 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def retention_curve(results: Results) -> str:
+def retention_curve(results: EvaluationResults) -> str:
     """Accuracy against the average share of visual tokens, as an SVG element."""
 
     def place(row: RowResult) -> float | None:
@@ -40,7 +40,7 @@ def retention_curve(results: Results) -> str:
     return _curve(results, place, "visual tokens, average over the layers, %")
 
 
-def speed_curve(results: Results) -> str:
+def speed_curve(results: EvaluationResults) -> str:
     """Accuracy against the time to the first token, as an SVG element; empty where no time was measured."""
 
     def place(row: RowResult) -> float | None:
@@ -50,7 +50,7 @@ def speed_curve(results: Results) -> str:
     return _curve(results, place, "time to the first token of a batch, ms") if results.speed else ""
 
 
-def _curve(results: Results, place: Place, label: str) -> str:
+def _curve(results: EvaluationResults, place: Place, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -108,7 +108,7 @@ def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, la
     )
 
 
-def _lines(results: Results) -> dict[str, list[RowResult]]:
+def _lines(results: EvaluationResults) -> dict[str, list[RowResult]]:
     """Rows that make one curve: specs that differ in their counts alone, and each control."""
     lines: dict[str, list[RowResult]] = {}
     for row in results.rows:

@@ -16,7 +16,7 @@ from ...core.tokens import ImageTokens
 from ...cost import ModelShape
 from ...errors import InputError
 from ...scorers.base import Scorer
-from .task import Sample
+from .task import LabelledSample
 
 __all__ = ["Oracle", "UniformGrid"]
 
@@ -46,9 +46,9 @@ class Oracle(Scorer):
     no thing.
     """
 
-    _samples: Sequence[Sample] = PrivateAttr(default=())
+    _samples: Sequence[LabelledSample] = PrivateAttr(default=())
 
-    def show(self, samples: Sequence[Sample]) -> None:
+    def show(self, samples: Sequence[LabelledSample]) -> None:
         """Says which questions the next forward is about, one for each row of the batch."""
         self._samples = samples
 

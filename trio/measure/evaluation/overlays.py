@@ -14,8 +14,8 @@ from ...errors import InputError
 from ...report.draw import overlay_from_report, seen_region
 from ...spec import PipelineSpec
 from ..answering import decode
-from .results import Results
-from .rows import Row
+from .results import EvaluationResults
+from .rows import EvaluationRow
 from .runner import Runner
 from .task import Task
 
@@ -43,7 +43,9 @@ class Overlay:
     png: str
 
 
-def overlays(model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpec], results: Results) -> list[Overlay]:
+def overlays(
+    model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpec], results: EvaluationResults
+) -> list[Overlay]:
     """Questions of different sub-tasks about different pictures, those first that some spec answered wrong.
 
     Args:
@@ -59,7 +61,7 @@ def overlays(model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpe
         sample = task.samples[number]
         inputs = runner.inputs([([sample.picture()], sample.question)], "own")
         for spec in specs[:SPECS]:
-            pipeline = runner.pipeline(Row(spec.name, spec.name, spec=spec))
+            pipeline = runner.pipeline(EvaluationRow(spec.name, spec.name, spec=spec))
             out = runner.generate(inputs, [sample], pipeline, task.max_new_tokens)
             (given,) = decode(processor, out)
             try:

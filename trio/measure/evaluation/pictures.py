@@ -12,7 +12,7 @@ from ...adapters.base import Adapter
 from ...core.images import batch_for
 from ...core.upstream import MASK
 from .rows import Picture
-from .task import Sample, Task
+from .task import LabelledSample, Task
 
 __all__ = ["Counter", "Shown", "without_floor"]
 
@@ -94,7 +94,7 @@ class Shown:
         self._other = {scene: first[after] for scene, after in zip(scenes, scenes[1:] + scenes[:1], strict=True)}
         self._counter, self._small = counter, small
 
-    def picture(self, sample: Sample, which: Picture, share: float) -> Image.Image:
+    def picture(self, sample: LabelledSample, which: Picture, share: float) -> Image.Image:
         """A picture for a question: its own, a grey one of that size, the next scene's, or its own made smaller."""
         if which == "wrong":
             return self._other[sample.scene].picture()
@@ -106,7 +106,7 @@ class Shown:
             return own.resize(self._small.size_for(own.size, wanted), Image.Resampling.BICUBIC)
         return own
 
-    def pictures(self, samples: Sequence[Sample], which: Picture, share: float) -> list[Image.Image]:
+    def pictures(self, samples: Sequence[LabelledSample], which: Picture, share: float) -> list[Image.Image]:
         """As `picture`, each scene's made once."""
         made: dict[int, Image.Image] = {}
         for sample in samples:

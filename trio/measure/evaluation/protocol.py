@@ -18,8 +18,8 @@ from ...spec import PipelineSpec, load_spec
 from ..extras import require
 from ..statistics import DRAWS, FEW
 from .answers import AnswerFiles
-from .results import Results
-from .rows import Row, plan
+from .results import EvaluationResults
+from .rows import EvaluationRow, plan
 from .runner import LOOKED_AT, Runner
 from .speed import measure
 from .summary import Summary
@@ -44,7 +44,7 @@ def evaluate(
     margin: float = 1.0,
     speed_rounds: int = ROUNDS,
     progress: Callable[[int, int], None] | None = None,
-) -> Results:
+) -> EvaluationResults:
     """Asks a model every question of a task, full, with every spec and with every control, and counts.
 
     Args:
@@ -107,7 +107,7 @@ def evaluate(
     possible = [row for row in rows if not row.refused]
     answers = runner.run(possible, files, progress)
     summary = Summary(task, rows, schedules, answers, baseline=baseline, margin=margin)
-    return Results(
+    return EvaluationResults(
         model=facts,
         task={**asked, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
         settings={
@@ -207,7 +207,7 @@ def weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _notes(runner: Runner, rows: Sequence[Row]) -> list[str]:
+def _notes(runner: Runner, rows: Sequence[EvaluationRow]) -> list[str]:
     notes = [] if runner.shape is not None else [runner.no_flops]
     scenes = runner.task.scenes
     if scenes < FEW:

@@ -9,7 +9,7 @@ from ..extras import require
 from . import wording
 from .figures import retention_curve, speed_curve
 from .overlays import Overlay
-from .results import OVERALL, Results
+from .results import OVERALL, EvaluationResults
 
 __all__ = ["report_html"]
 
@@ -23,7 +23,7 @@ INTRO = (
 )
 
 
-def report_html(results: Results, drawn: Sequence[Overlay]) -> str:
+def report_html(results: EvaluationResults, drawn: Sequence[Overlay]) -> str:
     """The report.
 
     Args:
@@ -53,7 +53,7 @@ def report_html(results: Results, drawn: Sequence[Overlay]) -> str:
     return html + "\n"
 
 
-def _facts(results: Results) -> str:
+def _facts(results: EvaluationResults) -> str:
     model, task = results.model, results.task
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return (
@@ -63,7 +63,7 @@ def _facts(results: Results) -> str:
     )
 
 
-def _by_kind(results: Results) -> wording.Table:
+def _by_kind(results: EvaluationResults) -> wording.Table:
     header = ["accuracy by sub-task", *results.kinds]
     rows = [
         [

@@ -17,7 +17,7 @@ from ...core.record import Record
 from ...errors import InputError
 from ..statistics import Estimate
 
-__all__ = ["Comparison", "Gate", "Results", "RowResult", "Speed"]
+__all__ = ["Comparison", "EvaluationResults", "Gate", "RowResult", "Speed"]
 
 SCHEMA_VERSION = 1
 OVERALL, COUNTED = "overall", "counted"
@@ -32,7 +32,7 @@ class RowResult(Record):
         schedule: layers and share of the schedule that it belongs to; empty where it belongs to none.
         spec: what ran, None for the model as it is (a scorer without a registered name stands by its class's name).
         refused: why it could not run here; empty where it did. All fields below are then empty.
-        draws: names of the single runs, keys of `Results.right`.
+        draws: names of the single runs, keys of `EvaluationResults.right`.
         tokens: mean visual tokens of the pictures shown.
         average: mean visual tokens, averaged over the decoder layers.
         flops: mean FLOPs of a prefill with its vision tower, counted; None where the model is not known.
@@ -136,7 +136,7 @@ class Speed(Record):
     batch: int
 
 
-class Results(Record):
+class EvaluationResults(Record):
     """One evaluation.
 
     Attributes:
@@ -192,7 +192,7 @@ class Results(Record):
         return self.model_dump_json(indent=1) + "\n"
 
     @classmethod
-    def load(cls, file: str | Path) -> Results:
+    def load(cls, file: str | Path) -> EvaluationResults:
         """Reads a results file.
 
         Raises:

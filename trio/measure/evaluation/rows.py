@@ -13,7 +13,7 @@ from ...spec import CompressorSpec, Keep, PartSpec, PipelineSpec, StageSpec
 from ...spec.schedule import resolve
 from .floors import Oracle, UniformGrid
 
-__all__ = ["SEEDS", "Row", "Schedule", "none_name", "plan"]
+__all__ = ["SEEDS", "ControlSchedule", "EvaluationRow", "none_name", "plan"]
 
 SEEDS = range(5)
 Control = Literal["full", "no picture", "wrong picture", "none", "uniform", "random", "oracle", "lower resolution"]
@@ -23,7 +23,7 @@ GATE_SHARE, GATE_NEAR = 0.111, 0.015
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ControlSchedule:
     """Where tokens go and how many stay; specs that differ in nothing else share their controls,
     as do those whose counts differ by no more than a token in a typical picture.
 
@@ -59,7 +59,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """One way of answering all questions.
 
     Attributes:
@@ -92,7 +92,7 @@ def plan(
     maps: bool,
     smallest: float,
     entered: dict[str, float] | None = None,
-) -> tuple[list[Row], dict[str, Schedule]]:
+) -> tuple[list[EvaluationRow], dict[str, ControlSchedule]]:
     """All rows of an evaluation.
 
     Args:
@@ -111,12 +111,15 @@ def plan(
         TrioError: a spec does not fit the model.
     """
     layers = len(adapter_for(model).layers)
-    rows = [Row("full", "full", "full"), Row("no picture", "no picture", "no picture", picture="blank")]
-    wrong = Row("wrong picture", "wrong picture", "wrong picture", picture="wrong")
+    rows = [
+        EvaluationRow("full", "full", "full"),
+        EvaluationRow("no picture", "no picture", "no picture", picture="blank"),
+    ]
+    wrong = EvaluationRow("wrong picture", "wrong picture", "wrong picture", picture="wrong")
     if not several_pictures:
         wrong = replace(wrong, refused="there is only one picture")
     rows.append(wrong)
-    schedules: dict[str, Schedule] = {}
+    schedules: dict[str, ControlSchedule] = {}
     for spec in specs:
         try:
             Pipeline.from_spec(spec, model)  # a spec that does not fit is refused before anything runs
@@ -124,7 +127,7 @@ def plan(
             raise type(error)(f"spec {spec.name!r}: {error}") from error
         schedule = _schedule(spec, layers, started, (entered or {}).get(spec.name), schedules.values())
         schedules[schedule.label] = schedule
-        rows.append(Row(spec.name, spec.name, "", schedule.label, spec))
+        rows.append(EvaluationRow(spec.name, spec.name, "", schedule.label, spec))
     for schedule in {one.first: one for one in schedules.values()}.values():
         rows.append(_nothing(schedule))
     for schedule in schedules.values():
@@ -134,13 +137,15 @@ def plan(
         schedules[gate.label] = gate
         for seed in SEEDS:
             floor = gate.with_parts("random", {"name": "random", "seed": seed})
-            rows.append(Row(f"random {seed}, {gate.label}", f"random, {gate.label}", "random", gate.label, floor))
+            rows.append(
+                EvaluationRow(f"random {seed}, {gate.label}", f"random, {gate.label}", "random", gate.label, floor)
+            )
     return rows, schedules
 
 
 def _schedule(
-    spec: PipelineSpec, layers: int, started: int, entered: float | None, known: Iterable[Schedule]
-) -> Schedule:
+    spec: PipelineSpec, layers: int, started: int, entered: float | None, known: Iterable[ControlSchedule]
+) -> ControlSchedule:
     stages = [stage.model_copy(update=_RANDOM) for stage in spec.stages]
     budget = spec.budget
     if spec.compressor is not None:  # the same count, dropped before the first layer
@@ -166,7 +171,7 @@ def _schedule(
     average = resolved.average(started)
     label = f"after {', '.join(map(str, resolved.layers))}: {100 * average / started:.1f}%"
     taken = sum(one.label.partition(" #")[0] == label for one in known)
-    return Schedule(f"{label} #{taken + 1}" if taken else label, tuple(resolved.layers), plain, average, started)
+    return ControlSchedule(f"{label} #{taken + 1}" if taken else label, tuple(resolved.layers), plain, average, started)
 
 
 _RANDOM = {"scorer": PartSpec(name="random"), "selector": PartSpec(name="top-k")}
@@ -191,12 +196,12 @@ def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) ->
     return True
 
 
-def _gate(like: Schedule, layers: int) -> Schedule:
+def _gate(like: ControlSchedule, layers: int) -> ControlSchedule:
     """One stage at the place of the first one that leaves 11.1% there."""
     stage = StageSpec(after_layer=like.first, keep=Keep.parse("11.1%"), **_RANDOM)
     spec = like.spec.model_copy(update={"stages": [stage], "budget": None})
     average = resolve(spec, layers).average(like.started)
-    return Schedule(f"after {like.first}: 11.1% there", (like.first,), spec, average, like.started)
+    return ControlSchedule(f"after {like.first}: 11.1% there", (like.first,), spec, average, like.started)
 
 
 def none_name(first: int) -> str:
@@ -204,18 +209,18 @@ def none_name(first: int) -> str:
     return f"none after layer {first}"
 
 
-def _nothing(schedule: Schedule) -> Row:
+def _nothing(schedule: ControlSchedule) -> EvaluationRow:
     stage = StageSpec(after_layer=schedule.first, keep=Keep.parse(0), **_RANDOM)
     spec = schedule.spec.model_copy(update={"name": "none", "stages": [stage], "budget": None})
     name = none_name(schedule.first)
-    return Row(name, name, "none", "", spec)
+    return EvaluationRow(name, name, "none", "", spec)
 
 
-def _controls(model: Any, schedule: Schedule, maps: bool, smallest: float) -> list[Row]:
+def _controls(model: Any, schedule: ControlSchedule, maps: bool, smallest: float) -> list[EvaluationRow]:
     label = schedule.label
 
-    def row(control: Control, name: str, spec: PipelineSpec | None = None, **more: Any) -> Row:
-        return Row(name, f"{control}, {label}", control, label, spec, **more)
+    def row(control: Control, name: str, spec: PipelineSpec | None = None, **more: Any) -> EvaluationRow:
+        return EvaluationRow(name, f"{control}, {label}", control, label, spec, **more)
 
     rows = [_lower_resolution(model, schedule, smallest, row)]
     rows.append(row("uniform", f"uniform, {label}", schedule.with_parts("uniform", UniformGrid())))
@@ -228,10 +233,10 @@ def _controls(model: Any, schedule: Schedule, maps: bool, smallest: float) -> li
     return rows
 
 
-def _lower_resolution(model: Any, schedule: Schedule, smallest: float, row: Any) -> Row:
+def _lower_resolution(model: Any, schedule: ControlSchedule, smallest: float, row: Any) -> EvaluationRow:
     """A smaller picture with as many tokens in every layer; where the model cannot have one, pooled features."""
     name = f"lower resolution, {schedule.label}"
-    result: Row
+    result: EvaluationRow
     if smallest <= schedule.share:
         result = row("lower resolution", name, picture="small", tokens=schedule.share)
         return result

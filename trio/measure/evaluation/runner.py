@@ -20,11 +20,11 @@ from ...cost.flops import prefill_flops, projector_flops, tower_flops
 from ...errors import TrioError
 from ...pipeline import Pipeline
 from ..answering import decode, generate
-from .answers import Answer, AnswerFiles
+from .answers import AnswerFiles, RowAnswer
 from .floors import Oracle
 from .pictures import Counter, Shown, without_floor
-from .rows import Picture, Row
-from .task import Sample, Task
+from .rows import EvaluationRow, Picture
+from .task import LabelledSample, Task
 
 __all__ = ["Runner"]
 
@@ -56,7 +56,9 @@ class Runner:
         self.batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         self.sizes = list(sizes.values())
 
-    def run(self, rows: Sequence[Row], files: AnswerFiles, progress: Progress | None = None) -> dict[str, list[Answer]]:
+    def run(
+        self, rows: Sequence[EvaluationRow], files: AnswerFiles, progress: Progress | None = None
+    ) -> dict[str, list[RowAnswer]]:
         """All answers of all rows, in the order of the questions.
 
         Args:
@@ -64,9 +66,9 @@ class Runner:
             files: where answers are, and are written.
             progress: told the finished and all batches.
         """
-        found: dict[str, list[Answer]] = {}
+        found: dict[str, list[RowAnswer]] = {}
         done: dict[str, int] = {}
-        first: dict[str, Row] = {}  # rows that do the same are asked once
+        first: dict[str, EvaluationRow] = {}  # rows that do the same are asked once
         for row in rows:
             first.setdefault(_key(row), row)
         for key, row in first.items():
@@ -82,7 +84,7 @@ class Runner:
                     continue
                 texts, tokens, averages, flops = self._ask(row, pipelines.get(key), inputs)
                 answers = [
-                    Answer(question, text, n, average, flops)
+                    RowAnswer(question, text, n, average, flops)
                     for question, text, n, average in zip(batch, texts, tokens, averages, strict=True)
                 ]
                 files.add(row.name, key, answers)
@@ -92,7 +94,7 @@ class Runner:
                     progress(finished, total)
         return {row.name: sorted(found[_key(row)], key=lambda answer: answer.question) for row in rows}
 
-    def pipeline(self, row: Row) -> Pipeline:
+    def pipeline(self, row: EvaluationRow) -> Pipeline:
         """The pipeline of a row."""
         assert row.spec is not None
         return Pipeline.from_spec(row.spec, self.model)
@@ -108,7 +110,7 @@ class Runner:
         return max(self.small.smallest(size) / self.counter.of_size(size) for size in some)
 
     def generate(
-        self, inputs: Any, samples: Sequence[Sample], pipeline: Pipeline | None, new_tokens: int
+        self, inputs: Any, samples: Sequence[LabelledSample], pipeline: Pipeline | None, new_tokens: int
     ) -> torch.Tensor:
         """Greedy tokens of a batch, without the prompt."""
         if pipeline is not None:
@@ -116,7 +118,7 @@ class Runner:
         return generate(self.model, inputs, pipeline, max_new_tokens=new_tokens)
 
     def _ask(
-        self, row: Row, pipeline: Pipeline | None, batch: _Inputs
+        self, row: EvaluationRow, pipeline: Pipeline | None, batch: _Inputs
     ) -> tuple[list[str], list[int], list[float], float | None]:
         inputs = batch.inputs(row)
         tower = None if pipeline is not None and pipeline.reads_tower else self.adapter.vision_tower
@@ -149,13 +151,13 @@ class Runner:
 class _Inputs:
     """One batch, made ready when a row needs it."""
 
-    def __init__(self, runner: Runner, samples: Sequence[Sample]) -> None:
+    def __init__(self, runner: Runner, samples: Sequence[LabelledSample]) -> None:
         self.samples = samples
         self._runner = runner
         self._inputs: dict[tuple[str, float], Any] = {}
         self._seen: dict[tuple[str, float], list[Any]] = {}
 
-    def inputs(self, row: Row) -> Any:
+    def inputs(self, row: EvaluationRow) -> Any:
         which = (row.picture, row.tokens)
         if which not in self._inputs:
             runner = self._runner
@@ -164,12 +166,12 @@ class _Inputs:
             self._inputs[which] = runner.inputs(prompts, row.picture)
         return self._inputs[which]
 
-    def seen(self, row: Row) -> list[Any]:
+    def seen(self, row: EvaluationRow) -> list[Any]:
         """What the vision tower gave for these pictures, call by call; empty at first."""
         return self._seen.setdefault((row.picture, row.tokens), [])
 
 
-def show(pipeline: Pipeline, samples: Sequence[Sample]) -> None:
+def show(pipeline: Pipeline, samples: Sequence[LabelledSample]) -> None:
     """Tells the oracles of a pipeline what is asked."""
     for stage in pipeline.spec.stages:
         if isinstance(stage.scorer.obj, Oracle):
@@ -212,7 +214,7 @@ def _shape(model: Any) -> tuple[ModelShape | None, str]:
         return None, f"FLOPs are not counted: {error}"
 
 
-def _key(row: Row) -> str:
+def _key(row: EvaluationRow) -> str:
     """What the answers of a row depend on, beside the header."""
     spec: Mapping[str, Any] = {} if row.spec is None else row.spec.model_dump(mode="json")
     return json.dumps([spec, row.picture, row.tokens], sort_keys=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..answering import wait
 from .results import Speed
-from .rows import Row
+from .rows import EvaluationRow
 from .runner import Runner
 
 __all__ = ["measure"]
@@ -18,7 +18,7 @@ __all__ = ["measure"]
 BATCH = 8
 
 
-def measure(runner: Runner, rows: Sequence[Row], rounds: int) -> dict[str, Speed]:
+def measure(runner: Runner, rows: Sequence[EvaluationRow], rounds: int) -> dict[str, Speed]:
     """Medians over rounds, by the rows' names in tables; the first round is not counted.
 
     Args:

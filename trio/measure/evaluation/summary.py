@@ -20,9 +20,9 @@ from ..statistics import (
     scenes_to_reject,
     smallest_p,
 )
-from .answers import Answer
+from .answers import RowAnswer
 from .results import COUNTED, OVERALL, Comparison, Gate, RowResult
-from .rows import GATE_NEAR, GATE_SHARE, Row, Schedule, none_name
+from .rows import GATE_NEAR, GATE_SHARE, ControlSchedule, EvaluationRow, none_name
 from .task import Task
 
 __all__ = ["Summary", "right_of"]
@@ -35,7 +35,7 @@ FLOORS = ("random", "uniform", "lower resolution")
 _NO_DRAW = np.zeros(0)
 
 
-def right_of(task: Task, answers: Sequence[Answer]) -> str:
+def right_of(task: Task, answers: Sequence[RowAnswer]) -> str:
     """Which questions were answered right, one character each."""
     return "".join("01"[s.is_right(a.text)] for s, a in zip(task.samples, answers, strict=True))
 
@@ -44,7 +44,7 @@ def right_of(task: Task, answers: Sequence[Answer]) -> str:
 class _Group:
     """The draws of one row of the table."""
 
-    row: Row
+    row: EvaluationRow
     draws: list[str]
     values: NDArray[np.float64]
 
@@ -55,9 +55,9 @@ class Summary:
     def __init__(
         self,
         task: Task,
-        rows: Sequence[Row],
-        schedules: Mapping[str, Schedule],
-        answers: Mapping[str, Sequence[Answer]],
+        rows: Sequence[EvaluationRow],
+        schedules: Mapping[str, ControlSchedule],
+        answers: Mapping[str, Sequence[RowAnswer]],
         *,
         baseline: str | None = None,
         margin: float = 1.0,
@@ -154,7 +154,7 @@ class Summary:
             **common,
         )
 
-    def _first(self, row: Row) -> int:
+    def _first(self, row: EvaluationRow) -> int:
         """Layer of the first stage; for the full model that of the first spec."""
         for first in {one.first for one in self._schedules.values()}:
             if row.name == none_name(first):
@@ -247,7 +247,7 @@ def _percent(found: Estimate) -> Estimate:
     return found.scaled(100, 3)
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: EvaluationRow) -> dict[str, Any]:
     """A spec as plain data; parts that are objects stand by their class's name."""
     assert row.spec is not None
     data: dict[str, Any] = row.spec.model_dump(mode="json", exclude_defaults=True)

@@ -22,7 +22,7 @@ from ...errors import InputError
 from ..jsonlines import read_lines
 from .results import COUNTED, OVERALL
 
-__all__ = ["Sample", "Task", "jsonl", "normalise"]
+__all__ = ["LabelledSample", "Task", "jsonl", "normalise"]
 
 Text = Annotated[str, Field(pattern=r"\S")]
 _FORM = (
@@ -46,7 +46,7 @@ _SHAPE = TypeAdapter(_Line)
 
 
 @dataclass(frozen=True)
-class Sample:
+class LabelledSample:
     """A question about a picture.
 
     Attributes:
@@ -94,7 +94,7 @@ class Task:
 
     name: str
     version: int
-    samples: tuple[Sample, ...]
+    samples: tuple[LabelledSample, ...]
     max_new_tokens: int
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -151,7 +151,7 @@ def jsonl(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 3
     return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "pictures": pictures})
 
 
-def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> Sample:
+def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> LabelledSample:
     picture = folder / row.image
     if not os.path.isfile(picture):  # unlike Path's, False for a name that is too long
         raise InputError(f"{place}: there is no picture {str(picture)!r}; paths start at the file's folder.")
@@ -159,4 +159,4 @@ def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> Sa
         raise InputError(f"{place}: the results use the name {row.kind!r} for several sub-tasks; give another `kind`.")
     scene = scenes.setdefault(picture.resolve(), len(scenes))
     answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
-    return Sample(picture.resolve(), row.question, answers, row.kind, scene)
+    return LabelledSample(picture.resolve(), row.question, answers, row.kind, scene)

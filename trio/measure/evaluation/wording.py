@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..statistics import Estimate
-from .results import COUNTED, OVERALL, Comparison, Results, RowResult
+from .results import COUNTED, OVERALL, Comparison, EvaluationResults, RowResult
 
 __all__ = ["comparison_table", "findings", "gate_table", "main_table", "ordered", "short_table", "tables"]
 
@@ -15,12 +15,12 @@ LEVEL = 0.05
 CONTROLS = ("random", "uniform", "lower resolution", "oracle")
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: EvaluationResults) -> list[Table]:
     """Title, header and rows of every table."""
     return [main_table(results), gate_table(results), comparison_table(results)]
 
 
-def ordered(results: Results) -> list[RowResult]:
+def ordered(results: EvaluationResults) -> list[RowResult]:
     """Full, then each schedule's specs and controls, then what no choice of tokens can change."""
     ends = ("none", "wrong picture", "no picture")
     found = [results.row("full")]
@@ -31,7 +31,7 @@ def ordered(results: Results) -> list[RowResult]:
     return found + [row for control in ends for row in results.rows if row.control == control]
 
 
-def main_table(results: Results) -> Table:
+def main_table(results: EvaluationResults) -> Table:
     """One row a spec or control, with everything."""
     header = ["row", "tokens", "average", "GFLOPs", "accuracy", "counted", "retained", "first token", "answer"]
     rows = []
@@ -44,7 +44,7 @@ def main_table(results: Results) -> Table:
     return _title(results), header, rows
 
 
-def short_table(results: Results) -> Table:
+def short_table(results: EvaluationResults) -> Table:
     """The same for a terminal: controls stand below the schedule that they belong to."""
     header = ["", "tokens", "GFLOPs", "accuracy", "retained", "1st token", "answer"]
     rows, schedule = [], ""
@@ -62,7 +62,7 @@ def short_table(results: Results) -> Table:
     return _title(results), header, rows
 
 
-def _title(results: Results) -> str:
+def _title(results: EvaluationResults) -> str:
     return f"{results.model['name']}: {_asked(results)}"
 
 
@@ -76,7 +76,7 @@ def _retained(row: RowResult) -> Estimate | None:
     return row.retained.get(COUNTED, row.retained[OVERALL])
 
 
-def _times(results: Results, row: RowResult) -> tuple[str, str]:
+def _times(results: EvaluationResults, row: RowResult) -> tuple[str, str]:
     """Time to the first token, and how many times faster a whole answer is than the full model's."""
     speed, full = results.speed.get(row.name), results.speed.get("full")
     if speed is None or full is None:
@@ -88,7 +88,7 @@ def _short(value: Estimate) -> str:
     return f"{value.mean:.1f} ({value.low:.0f}-{value.high:.0f})"
 
 
-def gate_table(results: Results) -> Table:
+def gate_table(results: EvaluationResults) -> Table:
     """Which sub-tasks count, and why others do not."""
     header = [
         "sub-task, layers before the first stage",
@@ -112,7 +112,7 @@ def gate_table(results: Results) -> Table:
     return "Validity gate (90, 30, 10, 10): sub-tasks that measure the choice of tokens", header, rows
 
 
-def comparison_table(results: Results) -> Table:
+def comparison_table(results: EvaluationResults) -> Table:
     """Every row against its baseline."""
     header = ["row - baseline, points", "difference", "p (Holm)", "baseline worse by the margin, p (Holm)", "power"]
     rows = [
@@ -129,7 +129,7 @@ def comparison_table(results: Results) -> Table:
     return f"Paired differences, clustered by scene; margin {margin:g} points", header, rows
 
 
-def findings(results: Results) -> Iterator[str]:
+def findings(results: EvaluationResults) -> Iterator[str]:
     """What the numbers say, negative findings too, made from the numbers alone."""
     counted = {
         gate.first: [g.kind for g in results.gates if g.first == gate.first and g.passes] for gate in results.gates
@@ -185,7 +185,7 @@ def _verdict(one: Comparison) -> str:
     return f"{text}; {one.baseline} is {'' if proved else 'not shown to be '}non-inferior by {margin}."
 
 
-def _asked(results: Results) -> str:
+def _asked(results: EvaluationResults) -> str:
     task = results.task
     split = f" {task['split']}" if "split" in task else ""
     return f"{task['name']}{split}, {task['questions']} questions on {task['scenes']} pictures; percent, 95% intervals"

@@ -5,7 +5,7 @@ at the same places (the floor), and compares the answers.
 """
 
 from .measure import measure
-from .report import FidelityReport, Row, SpecFidelity
-from .samples import DESCRIBE, Sample, read_samples
+from .report import FidelityReport, FidelityRow, SpecFidelity
+from .samples import DESCRIBE, PromptSample, read_samples
 
-__all__ = ["DESCRIBE", "FidelityReport", "Row", "Sample", "SpecFidelity", "measure", "read_samples"]
+__all__ = ["DESCRIBE", "FidelityReport", "FidelityRow", "PromptSample", "SpecFidelity", "measure", "read_samples"]

@@ -17,7 +17,7 @@ from ..extras import require
 from .compare import compare
 from .floor import random_floor
 from .report import Asked, FidelityReport, SpecFidelity
-from .samples import Sample
+from .samples import PromptSample
 from .ways import Pair, Way, gain, middle
 
 #: Draws of the floor; batches take them in turn, because prompts that are alike draw alike.
@@ -36,7 +36,7 @@ def measure(
     model: Any,
     processor: Any,
     specs: SpecSource | Sequence[SpecSource],
-    samples: Sequence[Sample],
+    samples: Sequence[PromptSample],
     *,
     max_new_tokens: int = 32,
     batch_size: int = 4,
@@ -149,7 +149,7 @@ class _Run:
         for way, other in zip(self.ways, others, strict=True):
             way.add(other, compare(full.logits, other.logits, full.texts, other.texts), self.shape)
 
-    def report(self, samples: Sequence[Sample], batch_size: int, name: str) -> FidelityReport:
+    def report(self, samples: Sequence[PromptSample], batch_size: int, name: str) -> FidelityReport:
         """Everything, with intervals."""
         pictures = [sample.name for sample in samples]
         distinct = len(set(pictures))

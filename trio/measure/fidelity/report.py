@@ -36,7 +36,7 @@ class Likenesses(Record):
     edit: Estimate
 
 
-class Row(Record):
+class FidelityRow(Record):
     """One way of compressing.
 
     Attributes:
@@ -77,8 +77,8 @@ class SpecFidelity(Record):
         gain: agreement of the spec minus that of the floor, on the same samples. Below zero for `kl` is better.
     """
 
-    spec: Row
-    floor: Row
+    spec: FidelityRow
+    floor: FidelityRow
     gain: Likenesses
 
 
@@ -130,7 +130,7 @@ class FidelityReport(Document):
         """Number of samples."""
         return len(self.asked)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[FidelityRow]:
         """Every spec followed by its floor."""
         return [row for result in self.results for row in (result.spec, result.floor)]
 

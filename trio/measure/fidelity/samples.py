@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 
 
 @dataclass(frozen=True)
-class Sample:
+class PromptSample:
     """One prompt about one picture.
 
     Attributes:
@@ -52,7 +52,7 @@ class Sample:
 
 def read_samples(
     images: Path, prompts: Path | Sequence[str] | None = None, *, limit: int | None = None
-) -> list[Sample]:
+) -> list[PromptSample]:
     """Samples from a folder of pictures.
 
     Args:
@@ -83,7 +83,7 @@ def read_samples(
     for file in kept:
         _check(file)
     chosen = set(kept)
-    return [Sample(file, text, file.name) for file, text in pairs if file in chosen]
+    return [PromptSample(file, text, file.name) for file, text in pairs if file in chosen]
 
 
 def _lines(file: Path) -> list[str]:

@@ -14,7 +14,7 @@ from ...spec import PipelineSpec
 from ..answering import BatchAnswers, GreedyAnswerer
 from ..statistics import Bootstrap
 from .compare import Likeness
-from .report import Likenesses, Row, Times
+from .report import FidelityRow, Likenesses, Times
 
 #: Seconds to the first token and to the end, of one batch.
 Pair = tuple[float, float]
@@ -80,7 +80,7 @@ class Way:
         self.likenesses += likenesses
         self.texts += answered.texts
 
-    def row(self, pictures: Sequence[str], full: Sequence[Pair]) -> Row:
+    def row(self, pictures: Sequence[str], full: Sequence[Pair]) -> FidelityRow:
         """What was found, with intervals over pictures; `full` are the times of the full model on the same batches."""
         count = len(self.likenesses)
         notes = [*self.tokens.notes, *([f"FLOPs are not known: {self.tokens.unknown}"] if self.tokens.unknown else [])]
@@ -89,7 +89,7 @@ class Way:
         except TrioError as error:
             plain = None
             notes.append(f"the spec cannot be written down: {error}")
-        return Row(
+        return FidelityRow(
             name=self.spec.name,
             spec=plain,
             agreement=agreement(self.likenesses, pictures),

@@ -18,7 +18,7 @@ from itertools import count, islice
 from typing import Any, Literal
 
 from ...errors import InputError
-from ..evaluation.task import Sample, Task
+from ..evaluation.task import LabelledSample, Task
 from .questions import KINDS, Question
 from .scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
 from .views import varied_scene
@@ -85,7 +85,7 @@ def shapesvqa(
     asker, samples = _Asker(), []
     for index, scene in enumerate(islice(drawn_scenes(split, canvas, seed), scenes)):
         for kind, question in asker.ask(scene, seed):
-            sample = Sample(
+            sample = LabelledSample(
                 scene.image, question.text, (question.answer,), kind, index, scene.item_map, tuple(question.about)
             )
             samples.append(sample)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ... import DISTRIBUTION
 from ...errors import InputError
-from ..fidelity.report import Row
+from ..fidelity.report import FidelityRow
 from .report import TuningReport, cost_of, quality_of
 from .target import COSTS, QUALITIES, parse_target
 
@@ -82,7 +82,7 @@ def draw(report: TuningReport, file: Path) -> None:
         ) from error
 
 
-def _judged(axes: Any, row: Row, quality: str, label: str, colour: str, marker: str) -> None:
+def _judged(axes: Any, row: FidelityRow, quality: str, label: str, colour: str, marker: str) -> None:
     found = quality_of(row, quality)
     assert found is not None  # a report's quality is one
     value = 100 * found.mean

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.record import Document, Record
-from ..fidelity.report import FidelityReport, Row
+from ..fidelity.report import FidelityReport, FidelityRow
 from ..statistics import Estimate
 from .target import Bound, parse_target
 
@@ -102,13 +102,13 @@ def _says(bound: Bound, found: Estimate) -> str:
     return "missed by the mean, but the interval reaches it"
 
 
-def quality_of(row: Row, metric: str) -> Estimate | None:
+def quality_of(row: FidelityRow, metric: str) -> Estimate | None:
     """A quality of `trio.measure.tuning.target` in a row; None for a cost."""
     found = row.agreement
     return {"agreement": found.top1, "answers": found.exact, "similarity": found.edit}.get(metric)
 
 
-def cost_of(row: Row, metric: str) -> float:
+def cost_of(row: FidelityRow, metric: str) -> float:
     """A cost of `trio.measure.tuning.target` in a row; FLOPs that are not known are tokens, as in the search."""
     if metric == "speed":
         return row.speedup.first_token

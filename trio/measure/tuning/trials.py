@@ -17,7 +17,7 @@ from ...scorers.base import Scorer
 from ...spec import PipelineSpec, load_spec
 from ..answering import BatchAnswers, GreedyAnswerer
 from ..fidelity.compare import Likeness, compare
-from ..fidelity.samples import Sample
+from ..fidelity.samples import PromptSample
 from ..fidelity.ways import Tokens
 
 #: Turns of the full and the compressed model where times are asked for; the median of their ratios counts.
@@ -42,7 +42,9 @@ class Found:
 class Judge:
     """Knows the full model's answers to the samples of the search."""
 
-    def __init__(self, answerer: GreedyAnswerer, samples: Sequence[Sample], *, batch_size: int, timed: bool) -> None:
+    def __init__(
+        self, answerer: GreedyAnswerer, samples: Sequence[PromptSample], *, batch_size: int, timed: bool
+    ) -> None:
         """Asks the full model once.
 
         Args:

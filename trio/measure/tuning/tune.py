@@ -13,7 +13,7 @@ from ...errors import BudgetError, InputError
 from ...spec import PipelineSpec, load_spec
 from ..answering import GreedyAnswerer
 from ..extras import require
-from ..fidelity import FidelityReport, Sample, measure
+from ..fidelity import FidelityReport, PromptSample, measure
 from .report import Candidate, TuningReport, cost_of, quality_of
 from .space import Space
 from .study import Sampler, Study, front, optuna
@@ -24,7 +24,7 @@ from .trials import Judge
 def tune(
     model: Any,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Sequence[PromptSample],
     *,
     target: str | Sequence[str] | Target,
     trials: int = 60,
@@ -126,7 +126,7 @@ def best_spec(report: TuningReport) -> PipelineSpec:
     return load_spec(report.spec)
 
 
-def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[list[PromptSample], list[PromptSample]]:
     """Samples for the search, and those that it does not see; a picture's samples stay together.
 
     Raises:
@@ -184,11 +184,11 @@ def _described(
     return spec.model_copy(update=update)
 
 
-def _names(samples: Sequence[Sample]) -> list[str]:
+def _names(samples: Sequence[PromptSample]) -> list[str]:
     return list(dict.fromkeys(sample.name for sample in samples))
 
 
-def _fingerprint(samples: Sequence[Sample]) -> str:
+def _fingerprint(samples: Sequence[PromptSample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         picture = sample.load()
