@@ -29,35 +29,42 @@ def minors() -> list[str]:
     return [f"{major}.{minor}" for major, minor in sorted(pairs) if (major, minor) >= LOWEST and major == LOWEST[0]]
 
 
+def families() -> list[str]:
+    """The model types that have a tiny model, through their adapters."""
+    from trio.adapters.find import tiny_families
+
+    return sorted(tiny_families())
+
+
 def measure() -> dict[str, Any]:
     """Checks by family and promise: how many hold, of how many, and what those that do not say."""
     import torch
     import transformers
 
     from trio.adapters import adapter_for
-    from trio.adapters.tiny import TINY
+    from trio.adapters.find import tiny_families
     from trio.core.upstream import default_model, silenced
     from trio.errors import UnsupportedModelError
     from trio.runtime.canary import tiny_of
     from trio.testing import PROMISES, check_adapter
 
     torch.set_num_threads(1)
-    families: dict[str, Any] = {}
-    begin = time.monotonic()
-    for name, tiny_config in sorted(TINY.items()):
+    measured: dict[str, Any] = {}
+    begin, makers = time.monotonic(), tiny_families()
+    for name in families():
         with warnings.catch_warnings(), silenced():
             warnings.simplefilter("ignore")
             try:
                 cls, config = default_model(name)
             except UnsupportedModelError:
-                families[name] = None  # the release does not have it
+                measured[name] = None  # the release does not have it
                 continue
-            tiny = tiny_of(adapter_for(cls(tiny_config(config)).eval()))
+            tiny = tiny_of(adapter_for(cls(makers[name].tiny_config(config)).eval()))
             model: Any = tiny.backbone.model
             model.generation_config.suppress_tokens = list(tiny.unwritten)
             found = check_adapter(model, tiny.inputs, raise_on_failure=False)
         by_promise = {promise: [c for c in found if c.promise == promise] for promise in PROMISES}
-        families[name] = {
+        measured[name] = {
             "checks": {promise: [sum(c.passed for c in checks), len(checks)] for promise, checks in by_promise.items()},
             "broken": [str(check) for check in found.failures],
         }
@@ -66,7 +73,7 @@ def measure() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "families": families,
+        "families": measured,
     }
 
 
