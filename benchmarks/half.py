@@ -51,7 +51,7 @@ def shapes(tokens: int, layers: int) -> dict[str, list[dict[str, Any]]]:
 
 def chosen(model: Any, processor: Any, pipeline: trio.Pipeline, samples: Sequence[LabelledSample]) -> list[set[int]]:
     """The tokens that each sample has left."""
-    inputs = batch_for(processor, [([one.picture()], one.question) for one in samples])
+    inputs = batch_for(processor, [([one.load()], one.question) for one in samples])
     with pipeline, torch.no_grad():
         model(**inputs.to(dtype=model.dtype))
     return [set(images[0]) for images in pipeline.report.selection()[-1]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import transformers
 from support.families import FAMILIES, IMAGE_TOKEN, PATCH, TILE, family
 from support.models import text_config
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from trio.adapters import families
+from trio.cli import app
 from trio.core.prompts import Prompt
 from trio.core.upstream import cache_of
 from trio.cost import CostPrediction, predict, shape_of
@@ -106,3 +110,12 @@ def test_a_shape_needs_no_model(name: str) -> None:
     again = type(config).from_dict(config.to_dict())
     assert shape_of(again) == shape_of(config)
     assert shape_of(again).name == config.model_type
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "idefics3"])
+def test_show_reads_a_folder_with_a_configuration(name: str, tmp_path: Path) -> None:
+    config_of(name).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["show", "trio-soft-11", "--model", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.stderr
+    cost = json.loads(result.stdout)["cost"]
+    assert cost["full"]["flops"]["tower"] > 0 and cost["full"]["kv_bytes"] > cost["compressed"]["kv_bytes"] > 0

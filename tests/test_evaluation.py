@@ -229,7 +229,7 @@ def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> 
     samples = [sample for sample in task.samples if sample.kind in ("corner", "relation", "number")][:4]
     spec = PipelineSpec.parse({"stages": [{"after_layer": 0, "keep": 24, "scorer": Oracle(), "selector": "top-k"}]})
     pipeline = trio.Pipeline.from_spec(spec, model)
-    inputs = runner.inputs([([s.picture()], s.question) for s in samples], "own")
+    inputs = runner.inputs([([s.load()], s.question) for s in samples], "own")
     runner.generate(inputs, samples, pipeline, 1)
     for sample, report in zip(samples, pipeline.report.samples, strict=True):
         assert sample.item_map is not None
@@ -240,13 +240,13 @@ def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> 
             assert set(np.nonzero(share > 0.5)[0]) <= kept
         assert len(kept) == 24
     with pytest.raises(trio.InputError, match=r"1 prompts and 4 questions.*show"), pipeline:
-        model(**runner.inputs([([samples[0].picture()], "?")], "own"))
+        model(**runner.inputs([([samples[0].load()], "?")], "own"))
 
 
 def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None:
     runner = Runner(*loaded, task, 1)
     sample = task.samples[0]
-    inputs = runner.inputs([([sample.picture()], sample.question)], "own")
+    inputs = runner.inputs([([sample.load()], sample.question)], "own")
     kept = {}
     for keep in (4, 16, 64):
         stage = trio.Stage(after_layer=0, keep=keep, scorer=UniformGrid(), selector="top-k")
@@ -297,10 +297,10 @@ def test_smaller_pictures_have_the_tokens_asked_for(size: tuple[int, int], wante
 def test_each_row_sees_its_picture(task: Task) -> None:
     shown = Shown(task, Patches(), Patches())
     sample, other = task.samples[0], task.samples[-1]
-    assert shown.picture(sample, "own", 0).tobytes() == sample.picture().tobytes()
-    assert shown.picture(sample, "wrong", 0).tobytes() == other.picture().tobytes() != sample.picture().tobytes()
+    assert shown.picture(sample, "own", 0).tobytes() == sample.load().tobytes()
+    assert shown.picture(sample, "wrong", 0).tobytes() == other.load().tobytes() != sample.load().tobytes()
     blank = shown.picture(sample, "blank", 0)
-    assert blank.size == sample.picture().size and blank.getcolors() == [(168 * 168, (128, 128, 128))]
+    assert blank.size == sample.load().size and blank.getcolors() == [(168 * 168, (128, 128, 128))]
     small = shown.picture(sample, "small", 4 / 36)
     assert Patches().of_size(small.size) == 4
 
@@ -343,7 +343,7 @@ def test_the_remembered_tower_changes_no_answer(loaded: Loaded, task: Task, tmp_
         pipeline = runner.pipeline(row) if row.spec is not None else None
         for batch in runner.batches:
             samples = [task.samples[i] for i in batch]
-            inputs = runner.inputs([([s.picture()], s.question) for s in samples], "own")
+            inputs = runner.inputs([([s.load()], s.question) for s in samples], "own")
             out = runner.generate(inputs, samples, pipeline, task.max_new_tokens)
             texts = [text.strip() for text in loaded[1].batch_decode(out, skip_special_tokens=True)]
             assert [found[row.name][i].text for i in batch] == texts
@@ -380,7 +380,7 @@ def test_questions_from_a_file(tmp_path: Path) -> None:
     file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
     task = jsonl(file)
     assert [(s.kind, s.scene) for s in task.samples] == [("all", 0), ("place", 1), ("all", 0)]
-    assert task.samples[1].is_right("Left") and task.samples[1].picture().size == (20, 10)
+    assert task.samples[1].is_right("Left") and task.samples[1].load().size == (20, 10)
     assert task.kinds == ["all", "place"] and task.scenes == 2
     assert len(jsonl(file, limit=1).samples) == 1
     assert jsonl(file).fingerprint() == task.fingerprint() != jsonl(file, limit=2).fingerprint()
@@ -395,7 +395,7 @@ def test_questions_from_a_file(tmp_path: Path) -> None:
         ('{"image": "a.png", "question": "?", "answer": []}', r"line 1: 'answer': found \[\]"),
         ('{"image": "a.png", "question": " ", "answer": "x"}', r"line 1: 'question': found ' '"),
         ('{"image": "a.png", "question": "?", "answer": "x", "kind": "overall"}', r"line 1: .*the name 'overall'"),
-        ('{"image": "none.png", "question": "?", "answer": "x"}', r"line 1: there is no picture .*none\.png"),
+        ('{"image": "none.png", "question": "?", "answer": "x"}', r"line 1: there is no image .*none\.png"),
         ("", r"is empty; write one JSON object"),
     ],
 )

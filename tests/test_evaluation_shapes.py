@@ -50,12 +50,12 @@ def test_the_questions_do_not_change_between_releases(split: str, canvas: Canvas
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(task: Task, canvas: Canvas) -> None:
     few = shapesvqa(limit=10, canvas=canvas)
     assert [s.question for s in few.samples] == [s.question for s in task.samples[: len(few.samples)]]
-    assert few.samples[-1].picture().tobytes() == task.samples[len(few.samples) - 1].picture().tobytes()
+    assert few.samples[-1].load().tobytes() == task.samples[len(few.samples) - 1].load().tobytes()
 
 
 def test_splits_share_no_picture() -> None:
     some = [shapesvqa(split, limit=20) for split in ("test", "validation", "novel")]
-    pictures = [{sample.picture().tobytes() for sample in one.samples} for one in some]
+    pictures = [{sample.load().tobytes() for sample in one.samples} for one in some]
     assert [len(one) for one in pictures] == [20, 20, 20]
     assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
 

@@ -109,7 +109,7 @@ def test_shares_with_one_prompt_a_picture_are_wilson_s() -> None:
 
 
 def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
-    values = [float(i % 2) for i in range(20) for _ in range(10)]  # within a picture all alike
+    values = [float(i % 2) for i in range(20) for _ in range(10)]  # within an image all alike
     together = Bootstrap([i // 10 for i in range(200)]).share(values)
     apart = Bootstrap(range(200)).number(values)
     assert together.method == apart.method == "bootstrap"
@@ -117,7 +117,7 @@ def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
 
 
 def test_full_agreement_still_has_an_interval() -> None:
-    found = Bootstrap([i // 3 for i in range(30)]).share([1.0] * 30)  # ten pictures, not thirty samples
+    found = Bootstrap([i // 3 for i in range(30)]).share([1.0] * 30)  # ten images, not thirty samples
     assert found.method == "wilson"
     assert (found.mean, found.low, found.high) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-3)
 
@@ -175,7 +175,7 @@ def test_two_specs_of_one_name_are_told_apart(report: FidelityReport) -> None:
 
 def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, asked: list[PromptSample]) -> None:
     assert report.samples == len(asked) == 14
-    assert report.pictures == len({sample.name for sample in asked})
+    assert report.images == len({sample.name for sample in asked})
     for row in report.rows():
         same = [one.answers[row.name] == one.full for one in report.asked]
         assert row.agreement.exact.mean == pytest.approx(sum(same) / 14)
@@ -219,7 +219,7 @@ def test_times_are_measured_of_every_row(report: FidelityReport) -> None:
 def test_report_comes_back_from_json(report: FidelityReport) -> None:
     assert FidelityReport.from_json(report.to_json()) == report
     summary = report.summary()
-    assert "14 prompts on 3 pictures" in summary or f"{report.pictures} pictures" in summary
+    assert "14 prompts on 3 images" in summary or f"{report.images} images" in summary
     assert "trio-11, random" in summary and "too few" in summary
 
 
@@ -257,11 +257,11 @@ def test_wrong_arguments(tiny: tuple[Any, Any], asked: list[PromptSample]) -> No
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    images = tmp_path / "pictures"
+    images = tmp_path / "images"
     images.mkdir()
     for number, name in enumerate(["b.png", "a.jpg", "c.webp"]):
         Image.new("RGB", (168, 168), (40 * number, 200, 30)).save(images / name)
-    (images / "notes.txt").write_text("no picture")
+    (images / "notes.txt").write_text("no image")
     return images
 
 
@@ -293,7 +293,7 @@ def test_pairs_from_json_lines(folder: Path, tmp_path: Path) -> None:
         ("{", "line 1: no JSON"),
         ('{"image": "a.jpg"}', "line 1: 'prompt' is missing"),
         ('{"image": "a.jpg", "prompt": 3}', "line 1: 'prompt': found 3"),
-        ('{"image": "a.jpg", "prompt": "x"}\n{"image": "z.png", "prompt": "x"}', "line 2: there is no picture"),
+        ('{"image": "a.jpg", "prompt": "x"}\n{"image": "z.png", "prompt": "x"}', "line 2: there is no image"),
         ('{"image": "a.jpg", "prompt": " "}', "an empty one"),
         ("", "there is none"),
     ],
@@ -310,13 +310,13 @@ def test_wrong_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for images, prompts, message in (
         (tmp_path / "missing", None, "there is no such folder"),
-        (tmp_path / "empty", None, "no picture in this folder"),
+        (tmp_path / "empty", None, "no image in this folder"),
         (folder, tmp_path / "missing.txt", "cannot be read .*No such file"),
         (folder, tmp_path / "empty.txt", "the file is empty"),
     ):
         with pytest.raises(InputError, match=message):
             read_samples(images, prompts)
-    (folder / "broken.png").write_bytes(b"no picture at all")
+    (folder / "broken.png").write_bytes(b"no image at all")
     with pytest.raises(InputError, match=r"broken\.png.*not an image"):
         read_samples(folder)
 
@@ -336,12 +336,12 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "mine" in result.stdout and "random" in result.stdout and "95% interval" in result.stdout
     found = FidelityReport.from_json(out.read_text())
-    assert found.samples == found.pictures == 5
+    assert found.samples == found.images == 5
     assert [one.spec.name for one in found.results] == ["trio-11", "mine"]
     assert found.model == "tiny-llava"
     result = trio_("fidelity", "tiny-llava", "--images", folder, "--limit", 1, "--max-new-tokens", 1, "--json")
     printed = FidelityReport.from_json(result.stdout)  # one object and nothing else
-    assert printed.pictures == 1 and [one.spec.name for one in printed.results] == [trio.DEFAULT_SPEC]
+    assert printed.images == 1 and [one.spec.name for one in printed.results] == [trio.DEFAULT_SPEC]
 
 
 @pytest.mark.parametrize(
@@ -380,4 +380,4 @@ def test_the_page_shows_the_committed_result(monkeypatch: pytest.MonkeyPatch, tm
     assert code is not None
     names: dict[str, Any] = {}
     exec(compile(code[1].replace("scenes=40", "scenes=3"), "docs/fidelity.md", "exec"), names)
-    assert names["report"].pictures == 2
+    assert names["report"].images == 2

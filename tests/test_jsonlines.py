@@ -161,8 +161,8 @@ def test_names_of_pictures_that_no_system_has(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 5000):
         file = tmp_path / "q.jsonl"
         file.write_text(json.dumps({"image": name, "question": "?", "answer": "x", "prompt": "?"}))
-        with pytest.raises(trio.InputError, match="line 1: there is no picture"):
+        with pytest.raises(trio.InputError, match="line 1: there is no image"):
             read_samples(tmp_path, file)
         file.write_text(json.dumps({"image": name, "question": "?", "answer": "x"}))
-        with pytest.raises(trio.InputError, match="line 1: there is no picture"):
+        with pytest.raises(trio.InputError, match="line 1: there is no image"):
             jsonl(file)

@@ -1,4 +1,4 @@
-"""Tuning: targets, the space of specs, a search that can be stopped, the choice, and the verdict on unseen pictures."""
+"""Tuning: targets, the space of specs, a search that can be stopped, the choice, and the verdict on unseen images."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def test_front_is_what_nothing_dominates(points: list[tuple[int, int, int]]) -> 
 
 
 def test_split_is_by_picture_and_seeded() -> None:
-    picture = Image.new("RGB", (8, 8))
-    samples = [PromptSample(picture, f"q{i}", f"p{i // 3}") for i in range(30)]
+    image = Image.new("RGB", (8, 8))
+    samples = [PromptSample(image, f"q{i}", f"p{i // 3}") for i in range(30)]
     seen, unseen = split(samples, 0.3, 0)
     assert {s.name for s in seen}.isdisjoint(s.name for s in unseen)
     assert len({s.name for s in unseen}) == 3 and len(seen) + len(unseen) == 30
@@ -169,7 +169,7 @@ def test_split_is_by_picture_and_seeded() -> None:
 
 def test_wrong_splits() -> None:
     samples = [PromptSample(Image.new("RGB", (8, 8)), f"q{i}", "one") for i in range(3)]
-    with pytest.raises(InputError, match="1 pictures cannot be split"):
+    with pytest.raises(InputError, match="1 images cannot be split"):
         split(samples, 0.5, 0)
     with pytest.raises(InputError, match=r"held_out: found 1\.5"):
         split(samples, 1.5, 0)
@@ -345,13 +345,11 @@ def report(tiny: tuple[Any, Any], asked: list[PromptSample]) -> TuningReport:
     return tune(*tiny, asked, target=target, **options)
 
 
-def test_the_verdict_is_on_pictures_that_the_search_has_not_seen(
-    report: TuningReport, asked: list[PromptSample]
-) -> None:
-    assert set(report.search_pictures).isdisjoint(report.unseen_pictures)
-    assert set(report.search_pictures) | set(report.unseen_pictures) == {sample.name for sample in asked}
-    assert {one.picture for one in report.search.asked} == set(report.search_pictures)
-    assert {one.picture for one in report.unseen.asked} == set(report.unseen_pictures)
+def test_the_verdict_is_on_images_that_the_search_has_not_seen(report: TuningReport, asked: list[PromptSample]) -> None:
+    assert set(report.search_images).isdisjoint(report.unseen_images)
+    assert set(report.search_images) | set(report.unseen_images) == {sample.name for sample in asked}
+    assert {one.image for one in report.search.asked} == set(report.search_images)
+    assert {one.image for one in report.unseen.asked} == set(report.unseen_images)
     found = report.unseen.results[0].spec
     agreement, tokens = report.verdict()
     assert found.agreement.top1.percent() in agreement and "has not seen" in agreement
@@ -397,9 +395,9 @@ def test_a_timed_target_measures_time(tiny: tuple[Any, Any], asked: list[PromptS
 def test_the_picture_is_drawn(report: TuningReport, tmp_path: Path) -> None:
     file = tmp_path / "front.png"
     draw(report, file)
-    with Image.open(file) as picture:
-        assert picture.size == (1200, 750)
-        colours = picture.convert("RGB").getcolors(1 << 20)
+    with Image.open(file) as image:
+        assert image.size == (1200, 750)
+        colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     drawn = {colour for _, colour in colours}
     assert {(0, 114, 178), (213, 94, 0), (85, 85, 85)} <= drawn  # the chosen spec, the default and chance
@@ -412,7 +410,7 @@ def test_the_picture_is_drawn(report: TuningReport, tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, asked: list[PromptSample]) -> Path:
-    images = tmp_path / "pictures"
+    images = tmp_path / "images"
     images.mkdir()
     lines = []
     for sample in asked[::2]:
@@ -429,7 +427,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     options += ["--max-new-tokens", "2", "--batch-size", "16"]
     result = trio_("tune", "tiny-llava", *options)
     assert result.exit_code == 0, result.stderr
-    assert "has not seen" in result.stdout and "unseen pictures" in result.stdout and "random" in result.stdout
+    assert "has not seen" in result.stdout and "unseen images" in result.stdout and "random" in result.stdout
     report = TuningReport.from_json(trio_("tune", "tiny-llava", *options, "--force", "--json").stdout)
     assert load_spec(out) == best_spec(report)
     assert plot.stat().st_size > 1000 and study.exists()

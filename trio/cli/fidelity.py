@@ -85,7 +85,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
 
     from .tables import duration, print_notes, print_table, times
 
-    prompts = f"{report.samples} prompts on {report.pictures} pictures, batches of {report.batch_size}"
+    prompts = f"{report.samples} prompts on {report.images} images, batches of {report.batch_size}"
     out.print(Text(f"{report.model}: {prompts}, {report.dtype} on {report.device}", style="bold"))
     agreement = Table(header_style="bold")
     for column in ("", "first token same", "KL, nats", "answer same", "edit similarity"):
@@ -116,7 +116,7 @@ def print_report(report: FidelityReport, out: Console) -> None:
         agreement.add_row("  above random", *map(_two_lines, shown), end_section=True)
     print_table(out, agreement)
     print_table(out, savings)
-    out.print(Text("below each mean: its 95% interval, samples of one picture drawn together"))
+    out.print(Text("below each mean: its 95% interval, samples of one image drawn together"))
     out.print(Text("random: as many tokens at the same places, drawn at random"))
     print_notes(out, report.all_notes())
 

@@ -51,7 +51,9 @@ def _needed(column: Column) -> int:
 
     texts = [str(cell) for cell in (column.header, *column.cells)]
     widest = max(cell_len(line) for text in texts for line in text.split("\n"))
-    return widest if column.justify == "right" or column.no_wrap else min(widest, PROSE)
+    if column.justify == "right" or column.no_wrap:
+        return widest
+    return max([min(widest, PROSE), *(cell_len(word) for text in texts for word in text.split())])
 
 
 def _print_rows(out: Console, table: Table) -> None:

@@ -148,7 +148,7 @@ def _shapesvqa(network: Any, limit: int | None) -> list[PromptSample]:
     from ..measure.shapesvqa.task import canvas_for, shapesvqa
 
     questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
-    return [PromptSample(one.picture(), one.question, f"scene {one.scene}") for one in questions.samples]
+    return [PromptSample(one.load(), one.question, f"scene {one.scene}") for one in questions.samples]
 
 
 def print_report(report: TuningReport, out: Console) -> None:
@@ -169,8 +169,8 @@ def print_report(report: TuningReport, out: Console) -> None:
         share = f"{keep['share']} of what reaches it" if isinstance(keep, dict) else keep
         parts = f"{_part(stage['scorer'])}, {_part(stage['selector'])}"
         out.print(Text(f"  after layer {stage['after_layer']}: keeps {share} by {parts}"))
-    for found, what in ((report.search, "pictures of the search"), (report.unseen, "unseen pictures")):
-        title = f"{found.pictures} {what}, {found.samples} prompts"
+    for found, what in ((report.search, "images of the search"), (report.unseen, "unseen images")):
+        title = f"{found.images} {what}, {found.samples} prompts"
         table = Table(title=title, title_justify="left", title_style="", header_style="bold")
         for column in ("", "first token same", "answer same", "tokens", "FLOPs", "to first token"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)

@@ -59,14 +59,14 @@ def overlays(
     found = []
     for number in _chosen(task, [results.right[spec.name] for spec in specs]):
         sample = task.samples[number]
-        inputs = runner.inputs([([sample.picture()], sample.question)], "own")
+        inputs = runner.inputs([([sample.load()], sample.question)], "own")
         for spec in specs[:SPECS]:
             pipeline = runner.pipeline(EvaluationRow(spec.name, spec.name, spec=spec))
             out = runner.generate(inputs, [sample], pipeline, task.max_new_tokens)
             (given,) = decode(processor, out)
             try:
-                region = seen_region(sample.picture(), processor)
-                drawn = overlay_from_report([sample.picture()], pipeline.report, regions=[region], panel_px=224)
+                region = seen_region(sample.load(), processor)
+                drawn = overlay_from_report([sample.load()], pipeline.report, regions=[region], panel_px=224)
             except InputError:
                 png = ""
             else:

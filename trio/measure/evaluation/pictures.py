@@ -97,8 +97,8 @@ class Shown:
     def picture(self, sample: LabelledSample, which: Picture, share: float) -> Image.Image:
         """A picture for a question: its own, a grey one of that size, the next scene's, or its own made smaller."""
         if which == "wrong":
-            return self._other[sample.scene].picture()
-        own = sample.picture()
+            return self._other[sample.scene].load()
+        own = sample.load()
         if which == "blank":
             return Image.new("RGB", own.size, GREY)
         if which == "small":

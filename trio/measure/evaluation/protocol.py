@@ -172,7 +172,7 @@ def _entered(runner: Runner, spec: PipelineSpec) -> float:
     first = {sample.scene: sample for sample in reversed(runner.task.samples)}
     left = full = 0
     for scene in sorted(first)[:LOOKED_AT]:
-        inputs = runner.inputs([([first[scene].picture()], first[scene].question)], "own")
+        inputs = runner.inputs([([first[scene].load()], first[scene].question)], "own")
         with pipeline, torch.no_grad():
             runner.model(**inputs)
         (sample,) = pipeline.report.samples

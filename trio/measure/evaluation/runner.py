@@ -51,7 +51,7 @@ class Runner:
         self.counter, self.small = (Counter(self.adapter, one) for one in (processor, self.small_processor))
         self.shown = Shown(task, self.counter, self.small)
         self.shape, self.no_flops = _shape(model)
-        sizes = {sample.scene: sample.picture().size for sample in task.samples}
+        sizes = {sample.scene: sample.load().size for sample in task.samples}
         order = sorted(range(len(task.samples)), key=lambda i: (sizes[task.samples[i].scene], i))
         self.batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         self.sizes = list(sizes.values())

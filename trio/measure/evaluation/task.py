@@ -1,4 +1,4 @@
-"""What is asked: questions about pictures with known answers."""
+"""What is asked: questions about images with known answers."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ _SHAPE = TypeAdapter(_Line)
 
 @dataclass(frozen=True)
 class LabelledSample:
-    """A question about a picture.
+    """A question about an image.
 
     Attributes:
-        image: the picture, or its file.
+        image: the image, or its file.
         question: in words, without a chat template.
         answers: those that count as right.
         kind: sub-task that it belongs to.
-        scene: number of the picture; questions about one picture are not independent.
+        scene: number of the image; questions about one image are not independent.
         item_map: uint8 ``(height, width)``, i + 1 where thing i is, 0 elsewhere; None where nobody knows.
-        about: numbers of the things that one must see to answer; empty where nothing in the picture matches.
+        about: numbers of the things that one must see to answer; empty where nothing in the image matches.
     """
 
     image: Image.Image | Path = field(repr=False)
@@ -67,8 +67,8 @@ class LabelledSample:
     item_map: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     about: tuple[int, ...] = ()
 
-    def picture(self) -> Image.Image:
-        """The picture as RGB.
+    def load(self) -> Image.Image:
+        """The image as RGB.
 
         Raises:
             InputError: its file cannot be read.
@@ -105,11 +105,11 @@ class Task:
 
     @property
     def scenes(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len({sample.scene for sample in self.samples})
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is asked: questions, answers, sub-tasks, and which picture each is about."""
+        """SHA-256 of what is asked: questions, answers, sub-tasks, and which image each is about."""
         digest = hashlib.sha256(f"{self.name}/{self.version}/{json.dumps(dict(self.facts), sort_keys=True)}".encode())
         for sample in self.samples:
             where = str(sample.image.name) if isinstance(sample.image, Path) else list(sample.image.size)
@@ -136,7 +136,7 @@ def jsonl(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 3
         max_new_tokens: longest answer.
 
     Raises:
-        InputError: the file cannot be read, a line is no such object, or a picture is missing; the message has the
+        InputError: the file cannot be read, a line is no such object, or an image is missing; the message has the
             line.
     """
     file = Path(file)
@@ -147,16 +147,16 @@ def jsonl(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 3
     )
     if not samples:
         raise InputError(f"data {str(file)!r}: it is empty; write one JSON object a line.")
-    pictures = {str(path.name): path.stat().st_size for path in scenes}
-    return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "pictures": pictures})
+    images = {str(path.name): path.stat().st_size for path in scenes}
+    return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "pictures": images})
 
 
 def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> LabelledSample:
-    picture = folder / row.image
-    if not os.path.isfile(picture):  # unlike Path's, False for a name that is too long
-        raise InputError(f"{place}: there is no picture {str(picture)!r}; paths start at the file's folder.")
+    image = folder / row.image
+    if not os.path.isfile(image):  # unlike Path's, False for a name that is too long
+        raise InputError(f"{place}: there is no image {str(image)!r}; paths start at the file's folder.")
     if row.kind in (OVERALL, COUNTED):
         raise InputError(f"{place}: the results use the name {row.kind!r} for several sub-tasks; give another `kind`.")
-    scene = scenes.setdefault(picture.resolve(), len(scenes))
+    scene = scenes.setdefault(image.resolve(), len(scenes))
     answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
-    return LabelledSample(picture.resolve(), row.question, answers, row.kind, scene)
+    return LabelledSample(image.resolve(), row.question, answers, row.kind, scene)

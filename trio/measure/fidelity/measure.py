@@ -24,7 +24,7 @@ from .ways import Pair, Way, gain, middle
 DRAWS = 5
 #: Batches timed at least; with fewer, the first one is answered again.
 TURNS = 3
-#: Pictures below which a bootstrap's intervals are too narrow to trust.
+#: Images below which a bootstrap's intervals are too narrow to trust.
 FEW = 10
 #: FLOPs of a prefill below which a processor's time goes to dispatching operations, not to them.
 SMALL = 10**11
@@ -44,7 +44,7 @@ def measure(
     name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FidelityReport:
-    """How far a model answers with compressed pictures as it does with whole ones.
+    """How far a model answers with compressed images as it does with whole ones.
 
     Every batch is answered by the full model, by each spec and by each spec's floor (as many tokens at the same places,
     drawn at random), in an order that rotates. The first batch is answered once more before that, unmeasured.
@@ -61,7 +61,7 @@ def measure(
         progress: told (batches done, batches in all) before the first batch and after each.
 
     Raises:
-        InputError: there is no sample, a number is not positive, or a picture cannot be read.
+        InputError: there is no sample, a number is not positive, or an image cannot be read.
         TrioError: a spec is wrong or does not fit the model.
     """
     given = [specs] if isinstance(specs, str | Path | Mapping | PipelineSpec) else list(specs)
@@ -124,7 +124,7 @@ class _Run:
             if decides:
                 self.notes.append(
                     f"{way.spec.name}: its compressor decides how many tokens stay; the floor's keeps the share of "
-                    f"the first batch, {entered:.1%}, of every picture"
+                    f"the first batch, {entered:.1%}, of every image"
                 )
             floors = [random_floor(way.spec, seed=self.seed + draw, entered=entered) for draw in range(DRAWS)]
             self.floors.append(Way(floors, self.answerer))
@@ -151,11 +151,11 @@ class _Run:
 
     def report(self, samples: Sequence[PromptSample], batch_size: int, name: str) -> FidelityReport:
         """Everything, with intervals."""
-        pictures = [sample.name for sample in samples]
-        distinct = len(set(pictures))
+        images = [sample.name for sample in samples]
+        distinct = len(set(images))
         notes = list(self.notes)
         if distinct < FEW:
-            notes.append(f"{distinct} pictures are too few for intervals by bootstrap: they are too narrow")
+            notes.append(f"{distinct} images are too few for intervals by bootstrap: they are too narrow")
         prefill = self.specs[0].tokens.full_flops / len(samples)
         model = self.answerer.model
         if self.shape is not None and prefill < SMALL and model.device.type == "cpu":
@@ -171,22 +171,22 @@ class _Run:
             },
             device=str(model.device),
             dtype=str(model.dtype).removeprefix("torch."),
-            pictures=distinct,
+            images=distinct,
             max_new_tokens=self.answerer.max_new_tokens,
             batch_size=batch_size,
             seed=self.seed,
             full=middle(self.full),
             results=[
                 SpecFidelity(
-                    spec=spec.row(pictures, self.full),
-                    floor=floor.row(pictures, self.full),
-                    gain=gain(spec.likenesses, floor.likenesses, pictures),
+                    spec=spec.row(images, self.full),
+                    floor=floor.row(images, self.full),
+                    gain=gain(spec.likenesses, floor.likenesses, images),
                 )
                 for spec, floor in zip(self.specs, self.floors, strict=True)
             ],
             asked=[
                 Asked(
-                    picture=sample.name,
+                    image=sample.name,
                     prompt=sample.prompt,
                     full=self.texts[index],
                     answers={way.spec.name: way.texts[index] for way in self.ways},

@@ -85,7 +85,7 @@ class SpecFidelity(Record):
 class Asked(Record):
     """One sample: the answers of the full model and of each row, and the row's divergence and agreement."""
 
-    picture: str
+    image: str
     prompt: str
     full: str
     answers: dict[str, str]
@@ -101,7 +101,7 @@ class FidelityReport(Document):
         model: name or class of the model.
         versions: of trio-vlm, torch and transformers.
         device: where it ran, and in which number format.
-        pictures: how many; the samples of one picture are drawn together by the intervals.
+        images: how many; the samples of one image are drawn together by the intervals.
         max_new_tokens: longest answer; longer ones were compared up to there.
         batch_size: samples in a batch.
         seed: of the random choice of tokens.
@@ -116,7 +116,7 @@ class FidelityReport(Document):
     versions: dict[str, str]
     device: str
     dtype: str
-    pictures: int
+    images: int
     max_new_tokens: int
     batch_size: int
     seed: int
@@ -136,7 +136,7 @@ class FidelityReport(Document):
 
     def summary(self) -> str:
         """A few plain lines for people."""
-        lines = [f"{self.model}: {self.samples} prompts on {self.pictures} pictures, full against compressed"]
+        lines = [f"{self.model}: {self.samples} prompts on {self.images} images, full against compressed"]
         for row in self.rows():
             found = row.agreement
             lines.append(

@@ -1,4 +1,4 @@
-"""Pictures and prompts from files."""
+"""Images and prompts from files."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 
 @dataclass(frozen=True)
 class PromptSample:
-    """One prompt about one picture.
+    """One prompt about one image.
 
     Attributes:
-        picture: the picture, or a file that is read when its turn comes.
+        image: the image, or a file that is read when its turn comes.
         prompt: what is asked, in the user's own words.
-        name: of the picture. Samples of one name belong together: intervals draw them together, and a split never
+        name: of the image. Samples of one name belong together: intervals draw them together, and a split never
             separates them.
     """
 
-    picture: Path | Image.Image = field(repr=False)
+    image: Path | Image.Image = field(repr=False)
     prompt: str
     name: str
 
     def load(self) -> Image.Image:
-        """The picture as RGB.
+        """The image as RGB.
 
         Raises:
             InputError: the file cannot be read.
         """
-        return load_picture(self.picture) if isinstance(self.picture, Path) else self.picture.convert("RGB")
+        return load_picture(self.image) if isinstance(self.image, Path) else self.image.convert("RGB")
 
     def question(self) -> tuple[list[Image.Image], str]:
         """The images and the text of the prompt; errors as `load`."""
@@ -53,19 +53,19 @@ class PromptSample:
 def read_samples(
     images: Path, prompts: Path | Sequence[str] | None = None, *, limit: int | None = None
 ) -> list[PromptSample]:
-    """Samples from a folder of pictures.
+    """Samples from a folder of images.
 
     Args:
-        images: the folder; its own files with the suffix of a picture count, in the order of their names.
-        prompts: texts, each for every picture; a text file with one prompt a line; a ``.jsonl`` file with
+        images: the folder; its own files with the suffix of an image count, in the order of their names.
+        prompts: texts, each for every image; a text file with one prompt a line; a ``.jsonl`` file with
             ``{"image": name in the folder, "prompt": text}`` a line; None: `DESCRIBE`.
-        limit: at most this many pictures, the first ones.
+        limit: at most this many images, the first ones.
 
     Raises:
-        InputError: there is no such folder or file, nothing is in it, a line is wrong, or a picture cannot be read.
+        InputError: there is no such folder or file, nothing is in it, a line is wrong, or an image cannot be read.
     """
     if not images.is_dir():
-        raise InputError(f"images {str(images)!r}: there is no such folder; give a folder with pictures.")
+        raise InputError(f"images {str(images)!r}: there is no such folder; give a folder with images.")
     if isinstance(prompts, Path) and prompts.suffix.lower() == ".jsonl":
         pairs = _pairs(images, prompts)
     else:
@@ -73,8 +73,8 @@ def read_samples(
         files = sorted(file for file in images.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise InputError(
-                f"images {str(images)!r}: no picture in this folder; give one with files that end in "
-                f"{', '.join(sorted(SUFFIXES))} (pictures in folders below it do not count)."
+                f"images {str(images)!r}: no image in this folder; give one with files that end in "
+                f"{', '.join(sorted(SUFFIXES))} (images in folders below it do not count)."
             )
         pairs = [(file, text) for file in files for text in texts]
     if not pairs or any(not text.strip() for _, text in pairs):
@@ -115,18 +115,18 @@ _FORM = 'write {"image": "a.png", "prompt": "What is this?"}.'
 def _pairs(images: Path, file: Path) -> list[tuple[Path, str]]:
     pairs = []
     for line in read_lines(file, _SHAPE, what="prompts", form=_FORM):
-        picture = images / line.value.image
-        if not os.path.isfile(picture):  # unlike Path's, False for a name that is too long
+        image = images / line.value.image
+        if not os.path.isfile(image):  # unlike Path's, False for a name that is too long
             raise InputError(
-                f"prompts {str(file)!r}, line {line.number}: there is no picture {str(picture)!r}; names count from "
+                f"prompts {str(file)!r}, line {line.number}: there is no image {str(image)!r}; names count from "
                 "the folder of --images."
             )
-        pairs.append((picture, line.value.prompt))
+        pairs.append((image, line.value.prompt))
     return pairs
 
 
 def _check(file: Path) -> None:
-    """Refuses a file that is no picture before anything runs; damage further in is found when its turn comes."""
+    """Refuses a file that is no image before anything runs; damage further in is found when its turn comes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said below, with a remedy

@@ -80,8 +80,8 @@ class Way:
         self.likenesses += likenesses
         self.texts += answered.texts
 
-    def row(self, pictures: Sequence[str], full: Sequence[Pair]) -> FidelityRow:
-        """What was found, with intervals over pictures; `full` are the times of the full model on the same batches."""
+    def row(self, images: Sequence[str], full: Sequence[Pair]) -> FidelityRow:
+        """What was found, with intervals over images; `full` are the times of the full model on the same batches."""
         count = len(self.likenesses)
         notes = [*self.tokens.notes, *([f"FLOPs are not known: {self.tokens.unknown}"] if self.tokens.unknown else [])]
         try:
@@ -92,7 +92,7 @@ class Way:
         return FidelityRow(
             name=self.spec.name,
             spec=plain,
-            agreement=agreement(self.likenesses, pictures),
+            agreement=agreement(self.likenesses, images),
             visual_tokens=self.tokens.visual / count,
             average_kept=self.tokens.kept / count,
             flops=self.tokens.flops_share,
@@ -107,9 +107,9 @@ def middle(pairs: Sequence[Pair]) -> Times:
     return Times(first_token=median(one for one, _ in pairs), answer=median(two for _, two in pairs))
 
 
-def agreement(likenesses: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
+def agreement(likenesses: Sequence[Likeness], images: Sequence[str]) -> Likenesses:
     """Means with intervals."""
-    draws = _draws(pictures)
+    draws = _draws(images)
     return Likenesses(
         top1=draws.share([float(one.top1) for one in likenesses]),
         kl=draws.number([one.kl for one in likenesses]),
@@ -118,10 +118,10 @@ def agreement(likenesses: Sequence[Likeness], pictures: Sequence[str]) -> Likene
     )
 
 
-def gain(spec: Sequence[Likeness], floor: Sequence[Likeness], pictures: Sequence[str]) -> Likenesses:
+def gain(spec: Sequence[Likeness], floor: Sequence[Likeness], images: Sequence[str]) -> Likenesses:
     """Agreement of a spec minus that of its floor on the same samples, with intervals."""
     pairs = list(zip(spec, floor, strict=True))
-    draws = _draws(pictures)
+    draws = _draws(images)
     return Likenesses(
         top1=draws.number([float(one.top1) - float(two.top1) for one, two in pairs]),
         kl=draws.number([one.kl - two.kl for one, two in pairs]),
@@ -130,7 +130,7 @@ def gain(spec: Sequence[Likeness], floor: Sequence[Likeness], pictures: Sequence
     )
 
 
-def _draws(pictures: Sequence[str]) -> Bootstrap:
-    """Draws in which the samples of one picture stay together."""
-    number = {name: index for index, name in enumerate(dict.fromkeys(pictures))}
-    return Bootstrap([number[name] for name in pictures], one_by_one=True)
+def _draws(images: Sequence[str]) -> Bootstrap:
+    """Draws in which the samples of one image stay together."""
+    number = {name: index for index, name in enumerate(dict.fromkeys(images))}
+    return Bootstrap([number[name] for name in images], one_by_one=True)

@@ -1,4 +1,4 @@
-"""Tuning: search for the spec that meets a target, and judge it on pictures that the search has not seen.
+"""Tuning: search for the spec that meets a target, and judge it on images that the search has not seen.
 
 Needs Optuna (the extra ``tune``).
 """

@@ -1,4 +1,4 @@
-"""The picture of a search: quality against FLOPs, what was tried, the front, and the verdict on unseen pictures."""
+"""The plot of a search: quality against FLOPs, what was tried, the front, and the verdict on unseen images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def matplotlib() -> Any:
         import matplotlib.figure as module
     except ImportError as error:
         raise InputError(
-            f"plot: matplotlib is missing; install it with `pip install {DISTRIBUTION}[plot]`, or leave the image out."
+            f"plot: matplotlib is missing; install it with `pip install {DISTRIBUTION}[plot]`, or leave the plot out."
         ) from error
     return module
 
 
 def draw(report: TuningReport, file: Path) -> None:
-    """Writes the picture (PNG, PDF or SVG, by the file's name).
+    """Writes the plot (PNG, PDF or SVG, by the file's name).
 
     Raises:
         InputError: matplotlib is missing, or the file cannot be written.
@@ -40,14 +40,14 @@ def draw(report: TuningReport, file: Path) -> None:
     axes = figure.add_subplot()
     quality = report.quality
     tried = [(one.values["flops"], one.values[quality]) for one in report.candidates]
-    axes.scatter(*_percent(tried), s=16, color="#BBBBBB", label=f"tried ({len(tried)}), pictures of the search")
+    axes.scatter(*_percent(tried), s=16, color="#BBBBBB", label=f"tried ({len(tried)}), images of the search")
     best = [report.candidate(trial).values for trial in report.front]
     axes.step(
         *_percent([(one["flops"], one[quality]) for one in best]),
         where="post",
         color=TUNED[0],
         linewidth=1.2,
-        label="front, pictures of the search",
+        label="front, images of the search",
     )
     chosen = report.candidate(report.best).values
     axes.scatter(
@@ -57,12 +57,12 @@ def draw(report: TuningReport, file: Path) -> None:
         edgecolors=TUNED[0],
         linewidths=1.6,
         zorder=4,
-        label="chosen, pictures of the search",
+        label="chosen, images of the search",
     )
     tuned, default = report.unseen.results
     rows = ((tuned.spec, "chosen", TUNED), (default.spec, default.spec.name, DEFAULT))
     for row, label, style in (*rows, (tuned.floor, "random, as the chosen", CHANCE)):
-        _judged(axes, row, quality, f"{label}, unseen pictures", *style)
+        _judged(axes, row, quality, f"{label}, unseen images", *style)
     for bound in parse_target(report.target.split(" and ")).bounds:
         if bound.metric == quality:
             axes.axhline(100 * bound.value, color="black", linestyle=":", linewidth=1, label=f"target {bound}")

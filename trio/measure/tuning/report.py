@@ -17,7 +17,7 @@ class Candidate(Record):
 
     Attributes:
         trial: its number, from 0.
-        values: by metric (see `trio.measure.tuning.target`), on the pictures of the search.
+        values: by metric (see `trio.measure.tuning.target`), on the images of the search.
         errors: standard errors of the qualities among them.
         kl: mean KL of the first token, nats, there.
         spec: as plain data.
@@ -40,8 +40,8 @@ class TuningReport(Document):
         quality: the metric that the search held against FLOPs.
         seed: of the split and the sampler.
         sampler: ``tpe`` or ``nsga2``.
-        search_pictures: names of the pictures that the search saw.
-        unseen_pictures: names of those that it did not.
+        search_images: names of the images that the search saw.
+        unseen_images: names of those that it did not.
         trials: how many specs were tried, those that could not run included.
         refused: for each reason how many specs could not run.
         left_out: parts that do not fit the model, with the reason.
@@ -49,8 +49,8 @@ class TuningReport(Document):
         front: trials of which no other is better in quality and FLOPs, by rising FLOPs.
         best: the trial that was chosen.
         spec: the chosen spec, with its name and description.
-        search: fidelity of the chosen spec and of the default on the pictures of the search, each with its floor.
-        unseen: the same on the other pictures. Only this one says what to expect.
+        search: fidelity of the chosen spec and of the default on the images of the search, each with its floor.
+        unseen: the same on the other images. Only this one says what to expect.
         notes: what a reader should know.
     """
 
@@ -60,8 +60,8 @@ class TuningReport(Document):
     quality: str
     seed: int
     sampler: Literal["tpe", "nsga2"]
-    search_pictures: list[str]
-    unseen_pictures: list[str]
+    search_images: list[str]
+    unseen_images: list[str]
     trials: int
     refused: dict[str, int]
     left_out: dict[str, str]
@@ -78,7 +78,7 @@ class TuningReport(Document):
         return next(one for one in self.candidates if one.trial == trial)
 
     def verdict(self) -> list[str]:
-        """A line for each condition: whether it holds on the pictures that the search has not seen."""
+        """A line for each condition: whether it holds on the images that the search has not seen."""
         row = self.unseen.results[0].spec
         lines = []
         for bound in parse_target(self.target.split(" and ")).bounds:
@@ -88,7 +88,7 @@ class TuningReport(Document):
                 said, shown = "met" if bound.met(value) else "missed", bound.show(value)
             else:
                 said, shown = _says(bound, found), found.percent()
-            lines.append(f"{bound} on {self.unseen.pictures} pictures that the search has not seen: {said}, {shown}")
+            lines.append(f"{bound} on {self.unseen.images} images that the search has not seen: {said}, {shown}")
         return lines
 
 

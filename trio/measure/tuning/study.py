@@ -83,7 +83,7 @@ class Study:
             self._study.set_user_attr("setup", print_)
         elif before != print_:
             raise InputError(
-                f"study {str(file)!r}: it belongs to another search (model, pictures, prompts, seed, sampler, parts "
+                f"study {str(file)!r}: it belongs to another search (model, images, prompts, seed, sampler, parts "
                 "or what the target calls quality are others); give another file, or delete this one to begin anew."
             )
         for trial in self._study.get_trials(deepcopy=False):  # what was running when an earlier run was stopped

@@ -30,7 +30,7 @@ class Found:
 
     Attributes:
         values: by metric, see `trio.measure.tuning.target`.
-        errors: standard errors of the qualities, prompts of one picture together.
+        errors: standard errors of the qualities, prompts of one image together.
         kl: mean KL of the first token, nats.
     """
 
@@ -55,7 +55,7 @@ class Judge:
         """
         self._answerer = answerer
         self._timed = timed
-        self._pictures = [sample.name for sample in samples]
+        self._images = [sample.name for sample in samples]
         self.unknown = ""
         try:
             self._shape: ModelShape | None = shape_of(answerer.adapter.model.config)
@@ -67,7 +67,7 @@ class Judge:
 
     @property
     def tokens(self) -> int:
-        """Visual tokens of the first picture, found with a spec that keeps them all."""
+        """Visual tokens of the first image, found with a spec that keeps them all."""
         spec = load_spec({"version": 1, "stages": [{"after_layer": 0, "keep": "100%", "scorer": _Unscored()}]})
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
         report = self._answerer(self._inputs[0], pipeline, max_new_tokens=1).report
@@ -96,7 +96,7 @@ class Judge:
             "similarity": [one.edit for one in found],
         }
         values = {metric: fmean(each) for metric, each in qualities.items()}
-        errors = {metric: standard_error(each, self._pictures) for metric, each in qualities.items()}
+        errors = {metric: standard_error(each, self._images) for metric, each in qualities.items()}
         values |= {"tokens": share, "flops": share if tokens.flops_share is None else tokens.flops_share}
         if self._timed:
             values["speed"] = self._speed(pipeline)
@@ -119,11 +119,11 @@ class _Unscored(Scorer):
         return ctx.at_visual(torch.zeros_like(ctx.visual, dtype=torch.float32))
 
 
-def standard_error(values: Sequence[float], pictures: Sequence[str]) -> float:
-    """Of a mean whose values come in clusters, one a picture (linearised ratio; 0 where all values are alike)."""
-    mean, away = fmean(values), dict.fromkeys(pictures, 0.0)
-    for value, picture in zip(values, pictures, strict=True):
-        away[picture] += value - mean
+def standard_error(values: Sequence[float], images: Sequence[str]) -> float:
+    """Of a mean whose values come in clusters, one an image (linearised ratio; 0 where all values are alike)."""
+    mean, away = fmean(values), dict.fromkeys(images, 0.0)
+    for value, image in zip(values, images, strict=True):
+        away[image] += value - mean
     groups = len(away)
     if groups < 2:
         return 0.0

@@ -1,4 +1,4 @@
-"""Searches for the spec that meets a target, and judges it on pictures that the search has not seen."""
+"""Searches for the spec that meets a target, and judges it on images that the search has not seen."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def tune(
     name: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TuningReport:
-    """The best spec for a target, and what it does on pictures that the search has not seen.
+    """The best spec for a target, and what it does on images that the search has not seen.
 
     The search holds quality against FLOPs, over layers, shares, scorer and selector with their parameters, and
     compressor. Of the specs that meet the target (by a margin of one standard error of their quality, where there are
     such) the one with the fewest FLOPs is chosen where the target is about quality, and else the one of the best
-    quality (then of the lowest KL). The pictures, not the prompts, are split, by a seeded draw.
+    quality (then of the lowest KL). The images, not the prompts, are split, by a seeded draw.
 
     Args:
         model: a vision-language model of transformers, in evaluation mode.
         processor: its processor.
-        samples: what to ask; more are better, at least two pictures.
+        samples: what to ask; more are better, at least two images.
         target: see `parse_target`.
         trials: specs to try, those of an earlier run in `study` included.
-        held_out: share of the pictures that the search does not see.
+        held_out: share of the images that the search does not see.
         max_new_tokens: longest answer; the search only asks for more than one token where the target is about answers.
         batch_size: samples in a batch.
         seed: of the split, the sampler and the floors.
@@ -95,19 +95,19 @@ def tune(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "name": called}
     spec = load_spec({**best.spec, "name": "tuned"})
     both = [spec, load_spec(DEFAULT_SPEC)]
-    on_search = measure(model, processor, both, seen, **options, progress=steps("pictures of the search"))
-    on_unseen = measure(model, processor, both, unseen, **options, progress=steps("unseen pictures"))
+    on_search = measure(model, processor, both, seen, **options, progress=steps("images of the search"))
+    on_unseen = measure(model, processor, both, unseen, **options, progress=steps("unseen images"))
     notes = [] if not judge.unknown else [f"FLOPs are not known, visual tokens are in their place: {judge.unknown}"]
     if not wanted.met(best.values, best.errors):
-        notes.append("no spec met the target by a margin of one standard error; on other pictures it may well miss it")
+        notes.append("no spec met the target by a margin of one standard error; on other images it may well miss it")
     return TuningReport(
         model=called,
         target=str(wanted),
         quality=wanted.quality,
         seed=seed,
         sampler=sampler,
-        search_pictures=_names(seen),
-        unseen_pictures=_names(unseen),
+        search_images=_names(seen),
+        unseen_images=_names(unseen),
         trials=tried.count,
         refused=tried.refused,
         left_out=dict(space.left_out),
@@ -127,7 +127,7 @@ def best_spec(report: TuningReport) -> PipelineSpec:
 
 
 def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[list[PromptSample], list[PromptSample]]:
-    """Samples for the search, and those that it does not see; a picture's samples stay together.
+    """Samples for the search, and those that it does not see; an image's samples stay together.
 
     Raises:
         InputError: a part would be empty.
@@ -137,7 +137,7 @@ def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[
     names = sorted({sample.name for sample in samples})
     if len(names) < 2:
         raise InputError(
-            f"samples: {len(names)} pictures cannot be split into one part for the search and one that it does not "
+            f"samples: {len(names)} images cannot be split into one part for the search and one that it does not "
             "see; give at least two, better fifty."
         )
     random.Random(f"trio-tune/{seed}").shuffle(names)
@@ -148,7 +148,7 @@ def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[
 def choose(candidates: Sequence[Candidate], target: Target) -> Candidate:
     """The best candidate that meets a target, by a margin of one standard error where there is such a one.
 
-    The best of many is partly the luckiest: without a margin, what just meets a target misses it on other pictures.
+    The best of many is partly the luckiest: without a margin, what just meets a target misses it on other images.
 
     Raises:
         BudgetError: none does.
@@ -177,7 +177,7 @@ def _described(
     assert quality is not None  # the target's quality is one
     short = Path(model).name.lower()
     text = (
-        f"Tuned for {target} on {model}. On {unseen.pictures} pictures that the search had not seen: {target.quality} "
+        f"Tuned for {target} on {model}. On {unseen.images} images that the search had not seen: {target.quality} "
         f"{quality.percent()}, with {cost_of(row, 'flops'):.1%} of the FLOPs and {row.retention:.1%} of the tokens"
     )
     update = {"name": f"tuned-{short}", "description": text, "source": f"trio tune, {trials} trials, seed {seed}"}
@@ -191,6 +191,6 @@ def _names(samples: Sequence[PromptSample]) -> list[str]:
 def _fingerprint(samples: Sequence[PromptSample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        picture = sample.load()
-        digest.update(repr((sample.name, sample.prompt, picture.size)).encode() + picture.tobytes())
+        image = sample.load()
+        digest.update(repr((sample.name, sample.prompt, image.size)).encode() + image.tobytes())
     return digest.hexdigest()
