@@ -10,6 +10,7 @@ import torch
 
 from .probe import Probe
 from .tokens import PATCH, ImageTokens
+from .transfer import upload
 
 ProbeName = Literal["next", "last", "ran"]
 
@@ -185,4 +186,4 @@ class SelectionContext:
         draws = torch.zeros(self.valid.shape)
         for group, count in enumerate(self.counts):
             draws[group, :count] = torch.rand(count, generator=self.generator(group))
-        return draws.to(self.valid.device)
+        return upload(draws, self.valid.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .transfer import upload
+
 
 def first_k(order: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first k of each row of a ranking, back in raster order.
@@ -16,7 +18,7 @@ def first_k(order: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.T
         Indices ``(G, K)`` in rising order, K the largest k, and bool ``(G, K)``, True at the first k of each group.
     """
     most = int(k.max()) if k.numel() else 0
-    valid = torch.arange(most, device=order.device)[None] < k.to(order.device)[:, None]
+    valid = torch.arange(most, device=order.device)[None] < upload(k, order.device)[:, None]
     beyond = order.shape[1]
     indices = order[:, :most].masked_fill(~valid, beyond).sort(dim=1).values
     return indices.clamp_max(max(beyond - 1, 0)), valid

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.context import TokenOrigins
 from ..core.probe import LayerInputs
+from ..core.transfer import upload
 from .record import PrefillRecord
 from .state import TokenState, origins_of
 
@@ -65,7 +66,7 @@ class Prefill:
         if self._origins is None:
             self._origins = replace(origins_of(self.record.images), tiles=self.find_tiles)
         if self._origins.row.device != device:
-            self._origins = self._origins.map(lambda values: values.to(device))
+            self._origins = self._origins.map(lambda values: upload(values, device))
         return self._origins
 
     @cached_property

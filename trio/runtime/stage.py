@@ -11,6 +11,7 @@ import torch
 
 from ..core.context import LayerContext, ProbeName, SelectionContext
 from ..core.probe import Probe
+from ..core.transfer import upload
 from ..errors import InputError
 from .forward import Prefill
 from .record import StageRecord
@@ -67,7 +68,7 @@ def run_stage(
     if prefill.score_only:
         pass
     elif prefill.forced is not None:
-        keep = prefill.forced[stage.index].to(keep.device).gather(1, state.token_index) & keep
+        keep = upload(prefill.forced[stage.index], keep.device).gather(1, state.token_index) & keep
         counts = _counts(state, keep)
     elif saliency is not None and drops:
         with prefill.timed("selection", hidden.device):

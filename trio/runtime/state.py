@@ -10,6 +10,7 @@ import torch
 
 from ..core.context import TokenOrigins
 from ..core.tokens import ImageTokens
+from ..core.transfer import upload
 
 #: What happens to newline tokens, which are structure and no part of the image.
 NewlinePolicy = Literal["with-row", "always", "never"]
@@ -79,11 +80,16 @@ class TokenState:
         if self.valid.device == device:
             return self
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()}
+        moved = {
+            name: upload(value, device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()
+        }
         lines = self.newlines
         if lines is not None:
             moved["newlines"] = replace(
-                lines, mask=lines.mask.to(device), row=lines.row.to(device), row_of=lines.row_of.to(device)
+                lines,
+                mask=upload(lines.mask, device),
+                row=upload(lines.row, device),
+                row_of=upload(lines.row_of, device),
             )
         return TokenState(**moved)
 
@@ -126,10 +132,10 @@ def start(
     side: Side = "right" if not bool(valid[:, -1].all()) else "left"
     state = TokenState(
         column=torch.arange(length, device=device).expand(batch, -1),
-        valid=valid.to(device),
-        visual=visual.to(device),
-        visual_index=index.to(device),
-        visual_valid=visual_valid.to(device),
+        valid=upload(valid, device),
+        visual=upload(visual, device),
+        visual_index=upload(index, device),
+        visual_valid=upload(visual_valid, device),
         token_index=torch.arange(most, device=device).expand(batch, -1),
         dropped_before=zero,
         dropped_in_forward=zero[:, 0],
@@ -168,7 +174,7 @@ def _split(
         row_of.append(all_rows[is_picture])
     padded = torch.nn.utils.rnn.pad_sequence(row_of, batch_first=True)
     counts = tuple(mask.sum(1).tolist())
-    return visual, Newlines(mask.to(device), row.to(device), padded.to(device), most, policy, counts)
+    return visual, Newlines(upload(mask, device), upload(row, device), upload(padded, device), most, policy, counts)
 
 
 @dataclass(frozen=True)
@@ -212,9 +218,9 @@ def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -
     last = max(state.token_index.shape[1] - 1, 0)
     device = state.valid.device
     return Groups(
-        sample=torch.tensor([sample for sample, _, _, _ in rows], dtype=torch.int64).to(device),
-        index=(first_place + column).clamp_max(last).to(device),
-        valid=(column < current).to(device),
+        sample=upload([sample for sample, _, _, _ in rows], device, torch.int64),
+        index=upload((first_place + column).clamp_max(last), device),
+        valid=upload(column < current, device),
         started=tuple(before for _, _, _, before in rows),
         current=tuple(now for _, _, now, _ in rows),
         per=per,
@@ -321,7 +327,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     valid = stays.gather(1, take)
     visual = state.visual.gather(1, take) & valid
     most = max((sum(after) for after in counts), default=0)
-    totals = torch.tensor([sum(after) for after in counts], dtype=torch.int64).to(keep.device)
+    totals = upload([sum(after) for after in counts], keep.device, torch.int64)
     gone = (state.valid & ~stays).to(torch.int64)
     before = state.dropped_before + gone.cumsum(1) - gone
     return (
