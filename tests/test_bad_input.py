@@ -99,7 +99,7 @@ def test_refused_when_built(case, model):
     assert type(caught.value) is error
 
 
-def test_a_budget_that_the_picture_cannot_meet(model):
+def test_a_budget_that_the_image_cannot_meet(model):
     pipeline = trio.Pipeline(model, stages=[{"after_layer": 5, "keep": "auto"}], budget={"average": 8})
     with pipeline, pytest.raises(trio.BudgetError, match=r"budget.average.*16 tokens.*reachable"):
         model(**inputs(PROMPTS))
@@ -167,7 +167,7 @@ CALLS = {
         trio.CacheError,
         "QuantizedCache.*DynamicCache",
     ),
-    "a picture cut in two": (
+    "an image cut in two": (
         lambda b: {"input_ids": b["input_ids"].masked_fill(torch.arange(b["input_ids"].shape[1]) == 30, 7)},
         (trio.InputError, ValueError),
         "placeholders|do not match",
@@ -321,7 +321,7 @@ def test_replay_of_indices_that_do_not_fit(selection, message, model):
 
 
 def test_no_report_yet(model):
-    with pytest.raises(trio.InputError, match="run a forward with a picture"):
+    with pytest.raises(trio.InputError, match="run a forward with an image"):
         _ = pipeline_for(model).report
 
 

@@ -180,5 +180,5 @@ def test_prompts_give_the_same_in_any_batch():
     both, alone = TOKENS([second, first]), TOKENS([first])
     assert torch.equal(both["pixel_values"][2], alone["pixel_values"][0])
     assert torch.equal(both["input_ids"][1][both["attention_mask"][1].bool()], alone["input_ids"][0])
-    assert second.pictures == (4, 3)
+    assert second.images == (4, 3)
     assert picture(3).tobytes() == picture(3).tobytes() != picture(4).tobytes()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import trio
 from trio.cli import app
-from trio.cli.common import load_picture
+from trio.cli.common import load_image
 from trio.cli.tables import console, duration, layer_ranges, print_table, quantity
 from trio.spec import load_spec, shipped_specs
 
@@ -170,7 +170,7 @@ def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
     facts = json.loads(trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--json").stdout)
     network = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = transformers.AutoProcessor.from_pretrained(model)
-    inputs = inputs_for(processor, [load_picture(picture)], "what shape ?")
+    inputs = inputs_for(processor, [load_image(picture)], "what shape ?")
     with trio.Pipeline.from_spec("trio-soft-11", network):
         out = network.generate(**inputs, max_new_tokens=32, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -505,6 +505,6 @@ def test_pictures_are_upright_rgb(tmp_path: Path) -> None:
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.new("LA", (4, 4)).save(tmp_path / "grey.png")
-    assert load_picture(tmp_path / "grey.png").mode == "RGB"
+    assert load_image(tmp_path / "grey.png").mode == "RGB"

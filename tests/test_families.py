@@ -49,7 +49,7 @@ def test_the_adapter_is_found_and_one_spec_fits_all(name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_mixed_batches_equal_their_singles(name, side):
-    """Different picture sizes, picture counts and a prompt without a picture."""
+    """Different image sizes, image counts and a prompt without an image."""
     model, make = family(name)
     pipeline = trio.Pipeline(model, stages=stages((0, "60%"), (2, 3)))
     with pipeline, torch.no_grad():
@@ -57,7 +57,7 @@ def test_mixed_batches_equal_their_singles(name, side):
         together = pipeline.report
         for place, prompt in enumerate(PROMPTS):
             alone = model(**make([prompt])).logits[0, -1]
-            if prompt.pictures:
+            if prompt.images:
                 ours = [[group.indices for group in s.groups] for s in together.samples[place].stages]
                 assert ours == [[group.indices for group in s.groups] for s in pipeline.report.samples[0].stages]
             end = -1 if side == "left" else together.layer_tokens[place][-1] - 1
@@ -65,8 +65,8 @@ def test_mixed_batches_equal_their_singles(name, side):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_beams_share_the_pictures_of_their_sample(name):
-    """One picture a prompt: transformers 5.17 mixes up several when it copies a prompt for its beams."""
+def test_beams_share_the_images_of_their_sample(name):
+    """One image a prompt: transformers 5.17 mixes up several when it copies a prompt for its beams."""
     model, make = family(name)
     prompts = [PROMPTS[0], Prompt("now", 2, "alone"), PROMPTS[2]]
     with trio.Pipeline(model, stages=stages((1, 5), (3, 2))) as pipeline:
@@ -95,7 +95,7 @@ def test_tiles_are_counted_as_transformers_counts_them(size, pinpoints):
 
 def test_llava_next_has_2880_tokens_at_672():
     image = tiled_image((672, 672), [[672, 672]], tile=336, side=24)
-    assert int(image.is_picture.sum()) == 2880 and image.tokens == 2880 + 48
+    assert int(image.is_visual.sum()) == 2880 and image.tokens == 2880 + 48
     assert image.grids == ((24, 24), (48, 48)) and image.grid is None
     newline = (image.kind == NEWLINE).nonzero().squeeze(1)
     assert (
@@ -114,7 +114,7 @@ def test_newlines_go_as_the_policy_says(name, policy):
         model(**batch)
     report = pipeline.report
     whole = tiled_image(size_of(1, TILE), PINPOINTS, tile=TILE, side=SIDE, most_tiles=2 if "one" in name else None)
-    lines = int((~whole.is_picture).sum())
+    lines = int((~whole.is_visual).sum())
     sample = report.samples[0]
     assert sample.newlines == lines and sample.visual_tokens == whole.tokens - lines
     for stage in sample.stages:
@@ -141,7 +141,7 @@ def test_a_newline_stands_where_the_model_puts_it(name):
     for sample, images in enumerate(layout.images):
         columns = layout.visual[sample].nonzero().squeeze(1)
         is_newline = (seen["hidden"][sample, columns] == model.model.image_newline).all(-1)
-        assert torch.equal(is_newline, torch.cat([~image.is_picture for image in images]))
+        assert torch.equal(is_newline, torch.cat([~image.is_visual for image in images]))
 
 
 # Videos
@@ -226,7 +226,7 @@ def test_a_compressor_takes_each_frame_of_a_video_alone(make, steps, cells):
 
 @pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl", "internvl"])
 def test_thumbnails_keep_all_alone_and_in_a_batch(name):
-    """A picture with fewer tokens than the count keeps them all, while a larger one beside it is reduced."""
+    """An image with fewer tokens than the count keeps them all, while a larger one beside it is reduced."""
     model, make = family(name)
     prompts = [Prompt("what is", 0, "this ?"), Prompt("and", 2, "that ?")]
     tokens = [len(image.row) for image in _images(model, make, prompts)]
@@ -245,7 +245,7 @@ def test_thumbnails_keep_all_alone_and_in_a_batch(name):
 def _images(model, make, prompts):
     batch = make(prompts)
     layout = trio.adapters.adapter_for(model).layout(batch["input_ids"], {"image": batch})
-    return [image.select(image.is_picture.nonzero().squeeze(1)) for sample in layout.images for image in sample]
+    return [image.select(image.is_visual.nonzero().squeeze(1)) for sample in layout.images for image in sample]
 
 
 class Noting(TopK):
@@ -275,7 +275,7 @@ def noting() -> Noting:
 @pytest.mark.parametrize("compressor", [None, {"name": "uniform-grid", "keep": "80%"}], ids=["alone", "compressor"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_selectors_are_told_where_tokens_lie(name, compressor, per):
-    """Behind a compressor and a stage, in a batch with several pictures: what is left, at its own places."""
+    """Behind a compressor and a stage, in a batch with several images: what is left, at its own places."""
     model, make = family(name)
     notes = noting()
     keeps = ({"share": "60%", "of": "current", "per": "image"}, {"share": "50%", "of": "current", "per": per})
@@ -313,7 +313,7 @@ def test_selectors_are_told_what_a_compressor_merged_and_which_tile_a_token_come
     model, make = family(name)
     notes = noting()
     stage = trio.Stage(after_layer=1, keep={"share": "50%", "of": "current"}, selector=notes)
-    prompts = [prompt for prompt in PROMPTS if prompt.pictures][:2]
+    prompts = [prompt for prompt in PROMPTS if prompt.images][:2]
     with trio.Pipeline(model, stages=[stage], compressor={"name": "average-pool", "keep": "40%"}) as pipeline:
         model(**make(prompts))
         images = [image for sample in pipeline.report.samples for image in sample.compressor.images]
@@ -480,10 +480,10 @@ def test_features_encoded_without_the_pipeline_are_refused():
 
 
 @pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl", "internvl"])
-def test_a_prompt_cut_within_a_picture(name):
+def test_a_prompt_cut_within_an_image(name):
     model, make = family(name)
     batch = make(PROMPTS[:1])
     first = int((batch["input_ids"][0] == IMAGE_TOKEN).nonzero()[0])
     cut = batch["input_ids"][:, first + 1 :]
-    with pytest.raises(trio.InputError, match="cut within a picture"):
+    with pytest.raises(trio.InputError, match="cut within an image"):
         trio.adapters.adapter_for(model).layout(cut, {"image": batch})

@@ -1,4 +1,4 @@
-"""The generic adapter: where one picture ends and the next begins, and why a model is refused."""
+"""The generic adapter: where one image ends and the next begins, and why a model is refused."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def counted(*rows, **more):
     return {FEATURE_COUNTS: rows, **more}
 
 
-# Where pictures end
+# Where images end
 
 
 @pytest.mark.parametrize("name", ["mistral3", "vipllava", "smolvlm", "glm4v"])
-def test_neighbouring_pictures_keep_as_many_tokens_each(name):
+def test_neighbouring_images_keep_as_many_tokens_each(name):
     """Side by side, and with a single word in between."""
     model, make = family(name)
     prompts = [Prompt("what differs", 1, 2, "here"), Prompt("what differs", 1, "and", 2, "here"), Prompt("see", 3)]
@@ -45,7 +45,7 @@ def test_neighbouring_pictures_keep_as_many_tokens_each(name):
 
 
 @pytest.mark.parametrize("gap", [[], [7], [7, 8, 9]])
-def test_pictures_end_where_the_encoder_says(gap):
+def test_images_end_where_the_encoder_says(gap):
     adapter = adapter_for(family("mistral3")[0])
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * 4, *gap, *[IMAGE_TOKEN] * 6, 5]])
     layout = adapter.layout(ids, {"image": counted(4, 6)})
@@ -54,12 +54,12 @@ def test_pictures_end_where_the_encoder_says(gap):
     assert adapter.encoded_images(layout.images[0], counted(4, 6)) == 2
 
 
-def test_rows_with_break_tokens_are_one_picture():
+def test_rows_with_break_tokens_are_one_image():
     ids = torch.tensor([[1, *[IMAGE_TOKEN, IMAGE_TOKEN, 92] * 3, 5]])
     assert tokens_of(adapter_for(family("mistral3")[0]).layout(ids, {"image": counted(6)})) == [[6]]
 
 
-def test_beams_repeat_samples_after_their_pictures_were_encoded():
+def test_beams_repeat_samples_after_their_images_were_encoded():
     row, other = [IMAGE_TOKEN] * 2 + [5] + [IMAGE_TOKEN] * 3, [5, 5] + [IMAGE_TOKEN] * 4
     ids = torch.tensor([row, row, row, other, other, other])
     layout = adapter_for(family("mistral3")[0]).layout(ids, {"image": counted(2, 3, 4)})
@@ -69,8 +69,8 @@ def test_beams_repeat_samples_after_their_pictures_were_encoded():
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([IMAGE_TOKEN] * 9, r"9 with id 99, the encoded pictures give 10 tokens.*whole pictures"),
-        ([5] * 9, r"0 with id 99, the encoded pictures give 10 tokens"),
+        ([IMAGE_TOKEN] * 9, r"9 with id 99, the encoded images give 10 tokens.*whole images"),
+        ([5] * 9, r"0 with id 99, the encoded images give 10 tokens"),
     ],
 )
 def test_placeholders_that_do_not_fit_are_refused(rows, reason):
@@ -78,13 +78,13 @@ def test_placeholders_that_do_not_fit_are_refused(rows, reason):
         adapter_for(family("mistral3")[0]).layout(torch.tensor([rows]), {"image": counted(4, 6)})
 
 
-def test_a_sample_that_ends_within_a_picture_is_refused():
+def test_a_sample_that_ends_within_an_image_is_refused():
     ids = torch.tensor([[IMAGE_TOKEN] * 5, [IMAGE_TOKEN] * 5])
-    with pytest.raises(trio.InputError, match=r"sample 0: its 5 placeholders .* end within a picture"):
+    with pytest.raises(trio.InputError, match=r"sample 0: its 5 placeholders .* end within an image"):
         adapter_for(family("mistral3")[0]).layout(ids, {"image": counted(4, 6)})
 
 
-def test_pictures_whose_rows_are_not_known_are_refused():
+def test_images_whose_rows_are_not_known_are_refused():
     adapter, ids = adapter_for(family("mistral3")[0]), torch.tensor([[IMAGE_TOKEN] * 4])
     with pytest.raises(trio.InputError, match=r"where one ends and the next begins is not known.*add-an-adapter"):
         adapter.layout(ids, {"image": {"pixel_values": (1, 3, 16, 16)}})
@@ -129,21 +129,21 @@ def test_a_glm_video_is_reduced():
     assert (sample.visual_tokens, sample.stages[0].kept) == (16, 5)
 
 
-def test_pictures_of_a_sample_in_one_tensor_are_told_apart_by_their_fixed_number_of_rows():
-    """SmolVLM, from transformers 5.23 on: a tensor for each sample, whatever pictures it has."""
+def test_images_of_a_sample_in_one_tensor_are_told_apart_by_their_fixed_number_of_rows():
+    """SmolVLM, from transformers 5.23 on: a tensor for each sample, whatever images it has."""
     adapter = adapter_for(family("smolvlm")[0])
     one = [IMAGE_TOKEN] * 16
     ids = torch.tensor([[*one, 92, *one, 5], [5, 5, *one, *one]])
     layout = adapter.layout(ids, {"image": counted(32, 32)})
     assert tokens_of(layout) == [[16, 16], [16, 16]]
     assert adapter.encoded_images([image for sample in layout.images for image in sample], counted(32, 32)) == 4
-    with pytest.raises(trio.InputError, match="each picture takes 16"):
+    with pytest.raises(trio.InputError, match="each image takes 16"):
         adapter.layout(ids[:, 1:], {"image": counted(32, 32)})
 
 
 @pytest.mark.parametrize("name", ["mistral3", "smolvlm", "glm4v", "llava-next"])
 def test_tokens_are_counted_before_any_encoder_ran(name):
-    """As evaluations do for pictures of many sizes; what is no picture (newlines) does not count."""
+    """As evaluations do for images of many sizes; what is no image (newlines) does not count."""
     model, make = family(name)
     batch = make([Prompt("what differs", 1, 2, "here"), Prompt("no picture")])
     with trio.Pipeline(model, stages=[trio.Stage(after_layer=2, keep=2)]) as pipeline, torch.no_grad():
@@ -237,7 +237,7 @@ REFUSED = {
     "Molmo2ForConditionalGeneration": r"attention masks from token types \(mm_token_type_ids\), above its decoder",
     "Step3p7ForConditionalGeneration": r"rotary embeddings depend on more than positions \(layer_type\)",
     "Granite4VisionForConditionalGeneration": r"features for its inner layers \(vision_mask, deepstack_features\)",
-    "Blip2ForConditionalGeneration": r"no inner `model` that merges text and pictures",
+    "Blip2ForConditionalGeneration": r"no inner `model` that merges text and images",
     "MllamaForConditionalGeneration": r"no `get_image_features`",
     "LlamaForCausalLM": r"no `get_image_features`.*no `image_token_id`",
     "Florence2ForConditionalGeneration": r"encoder-decoder",

@@ -39,7 +39,7 @@ class Pipeline:
     """A spec bound to a model.
 
     Used as a context manager, or through `attach` and `detach`. While attached, every forward of the model that brings
-    pictures is compressed, `generate` included; nothing else about the model changes.
+    images is compressed, `generate` included; nothing else about the model changes.
 
     Example:
         ```python
@@ -72,7 +72,7 @@ class Pipeline:
             compressor: the reduction on the encoder side.
             positions: numbering of the survivors: each its own, gapless, or (``auto``) as in the family's published
                 code.
-            newlines: what happens to tokens that end the rows of a tiled picture.
+            newlines: what happens to tokens that end the rows of a tiled image.
             budget: a promise about the average that is checked.
             name: what reports call the pipeline.
             report: ``counts`` costs nothing; ``full`` keeps saliencies and measures times and bytes.
@@ -175,11 +175,11 @@ class Pipeline:
         """What the last prefill did.
 
         Raises:
-            InputError: no forward with a picture has run yet.
+            InputError: no forward with an image has run yet.
         """
         if not self._records:
             raise InputError(
-                "report: nothing to report yet; run a forward with a picture while the pipeline is attached"
+                "report: nothing to report yet; run a forward with an image while the pipeline is attached"
             )
         return self._report(self._records[-1])
 
@@ -194,7 +194,7 @@ class Pipeline:
         """Saliencies without dropping anything.
 
         Args:
-            inputs: what the model's forward takes, with pictures.
+            inputs: what the model's forward takes, with images.
 
         Returns:
             For each stage, for each sample: float32 ``(n,)`` on the CPU, one number for each of its visual tokens.
@@ -293,7 +293,7 @@ class Pipeline:
             )
         if spec.split == "saliency" and not (self.adapter.whole_beside_tiles and "attention" in offers):
             raise UnsupportedModelError(
-                "compressor.split: saliency needs the whole picture beside its tiles and the tower's attention, which "
+                "compressor.split: saliency needs the whole image beside its tiles and the tower's attention, which "
                 f"this {model} does not give (adapter {self.adapter_name!r}); use split: even"
             )
 

@@ -270,7 +270,7 @@ def test_every_method_on_llava(name):
         spec |= {"local_layer": 1, "window": 2}
     batch, report = run(model, make(prompts), spec)
     for sample, prompt in enumerate(prompts):
-        alone, one = run(model, make([prompt]), spec) if prompt.pictures else (None, None)
+        alone, one = run(model, make([prompt]), spec) if prompt.images else (None, None)
         if one is not None:
             assert one.samples[0].compressor == report.samples[sample].compressor
             torch.testing.assert_close(batch[sample, -1], alone[0, -1], rtol=1e-4, atol=1e-4)

@@ -26,7 +26,7 @@ WORDS = st.lists(
 #: A word first, so that no prompt is empty; then words and pictures in any order.
 PARTS = st.lists(st.one_of(WORDS.map(" ".join), st.integers(1, 9)), max_size=4)
 PROMPTS = st.builds(lambda word, rest: Prompt(word, *rest), WORDS.map(" ".join), PARTS)
-BATCHES = st.lists(PROMPTS, min_size=1, max_size=4).filter(lambda batch: any(p.pictures for p in batch))
+BATCHES = st.lists(PROMPTS, min_size=1, max_size=4).filter(lambda batch: any(p.images for p in batch))
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
@@ -85,10 +85,10 @@ def test_what_is_reported_is_what_ran(setting, prompts, side):
     assert logits.shape[1] == report.layer_lengths[-1] == max(tokens[-1] for tokens in report.layer_tokens)
     for number, prompt in enumerate(prompts):
         sample = report.samples[number]
-        assert sample.visual_tokens == 16 * len(prompt.pictures)
+        assert sample.visual_tokens == 16 * len(prompt.images)
         text = int(inputs["attention_mask"][number].sum()) - sample.visual_tokens
         assert report.layer_tokens[number] == [text + visual for visual in sample.visual_by_layer(LAYERS)]
-        whole = [set(range(16)) for _ in prompt.pictures]
+        whole = [set(range(16)) for _ in prompt.images]
         for stage in range(len(sample.stages)):
             kept = [set(indices) for indices in sample.kept_of_images(stage)]
             assert all(now <= then for now, then in zip(kept, whole, strict=True))

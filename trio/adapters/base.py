@@ -83,7 +83,7 @@ class Adapter(Backbone):
 
     @property
     def multimodal(self) -> nn.Module:
-        """The module that merges text and picture features: it takes `input_ids` and calls the language model."""
+        """The module that merges text and image features: it takes `input_ids` and calls the language model."""
         return self.model.get_submodule(self.multimodal_path)
 
     @property
@@ -110,22 +110,22 @@ class Adapter(Backbone):
             encoded: by modality, the arguments of the last call of its encoder method (see `encoders`), None left out.
 
         Raises:
-            InputError: the placeholders do not fit the pictures (a prompt cut within a picture, for example).
+            InputError: the placeholders do not fit the images (a prompt cut within an image, for example).
         """
 
     def visual_tokens(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> list[int]:
         """Visual tokens of each sample, newlines and other structure not counted; arguments as of `layout`."""
         layout = self.layout(input_ids, encoded)
-        return [sum(int(image.is_picture.sum()) for image in images) for images in layout.images]
+        return [sum(int(image.is_visual.sum()) for image in images) for images in layout.images]
 
-    #: The methods of `multimodal` that encode pictures, by the modality's name in ``mm_encoder_outputs``. Their
+    #: The methods of `multimodal` that encode images, by the modality's name in ``mm_encoder_outputs``. Their
     #: arguments are noted while a pipeline is attached: `generate` may encode before the forward, which sees no grids.
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: Arguments of `multimodal` that hold pixels.
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
-    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
-        """Whether a call of `multimodal` brings pictures or features of pictures; looks at no tensor's content."""
+    def brings_images(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call of `multimodal` brings images or features of images; looks at no tensor's content."""
         encoded = upstream.encoder_outputs(call)
         return any(call.get(name) is not None for name in self.pixels) or any(name in encoded for name in self.encoders)
 
@@ -177,7 +177,7 @@ class Adapter(Backbone):
         return TinyModel(type(self)(model.eval()), self.tiny_inputs(config), tuple(placeholders(config)))
 
     # The encoder side: what compressors need. An adapter without these serves compressors that read nothing off the
-    # tower, and sees a tiled picture as one.
+    # tower, and sees a tiled image as one.
 
     def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
         """Which patches of the tower the visual tokens of an image stand for; None: not known.
@@ -198,7 +198,7 @@ class Adapter(Backbone):
         """
         return len(images)
 
-    #: Whether tiled pictures come with the whole picture in front of their tiles, and tiles at known places.
+    #: Whether tiled images come with the whole image in front of their tiles, and tiles at known places.
     whole_beside_tiles: ClassVar[bool] = False
 
     @property

@@ -18,13 +18,13 @@ from ..errors import InputError, UnsupportedModelError
 from . import tiny
 from .base import ADAPTERS, Adapter, Layout, Positions
 from .generic_costs import SHAPES
-from .placeholders import images_by_count, images_by_features, picture_rows, unplaced
+from .placeholders import image_rows, images_by_count, images_by_features, unplaced
 
 #: Attributes under which models keep their text decoder and their vision tower.
 DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual")
 PROJECTORS = ("multi_modal_projector", "connector", "projector", "aligner")
-#: Methods that encode pictures, by the modality's name in ``mm_encoder_outputs``.
+#: Methods that encode images, by the modality's name in ``mm_encoder_outputs``.
 ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 
 
@@ -32,8 +32,8 @@ ENCODERS = {"image": "get_image_features", "video": "get_video_features"}
 class GenericAdapter(Adapter):
     """Used with a warning where no adapter knows the family.
 
-    What the encoder returns as one tensor of features counts as a picture (for some families a tile, or a whole video).
-    Where the tokens lie on the picture is not known: origins have one row. Inspection refuses models that this cannot
+    What the encoder returns as one tensor of features counts as an image (for some families a tile, or a whole video).
+    Where the tokens lie on the image is not known: origins have one row. Inspection refuses models that this cannot
     serve, with the reasons.
     """
 
@@ -99,15 +99,15 @@ class GenericAdapter(Adapter):
         """The module between vision tower and language model."""
         return _one_of(self.multimodal, PROJECTORS, "projector")
 
-    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
+    def brings_images(self, call: Mapping[str, Any]) -> bool:
         """Pixels under any name, or any features that `generate` computed before the forward."""
         pixels = any(name.startswith("pixel_values") and value is not None for name, value in call.items())
         return pixels or bool(encoder_outputs(call))
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
-        """As many placeholders for each picture as the encoder gave it rows of features.
+        """As many placeholders for each image as the encoder gave it rows of features.
 
-        Idefics and SmolVLM return a sample's pictures as one tensor, but give all pictures the same number of rows.
+        Idefics and SmolVLM return a sample's images as one tensor, but give all images the same number of rows.
         """
         config: Any = self.model.config
         image: int = config.image_token_id
@@ -136,12 +136,12 @@ class GenericAdapter(Adapter):
     def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
         """One for each tensor of features, or as many as their rows make up."""
         if self._rows_of_each is None:
-            return len(picture_rows(arguments))
-        return sum(picture_rows(arguments)) // self._rows_of_each if FEATURE_COUNTS in arguments else len(images)
+            return len(image_rows(arguments))
+        return sum(image_rows(arguments)) // self._rows_of_each if FEATURE_COUNTS in arguments else len(images)
 
     @property
     def _rows_of_each(self) -> int | None:
-        """Rows of features that every picture of the model has; None where pictures differ."""
+        """Rows of features that every image of the model has; None where images differ."""
         rows = getattr(self.multimodal, "image_seq_len", None)
         return rows if isinstance(rows, int) else None
 
@@ -158,12 +158,12 @@ def why_not(model: nn.Module) -> list[str]:
         return ["it is an encoder-decoder"]
     multimodal = getattr(model, "model", None)
     if not isinstance(multimodal, nn.Module):
-        return ["it has no inner `model` that merges text and pictures"]
+        return ["it has no inner `model` that merges text and images"]
     reasons = []
     if not hasattr(multimodal, ENCODERS["image"]):
         reasons.append(f"its inner model has no `{ENCODERS['image']}`")
     if getattr(config, "image_token_id", None) is None:
-        reasons.append("its configuration has no `image_token_id`, the placeholder of pictures")
+        reasons.append("its configuration has no `image_token_id`, the placeholder of images")
     decoder = next((getattr(multimodal, name) for name in DECODERS if hasattr(multimodal, name)), None)
     if decoder is None:
         return [*reasons, f"its inner model has no text decoder under {' or '.join(DECODERS)}"]

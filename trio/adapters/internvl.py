@@ -1,4 +1,4 @@
-"""InternVL (the transformers-native one): pixel-shuffled tokens, pictures cut into tiles of equal token count."""
+"""InternVL (the transformers-native one): pixel-shuffled tokens, images cut into tiles of equal token count."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .tiny_inputs import BREAK, END, TinyInputs, noise
 
 @ADAPTERS.register("internvl")
 class InternVLAdapter(LlavaAdapter):
-    """`InternVLForConditionalGeneration`: a run of placeholders is a picture (or a video's frame), tile behind tile.
+    """`InternVLForConditionalGeneration`: a run of placeholders is an image (or a video's frame), tile behind tile.
 
-    How the tiles lie on the picture is known to the processor only; each is a frame of the origin with a grid of its
+    How the tiles lie on the image is known to the processor only; each is a frame of the origin with a grid of its
     own, the thumbnail last.
     """
 

@@ -21,7 +21,7 @@ from .placeholders import images_by_count
 
 @ADAPTERS.register("llava")
 class LlavaAdapter(Adapter):
-    """`LlavaForConditionalGeneration`: every picture becomes the same number of tokens, in raster order.
+    """`LlavaForConditionalGeneration`: every image becomes the same number of tokens, in raster order.
 
     Under ``positions: auto`` survivors are renumbered (``compact``), as the released TRIO code for LLaVA does.
     """
@@ -54,7 +54,7 @@ class LlavaAdapter(Adapter):
         return isinstance(model, LlavaForConditionalGeneration)
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
-        """Each picture takes as many placeholders as its grid has patches (and one for the class token if kept)."""
+        """Each image takes as many placeholders as its grid has patches (and one for the class token if kept)."""
         config: Any = self.model.config
         return images_by_count(input_ids, config.image_token_id, self._image_tokens())
 
@@ -68,7 +68,7 @@ class LlavaAdapter(Adapter):
         return PatchMap.runs(image.tokens)
 
     def encoded_images(self, images: Sequence[ImageTokens], arguments: Mapping[str, Any]) -> int:
-        """One for each picture of the pixels."""
+        """One for each image of the pixels."""
         shape = arguments.get("pixel_values")
         return len(images) if shape is None else int(shape[0])
 

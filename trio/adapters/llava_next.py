@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (LLaVA-1.6): any-resolution tiles behind the whole picture, with newline tokens."""
+"""LLaVA-NeXT (LLaVA-1.6): any-resolution tiles behind the whole image, with newline tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .tiles import tiled_image, tiled_patches
 
 @ADAPTERS.register("llava-next")
 class LlavaNextAdapter(LlavaAdapter):
-    """`LlavaNextForConditionalGeneration`: the whole picture's tokens, then those of its unpadded grid of tiles.
+    """`LlavaNextForConditionalGeneration`: the whole image's tokens, then those of its unpadded grid of tiles.
 
-    Newline tokens are structure, not picture: they are in no count, and the spec's `newlines` says when they go.
+    Newline tokens are structure, not image: they are in no count, and the spec's `newlines` says when they go.
     """
 
     model_types: ClassVar[frozenset[str]] = frozenset({"llava_next"})
@@ -40,7 +40,7 @@ class LlavaNextAdapter(LlavaAdapter):
         return isinstance(model, LlavaNextForConditionalGeneration)
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
-        """Grids follow from the sizes of the pictures, which only the encoder method sees."""
+        """Grids follow from the sizes of the images, which only the encoder method sees."""
         config: Any = self.model.config
         vision = config.vision_config
         sizes = encoded_argument(encoded, "image", "image_sizes")
@@ -56,7 +56,7 @@ class LlavaNextAdapter(LlavaAdapter):
         return images_in_order(input_ids, {config.image_token_id: images})
 
     def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
-        """The patches of the whole picture, then those of its tiles that padding does not cover."""
+        """The patches of the whole image, then those of its tiles that padding does not cover."""
         config: Any = self.model.config
         vision = config.vision_config
         height, width = torch.as_tensor(arguments["image_sizes"]).tolist()[number]

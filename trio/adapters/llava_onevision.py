@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: one picture in tiles, several pictures without, and video frames with pooled tokens."""
+"""LLaVA-OneVision: one image in tiles, several images without, and video frames with pooled tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .tiles import tiled_image, tiled_patches
 class LlavaOnevisionAdapter(LlavaAdapter):
     """`LlavaOnevisionForConditionalGeneration`, with images, several images and videos.
 
-    A video is one image whose frames share a grid half as fine as a picture's; one newline token ends it.
+    A video is one image whose frames share a grid half as fine as an image's; one newline token ends it.
     """
 
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
@@ -44,11 +44,11 @@ class LlavaOnevisionAdapter(LlavaAdapter):
         return isinstance(model, LlavaOnevisionForConditionalGeneration)
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
-        """Grids follow from the sizes of the pictures and the number of frames, which only the encoders see."""
+        """Grids follow from the sizes of the images and the number of frames, which only the encoders see."""
         config: Any = self.model.config
         streams: dict[int, list[ImageTokens]] = {}
         if "image" in encoded:
-            streams[config.image_token_id] = self._pictures(encoded)
+            streams[config.image_token_id] = self._images(encoded)
         if "video" in encoded:
             # transformers calls the argument pixel_values up to 5.17.
             name = "pixel_values" if "pixel_values" in encoded["video"] else "pixel_values_videos"
@@ -57,7 +57,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
         return images_in_order(input_ids, streams, {config.image_token_id: "image", config.video_token_id: "video"})
 
     def patch_map(self, image: ImageTokens, number: int, arguments: Mapping[str, Any]) -> PatchMap | None:
-        """A picture's patches as for LLaVA-NeXT; a video's tokens each cover four patches of their frame."""
+        """An image's patches as for LLaVA-NeXT; a video's tokens each cover four patches of their frame."""
         config: Any = self.model.config
         side = self._side
         if "image_sizes" not in arguments:
@@ -91,12 +91,12 @@ class LlavaOnevisionAdapter(LlavaAdapter):
         config: Any = self.model.config
         return int(config.vision_config.image_size // config.vision_config.patch_size)
 
-    def _pictures(self, encoded: Mapping[str, Mapping[str, Any]]) -> list[ImageTokens]:
+    def _images(self, encoded: Mapping[str, Mapping[str, Any]]) -> list[ImageTokens]:
         config: Any = self.model.config
         sizes = torch.as_tensor(encoded_argument(encoded, "image", "image_sizes")).tolist()
         numbers = encoded["image"].get("batch_num_images")
         counts = [1] * len(sizes) if numbers is None else torch.as_tensor(numbers).tolist()
-        alone = [count == 1 for count in counts for _ in range(count)]  # several pictures of a sample are not tiled
+        alone = [count == 1 for count in counts for _ in range(count)]  # several images of a sample are not tiled
         aspect = encoded["image"].get("vision_aspect_ratio") or config.vision_aspect_ratio
         single = ImageTokens.join([_row_of_newline(ImageTokens.from_grid(self._side, self._side))])
         return [

@@ -1,4 +1,4 @@
-"""Reading placeholders: which of them belong to which picture."""
+"""Reading placeholders: which of them belong to which image."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .base import Layout
 
 
 def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> Layout:
-    """Splits placeholders into pictures that all take the same number of tokens.
+    """Splits placeholders into images that all take the same number of tokens.
 
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
         token_id: the placeholder.
-        image: the tokens of one picture.
+        image: the tokens of one image.
 
     Raises:
-        InputError: a sample's placeholders are not a multiple of the picture's tokens.
+        InputError: a sample's placeholders are not a multiple of the image's tokens.
     """
     visual = input_ids == token_id
     samples = []
@@ -31,9 +31,9 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
         count, rest = divmod(found, image.tokens)
         if rest:
             raise InputError(
-                f"sample {sample}: found {found} image placeholders, but each picture takes {image.tokens}; "
-                "the prompt may be cut within a picture (a chunked prefill, a truncated tokenisation): "
-                "pass whole pictures in one forward"
+                f"sample {sample}: found {found} image placeholders, but each image takes {image.tokens}; "
+                "the prompt may be cut within an image (a chunked prefill, a truncated tokenisation): "
+                "pass whole images in one forward"
             )
         samples.append((image,) * count)
     return Layout(visual, tuple(samples))
@@ -42,18 +42,18 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
 def images_in_order(
     input_ids: torch.Tensor, streams: Mapping[int, Sequence[ImageTokens]], modalities: Mapping[int, str] | None = None
 ) -> Layout:
-    """Hands pictures of known sizes out to the placeholders, in the order of the batch.
+    """Hands images of known sizes out to the placeholders, in the order of the batch.
 
-    Beam search repeats every sample, and its pictures with it, after they were encoded: where a stream fits the
-    placeholders of the batch a whole number of times, that many neighbouring samples share their pictures.
+    Beam search repeats every sample, and its images with it, after they were encoded: where a stream fits the
+    placeholders of the batch a whole number of times, that many neighbouring samples share their images.
 
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
-        streams: for each placeholder (images, video frames) the pictures of the batch in order.
+        streams: for each placeholder (images, video frames) the images of the batch in order.
         modalities: for each placeholder what encoded it; by default all are images.
 
     Raises:
-        InputError: the placeholders do not fit the pictures.
+        InputError: the placeholders do not fit the images.
     """
     visual = torch.zeros_like(input_ids, dtype=torch.bool)
     found: list[list[tuple[int, ImageTokens, str]]] = [[] for _ in range(input_ids.shape[0])]
@@ -67,9 +67,9 @@ def images_in_order(
         repeats, rest = divmod(wanted, given) if given else (0, wanted)
         if rest or not repeats or input_ids.shape[0] % max(repeats, 1):
             raise InputError(
-                f"placeholders: the batch has {wanted} with id {token_id}, the encoded pictures give {given} tokens; "
-                "the prompt may be cut within a picture, or its features were computed while the pipeline was not "
-                "attached: pass pixels, and whole pictures in one forward"
+                f"placeholders: the batch has {wanted} with id {token_id}, the encoded images give {given} tokens; "
+                "the prompt may be cut within an image, or its features were computed while the pipeline was not "
+                "attached: pass pixels, and whole images in one forward"
             )
         remaining = iter(stream)
         for first in range(0, input_ids.shape[0], repeats):
@@ -82,8 +82,8 @@ def images_in_order(
                 taken += image.tokens
             if taken != len(columns):
                 raise InputError(
-                    f"sample {first}: its {len(columns)} placeholders with id {token_id} end within a picture; the "
-                    "prompt may be cut, or pictures and samples are in different orders: pass whole pictures"
+                    f"sample {first}: its {len(columns)} placeholders with id {token_id} end within an image; the "
+                    "prompt may be cut, or images and samples are in different orders: pass whole images"
                 )
     rows = [sorted(row, key=_column) for row in found]
     return Layout(
@@ -98,7 +98,7 @@ def _column(entry: tuple[int, ImageTokens, str]) -> int:
 
 
 def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> Layout:
-    """Takes every unbroken run of placeholders for one picture, made of tiles with the same number of tokens.
+    """Takes every unbroken run of placeholders for one image, made of tiles with the same number of tokens.
 
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
@@ -119,9 +119,9 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
             if rest:
                 raise InputError(
                     f"sample {sample}: a run of {len(run)} image placeholders is no whole number of tiles of "
-                    f"{tile.tokens}; the prompt may be cut within a picture: pass whole pictures in one forward"
+                    f"{tile.tokens}; the prompt may be cut within an image: pass whole images in one forward"
                 )
-            # How several tiles lie on the picture is known to the processor only.
+            # How several tiles lie on the image is known to the processor only.
             images.append(tile if count == 1 else replace(ImageTokens.join([tile] * count), placed=False))
         samples.append(tuple(images))
     return Layout(visual, tuple(samples))
@@ -130,7 +130,7 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
 def images_by_features(
     input_ids: torch.Tensor, placeholders: Mapping[str, int], encoded: Mapping[str, Mapping[str, Any]]
 ) -> Layout:
-    """Hands out pictures that have as many tokens as the encoder gave each of them; their grids are a single row.
+    """Hands out images that have as many tokens as the encoder gave each of them; their grids are a single row.
 
     Args:
         input_ids: int64 ``(B, S)`` on the CPU.
@@ -138,22 +138,22 @@ def images_by_features(
         encoded: by modality, as `Adapter.layout` gets it.
 
     Raises:
-        InputError: what the encoder gave each picture is not known, or does not fit the placeholders.
+        InputError: what the encoder gave each image is not known, or does not fit the placeholders.
     """
     streams = {
-        token: [unplaced(rows) for rows in picture_rows(encoded[modality])] if modality in encoded else []
+        token: [unplaced(rows) for rows in image_rows(encoded[modality])] if modality in encoded else []
         for modality, token in placeholders.items()
     }
     return images_in_order(input_ids, streams, {token: modality for modality, token in placeholders.items()})
 
 
 def unplaced(tokens: int) -> ImageTokens:
-    """A picture of which nothing is known but the number of its tokens."""
+    """An image of which nothing is known but the number of its tokens."""
     return replace(ImageTokens.from_grid(1, tokens), placed=False)
 
 
-def picture_rows(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Rows of features that the encoder gave each picture, pictures without any left out.
+def image_rows(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Rows of features that the encoder gave each image, images without any left out.
 
     Args:
         arguments: of the last call of the encoder method, with what it returned (see `FEATURE_COUNTS`).
@@ -164,8 +164,8 @@ def picture_rows(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     rows = arguments.get(FEATURE_COUNTS)
     if rows is None:
         raise InputError(
-            "pictures: where one ends and the next begins is not known, because the encoder returned neither a list of "
-            "features nor a tensor (pictures, tokens, width), or was not called while the pipeline was attached; pass "
+            "images: where one ends and the next begins is not known, because the encoder returned neither a list of "
+            "features nor a tensor (images, tokens, width), or was not called while the pipeline was attached; pass "
             "pixels, or write an adapter (docs/add-an-adapter.md)"
         )
     return tuple(int(count) for count in rows if count)
@@ -180,7 +180,7 @@ def encoded_argument(encoded: Mapping[str, Mapping[str, Any]], modality: str, na
     arguments = encoded.get(modality, {})
     if name not in arguments:
         raise InputError(
-            f"{name}: the sizes of the pictures are not known, because their features were computed while the pipeline "
+            f"{name}: the sizes of the images are not known, because their features were computed while the pipeline "
             "was not attached; pass pixels, and let the model encode them while it is"
         )
     return arguments[name]

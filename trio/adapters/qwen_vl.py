@@ -24,7 +24,7 @@ class QwenVLAdapter(Adapter):
     """`Qwen2VLForConditionalGeneration` and `Qwen2_5_VLForConditionalGeneration`, with images and videos.
 
     Survivors keep their own positions, as the released TRIO code for Qwen does: a position tells time, row and column,
-    and renumbering would move tokens on the picture. A video's tokens carry their frame.
+    and renumbering would move tokens on the image. A video's tokens carry their frame.
     """
 
     default_positions: ClassVar[Positions] = "original"

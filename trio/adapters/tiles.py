@@ -1,4 +1,4 @@
-"""Any-resolution pictures: the whole picture, then its tiles put together, unpadded, rows ending with newlines."""
+"""Any-resolution images: the whole image, then its tiles put together, unpadded, rows ending with newlines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..core.tokens import ImageTokens
 def tiled_image(
     size: tuple[int, int], pinpoints: Sequence[Sequence[int]], *, tile: int, side: int, most_tiles: int | None = None
 ) -> ImageTokens:
-    """The tokens of one picture, as LLaVA-NeXT and OneVision pack them.
+    """The tokens of one image, as LLaVA-NeXT and OneVision pack them.
 
-    Frame 0 is the whole picture in ``side x side`` patches. Frame 1 is the grid of all tiles without what padding
-    covers; each of its rows ends with a newline. Both grids cover the whole picture.
+    Frame 0 is the whole image in ``side x side`` patches. Frame 1 is the grid of all tiles without what padding
+    covers; each of its rows ends with a newline. Both grids cover the whole image.
 
     Args:
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         pinpoints: resolutions (height, width) that the tiles may make up.
         tile: pixels along a side of a tile.
         side: patches along a side of a tile.
@@ -43,14 +43,14 @@ def grid_of(size: tuple[int, int], pinpoints: Sequence[Sequence[int]], *, tile: 
 def tiled_patches(
     image: ImageTokens, size: tuple[int, int], pinpoints: Sequence[Sequence[int]], *, tile: int, side: int
 ) -> PatchMap:
-    """The patches behind the tokens of a tiled picture: the whole picture first, then tile behind tile.
+    """The patches behind the tokens of a tiled image: the whole image first, then tile behind tile.
 
     A grid that OneVision has shrunk takes for each token the patch in its middle; all its tiles then count as one
     input, since tokens no longer end where tiles do.
 
     Args:
         image: its tokens without newlines, as `tiled_image` lays them out.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         pinpoints: resolutions (height, width) that the tiles may make up.
         tile: pixels along a side of a tile.
         side: patches along a side of a tile.
@@ -72,10 +72,10 @@ def tiled_patches(
 
 
 def best_resolution(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The resolution that keeps most of the picture and, among those, wastes least (LLaVA-NeXT).
+    """The resolution that keeps most of the image and, among those, wastes least (LLaVA-NeXT).
 
     Args:
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         pinpoints: the resolutions to choose from, height and width.
     """
     height, width = size
@@ -95,7 +95,7 @@ def unpadded(rows: int, columns: int, size: tuple[int, int]) -> tuple[int, int]:
     Args:
         rows: of the padded grid.
         columns: of the padded grid.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
     """
     height, width = size
     if width / height > columns / rows:

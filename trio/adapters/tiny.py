@@ -16,7 +16,7 @@ from typing import Any
 LAYERS = 6
 WIDTH, HEADS, HEAD = 64, 4, 16
 VISION_WIDTH, VISION_LAYERS = 32, 4
-#: Side of a picture or tile in pixels, and of a patch; a tile has 4 x 4 visual tokens.
+#: Side of an image or tile in pixels, and of a patch; a tile has 4 x 4 visual tokens.
 TILE, PATCH = 16, 4
 SIDE = TILE // PATCH
 VOCABULARY = 128
@@ -49,13 +49,13 @@ Given = dict[str, Any]
 
 
 def llava(config: Any) -> Any | None:
-    """LLaVA-1.5, ViP-LLaVA and others with a CLIP or SigLIP tower and one grid a picture."""
+    """LLaVA-1.5, ViP-LLaVA and others with a CLIP or SigLIP tower and one grid for each image."""
     given = parts(config, shrunk_clip_like(config.vision_config))
     return None if given is None else built(config, {**given, **feature_layers(config)})
 
 
 def llava_next(config: Any) -> Any | None:
-    """LLaVA-NeXT: as LLaVA-1.5, with the same shapes of tiled pictures."""
+    """LLaVA-NeXT: as LLaVA-1.5, with the same shapes of tiled images."""
     given = parts(config, shrunk_clip_like(config.vision_config))
     if given is None:
         return None
@@ -82,7 +82,7 @@ def generic(config: Any) -> Any | None:
 
 
 def placeholders(config: Any) -> list[int]:
-    """Ids of a configuration that stand for pictures or their borders: a random model must not write them."""
+    """Ids of a configuration that stand for images or their borders: a random model must not write them."""
     names = [name for name in config.to_dict() if TOKEN_IDS.search(name)]
     ids = {getattr(config, name) for name in names if not _is_common(name)}
     return sorted(number for number in ids if isinstance(number, int) and number >= 0)
@@ -182,7 +182,7 @@ def _smolvlm(config: Any) -> Any | None:
 def _mistral3(config: Any) -> Any | None:
     vision = shrunk_clip_like(config.vision_config)
     if vision is not None:
-        vision |= {"image_size": 4 * TILE}  # the largest side of a picture
+        vision |= {"image_size": 4 * TILE}  # the largest side of an image
     given = parts(config, vision)
     return None if given is None else built(config, {**given, **feature_layers(config)})
 
@@ -193,7 +193,7 @@ def _glm4v(config: Any) -> Any | None:
 
 def _ernie(config: Any) -> Any | None:
     text, vision = shrunk_text(config.text_config), shrunk_patch_merger(config.vision_config)
-    # Experts of text and of pictures differ in size; rows and columns, which come first, have as many features each.
+    # Experts of text and of images differ in size; rows and columns, which come first, have as many features each.
     return _merged(config, None if text is None else {**text, "moe_intermediate_size": [32, 16]}, vision, [3, 3, 2])
 
 

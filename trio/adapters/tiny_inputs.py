@@ -1,4 +1,4 @@
-"""Inputs for tiny models, from their configurations alone: no processor, no tokenizer, pictures of noise."""
+"""Inputs for tiny models, from their configurations alone: no processor, no tokenizer, images of noise."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..core.upstream import MASK, default_model
 from ..errors import InputError
 from .tiles import best_resolution, tiled_image
 
-#: Tokens that stand for words end before these two, which stand behind rows and pictures; ids of configurations
+#: Tokens that stand for words end before these two, which stand behind rows and images; ids of configurations
 #: come later.
 WORDS = 90
 BREAK, END = 92, 93
-#: Height and width of pictures by their number, in sides of a tile.
+#: Height and width of images by their number, in sides of a tile.
 SIZES = [(1.0, 1.0), (1.25, 2.25), (2.5, 1.0625), (1.875, 1.875), (0.5625, 2.5)]
 
 
 @dataclass(frozen=True)
 class TinyInputs:
-    """An inputs factory (`trio.testing.InputsFactory`) from what one picture of a family is.
+    """An inputs factory (`trio.testing.InputsFactory`) from what one image of a family is.
 
     Attributes:
-        tokens: the ids that a picture takes in the prompt, by its number.
-        collate: the tensors of pictures, by their numbers in the order of the batch.
+        tokens: the ids that an image takes in the prompt, by its number.
+        collate: the tensors of images, by their numbers in the order of the batch.
         finish: what is made of the whole batch.
     """
 
@@ -43,8 +43,8 @@ class TinyInputs:
             [1] + [t for part in prompt.parts for t in (self.tokens(part) if isinstance(part, int) else words(part))]
             for prompt in prompts
         ]
-        pictures = [number for prompt in prompts for number in prompt.pictures]
-        return self.finish({**padded(rows, side), **(self.collate(pictures) if pictures else {})})
+        images = [number for prompt in prompts for number in prompt.images]
+        return self.finish({**padded(rows, side), **(self.collate(images) if images else {})})
 
 
 def tiny_inputs(config: Any, dtype: torch.dtype = torch.float32) -> InputsFactory:
@@ -72,7 +72,7 @@ def words(text: str) -> list[int]:
 
 
 def noise(number: int, *shape: int) -> torch.Tensor:
-    """A picture's pixels, the same for the same number."""
+    """An image's pixels, the same for the same number."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(number))
 
 
@@ -86,14 +86,14 @@ def padded(rows: list[list[int]], side: Side) -> Inputs:
     return {"input_ids": ids, MASK: mask}
 
 
-def stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
-    """Pictures ``(n, ...)`` with different n, filled up with zeros."""
-    most = max(len(picture) for picture in pictures)
-    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pictures])
+def stacked(images: list[torch.Tensor]) -> torch.Tensor:
+    """Images ``(n, ...)`` with different n, filled up with zeros."""
+    most = max(len(image) for image in images)
+    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in images])
 
 
 def size_of(number: int, tile: int) -> tuple[int, int]:
-    """Height and width of a picture in pixels."""
+    """Height and width of an image in pixels."""
     height, width = SIZES[number % len(SIZES)]
     return int(height * tile), int(width * tile)
 
@@ -108,7 +108,7 @@ def _images_argument(model_type: str) -> str:
 
 
 def _one_grid(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """Each picture is one grid of patches."""
+    """Each image is one grid of patches."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     name = _images_argument(config.model_type)
@@ -121,7 +121,7 @@ def _one_grid(config: Any, dtype: torch.dtype) -> TinyInputs:
 
 
 def _tiled(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """The whole picture, then its tiles."""
+    """The whole image, then its tiles."""
     tile, points = config.vision_config.image_size, config.image_grid_pinpoints
     side = tile // config.vision_config.patch_size
     aspect = getattr(config, "vision_aspect_ratio", None)
@@ -145,7 +145,7 @@ def _tiled(config: Any, dtype: torch.dtype) -> TinyInputs:
 
 
 def _patch_merger(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """Pictures of any grid, neighbouring patches merged."""
+    """Images of any grid, neighbouring patches merged."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     kind = "vision" if hasattr(config, "vision_start_token_id") else "image"
@@ -183,7 +183,7 @@ def _ernie(config: Any, dtype: torch.dtype) -> TinyInputs:
 
 
 def _by_sample(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """Pixels are laid out by sample; samples with fewer pictures are filled up with zeros."""
+    """Pixels are laid out by sample; samples with fewer images are filled up with zeros."""
     size = config.vision_config.image_size
     side = size // config.vision_config.patch_size // config.scale_factor
 
@@ -200,7 +200,7 @@ def _by_sample(config: Any, dtype: torch.dtype) -> TinyInputs:
 
 
 def _rows(config: Any, dtype: torch.dtype) -> TinyInputs:
-    """A token behind each row, and another behind the picture."""
+    """A token behind each row, and another behind the image."""
     patch = config.vision_config.patch_size * config.spatial_merge_size
 
     def size(number: int) -> tuple[int, int]:

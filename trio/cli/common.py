@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import DEFAULT_SPEC
-from ..core.images import inputs_for, load_picture
+from ..core.images import inputs_for, load_image
 from ..core.printable import HIDDEN, visible
 from ..errors import InputError, UnsupportedModelError, first_line
 from ..zoo.find import find_model
@@ -40,8 +40,8 @@ __all__ = [
     "first_line",
     "inputs_for",
     "load_config",
+    "load_image",
     "load_model",
-    "load_picture",
     "print_json",
     "progress_bar",
     "say",

@@ -52,7 +52,7 @@ def run(
     from .. import zoo
     from ..errors import InputError
     from ..spec import load_spec
-    from .common import load_model, load_picture, print_json, say, unused
+    from .common import load_image, load_model, print_json, say, unused
 
     loaded = load_spec(spec)  # before the model: a wrong name should not cost a minute
     files = list(image or [zoo.demo_picture()])
@@ -66,7 +66,7 @@ def run(
         target: Path | None = _drawing(out, force)
     else:
         target = None if as_json else unused(OVERLAY)
-    images = [load_picture(file) for file in files]
+    images = [load_image(file) for file in files]
     network, processor = load_model(model, dtype=dtype.value, device=device)
 
     result = _answer_twice(network, processor, images, question, loaded, max_new_tokens)

@@ -73,7 +73,7 @@ class Backbone(ABC):
     Attributes:
         model: the model that users call.
         pixels: arguments of `multimodal` that hold pixels.
-        encoders: methods of `multimodal` that encode pictures, by modality.
+        encoders: methods of `multimodal` that encode images, by modality.
         allowed_positions: numberings of the survivors that the rotary embeddings allow.
     """
 
@@ -86,7 +86,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def multimodal(self) -> nn.Module:
-        """The module that merges text and pictures."""
+        """The module that merges text and images."""
 
     @property
     @abstractmethod
@@ -109,8 +109,8 @@ class Backbone(ABC):
         """The decoder's configuration."""
 
     @abstractmethod
-    def brings_pictures(self, call: Mapping[str, Any]) -> bool:
-        """Whether a call brings pictures."""
+    def brings_images(self, call: Mapping[str, Any]) -> bool:
+        """Whether a call brings images."""
 
     @abstractmethod
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:

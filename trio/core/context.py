@@ -57,10 +57,10 @@ class LayerContext:
         """
         return self.probes[which]()
 
-    def after_pictures(self) -> torch.Tensor:
+    def after_images(self) -> torch.Tensor:
         """Where the text behind a sample's last visual token stands: bool ``(B, S)``; all its tokens if there is none.
 
-        That is the question where pictures come first, and what the chat template puts behind it.
+        That is the question where images come first, and what the chat template puts behind it.
         """
         ahead = self.visual.flip(1).cumsum(1).flip(1)  # visual tokens at a column and behind it
         text = self.valid & (ahead == 0)

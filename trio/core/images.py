@@ -1,4 +1,4 @@
-"""Pictures from files, and prompts in a model's own chat format. Nothing heavy is imported until something is read."""
+"""Images from files, and prompts in a model's own chat format. Nothing heavy is imported until something is read."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "batch_for", "inputs_for", "load_picture", "prompt_for"]
+__all__ = ["MAX_PIXELS", "batch_for", "inputs_for", "load_image", "prompt_for"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
 
 
-def load_picture(path: Path) -> Image:
-    """A picture as RGB, upright.
+def load_image(path: Path) -> Image:
+    """An image as RGB, upright.
 
     Raises:
-        InputError: it is missing, is no picture, is damaged or is larger than 89 million pixels.
+        InputError: it is missing, is not an image, is damaged or is larger than 89 million pixels.
     """
     import warnings
 
@@ -46,27 +46,27 @@ def load_picture(path: Path) -> Image:
         raise InputError(f"{place}: cannot be read ({error}); is the file damaged, or a folder?") from error
 
 
-def prompt_for(processor: Any, pictures: int, question: str) -> str:
-    """One user's turn as text: placeholders for the pictures, then the question, in the model's own chat format.
+def prompt_for(processor: Any, images: int, question: str) -> str:
+    """One user's turn as text: placeholders for the images, then the question, in the model's own chat format.
 
     Raises:
-        InputError: the processor has neither a chat template nor a picture token.
+        InputError: the processor has neither a chat template nor an image token.
     """
     if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": question}]
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     if getattr(processor, "image_token", None):
-        return f"{processor.image_token} " * pictures + question
+        return f"{processor.image_token} " * images + question
     raise InputError(
         f"model: its {type(processor).__name__} has neither a chat template nor an image token, so a prompt cannot be "
         "written for it; use the Python API with your own inputs."
     )
 
 
-def inputs_for(processor: Any, pictures: Sequence[Image], question: str) -> Any:
+def inputs_for(processor: Any, images: Sequence[Image], question: str) -> Any:
     """What the model's forward takes for one prompt; errors as `prompt_for`."""
-    return batch_for(processor, [(pictures, question)])
+    return batch_for(processor, [(images, question)])
 
 
 def batch_for(processor: Any, prompts: Sequence[tuple[Sequence[Image], str]]) -> Any:
@@ -74,7 +74,7 @@ def batch_for(processor: Any, prompts: Sequence[tuple[Sequence[Image], str]]) ->
 
     Args:
         processor: of the model.
-        prompts: pictures and question of each.
+        prompts: images and question of each.
 
     Returns:
         The processor's `BatchFeature` with tensors on the CPU.
@@ -90,6 +90,6 @@ def batch_for(processor: Any, prompts: Sequence[tuple[Sequence[Image], str]]) ->
                 "a time (batch size 1), or set `processor.tokenizer.pad_token`."
             )
         options = {"padding": True, "padding_side": "left"}
-    texts = [prompt_for(processor, len(pictures), question) for pictures, question in prompts]
-    flat = [picture for pictures, _ in prompts for picture in pictures]
+    texts = [prompt_for(processor, len(images), question) for images, question in prompts]
+    flat = [image for images, _ in prompts for image in images]
     return processor(text=texts, images=flat or None, return_tensors="pt", **options)

@@ -14,9 +14,9 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: texts, and numbers that stand for pictures.
+    """A prompt: texts, and numbers that stand for images.
 
-    The same number is the same picture, whatever batch it comes in.
+    The same number is the same image, whatever batch it comes in.
 
     Example:
         ``Prompt("What differs between", 1, "and", 2, "?")``
@@ -29,8 +29,8 @@ class Prompt:
         object.__setattr__(self, "parts", parts)
 
     @property
-    def pictures(self) -> tuple[int, ...]:
-        """The pictures, in order."""
+    def images(self) -> tuple[int, ...]:
+        """The images, in order."""
         return tuple(part for part in self.parts if isinstance(part, int))
 
 
@@ -41,10 +41,10 @@ class InputsFactory(Protocol):
         """A padded batch.
 
         Args:
-            prompts: one for each sample. A prompt must give the same tokens and the same pictures in any batch.
+            prompts: one for each sample. A prompt must give the same tokens and the same images in any batch.
             side: where padding goes.
 
         Returns:
             `input_ids` and `attention_mask` ``(B, S)``, and what else the model's forward takes. Tensors that belong to
-            pictures have them in the order of the prompts along their first dimension.
+            images have them in the order of the prompts along their first dimension.
         """

@@ -29,7 +29,7 @@ class TowerShape(_Shape):
         gated: the feed-forward layer has a gate, so three matrices in place of two.
         pooling_head: SigLIP's attention-pooling head, which runs although a language model reads no pooled output.
         crop_patches: patches of one crop where every crop has the same size (CLIP, SigLIP); None where the number of
-            patches follows the picture (Qwen).
+            patches follows the image (Qwen).
         crop_tokens: visual tokens that one crop gives; only with `crop_patches`.
         patches_per_token: patches that become one visual token; only without `crop_patches` (Qwen: 2 * 2).
         window: patches in one attention window; None where every layer attends to all patches.

@@ -21,13 +21,13 @@ class ImageTokens:
 
     Attributes:
         kind: index into `KINDS`.
-        frame: frame of a video; for a tiled picture 0 is the whole picture and 1 the tiles put together.
-        row: row on the frame's grid of visual tokens, counted from the top of the picture.
+        frame: frame of a video; for a tiled image 0 is the whole image and 1 the tiles put together.
+        row: row on the frame's grid of visual tokens, counted from the top of the image.
         column: column on that grid, counted from the left.
         size: how many patches of the vision tower the token stands for (at least 1; 0 for structure such as newlines).
         grids: rows and columns of each frame's grid; the last one holds for all later frames. Each grid covers the
-            whole picture, so that row and column give a token's position in it.
-        placed: False where they do not: where the tokens lie on the picture is not known.
+            whole image, so that row and column give a token's position in it.
+        placed: False where they do not: where the tokens lie on the image is not known.
     """
 
     kind: torch.Tensor
@@ -94,7 +94,7 @@ class ImageTokens:
         return self.grids[0] if len(set(self.grids)) == 1 else None
 
     @property
-    def is_picture(self) -> torch.Tensor:
+    def is_visual(self) -> torch.Tensor:
         """bool ``(n,)``, False at structure such as newlines."""
         return self.kind != NEWLINE
 
@@ -145,7 +145,7 @@ class Signal:
             - ``groups``: int64 ``(n,)``, the first patch of the group that the patch was merged into, counted within
               its input. Reading it makes the tower merge in all blocks up to this one (`trio.encoders.reading.inside`).
         layer: the block, counted from 0, or from the end where negative: -1 is the last. Attention and keys of a tower
-            with windowed blocks are those of the next block that sees the whole picture.
+            with windowed blocks are those of the next block that sees the whole image.
         merges: for ``groups``, tokens merged in each block; None: what leaves the number that the reader is told.
         heads: ``one`` reads attention as though it had a single head of full width (LLaVA-PruMerge's released code).
     """
@@ -158,13 +158,13 @@ class Signal:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of one input of the vision tower: a picture, a tile of one, or a frame of a video.
+    """The visual tokens of one input of the vision tower: an image, a tile of one, or a frame of a video.
 
     n tokens now, s tokens at the start (before any compressor).
 
     Attributes:
         features: ``(n, D)``, in the space that the compressor asks for (`Compressor.space`).
-        origins: of the n tokens; row and column may start anywhere (a tile's are those of the whole picture).
+        origins: of the n tokens; row and column may start anywhere (a tile's are those of the whole image).
         sizes: float32 ``(n,)``, how many tokens of the start each one stands for.
         token_index: int64 ``(n,)``, for each token the one of the s that it stands in for, all different; -1 for the
             class token, which stands for none. A ``patch`` has the features that it started with.

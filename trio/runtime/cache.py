@@ -199,8 +199,8 @@ class ReducedLayer(_WholeCacheLayer):
 
 def layer_of(cache: Cache, index: int) -> DynamicLayer | None:
     """A layer of a cache that `check_can_shrink` let pass, None where the cache has not made it yet."""
-    found: Any = cache.layers[index] if index < len(cache.layers) else None
-    layer: DynamicLayer | None = found
+    existing: Any = cache.layers[index] if index < len(cache.layers) else None
+    layer: DynamicLayer | None = existing
     return layer
 
 

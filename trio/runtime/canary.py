@@ -289,7 +289,7 @@ class _Work:
             for sample, prompt in enumerate(PROMPTS):
                 alone = self.forward(self.inputs(prompt))
                 _close(batch[sample, -1:], alone[0, -1:], f"prompt {sample}")
-                if prompt.pictures and _selection(records[-1]) != [[stage[sample]] for stage in selection]:
+                if prompt.images and _selection(records[-1]) != [[stage[sample]] for stage in selection]:
                     raise _BrokenPromise(f"prompt {sample} keeps other tokens alone")
 
     def beams(self) -> None:
@@ -303,8 +303,8 @@ class _Work:
 
     def _beams(self, runtime: Runtime | None, selection: Callable[[], Selection]) -> None:
         """The scores of beams against one pass each; without a runtime, of the stock model."""
-        asked = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "length_penalty": 1.0}
-        out = self.generate(self.inputs(*PROMPTS[:1]), **asked)
+        options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, "length_penalty": 1.0}
+        out = self.generate(self.inputs(*PROMPTS[:1]), **options)
         kept = selection()
         for beam, ids in enumerate(out.sequences):
             steps = self.replayed(runtime, PROMPTS[:1], ids, 0, kept)[0, -STEPS:].log_softmax(-1)
@@ -368,7 +368,7 @@ def _selection(record: PrefillRecord) -> list[list[list[list[int]]]]:
         for sample, images in enumerate(record.images):
             flags, first, by_image = stage.kept[sample].tolist(), 0, []
             for image in images:
-                by_image.append([place for place in range(image.tokens) if flags[first + place]])
+                by_image.append([token for token in range(image.tokens) if flags[first + token]])
                 first += image.tokens
             by_sample.append(by_image)
         out.append(by_sample)
@@ -381,15 +381,15 @@ def _dropping(record: PrefillRecord) -> PrefillRecord:
     return record
 
 
-def _same(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    if not torch.equal(found, expected):
+def _same(logits: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if not torch.equal(logits, expected):
         raise _BrokenPromise(f"{what}: logits are not bitwise the stock model's")
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    if found.shape != expected.shape:
-        raise _BrokenPromise(f"{what}: shapes {tuple(found.shape)} and {tuple(expected.shape)}")
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+def _close(logits: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if logits.shape != expected.shape:
+        raise _BrokenPromise(f"{what}: shapes {tuple(logits.shape)} and {tuple(expected.shape)}")
+    error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if not error <= TOLERANCE:
         raise _BrokenPromise(f"{what}: logits differ by {error:.1e} of the largest, allowed {TOLERANCE:.0e}")
 

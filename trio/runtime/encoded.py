@@ -72,7 +72,7 @@ def match_images(
         repeats, rest = divmod(len(held), given) if given else (0, 1)
         if rest or not repeats or len(images) % repeats:
             raise InputError(
-                f"compressor: the prompts hold {len(held)} pictures, the last encoding brought {given}: the "
+                f"compressor: the prompts hold {len(held)} images, the last encoding brought {given}: the "
                 "features were computed for other prompts, or while the pipeline was not attached; pass pixels"
             )
         number = offset = 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..encoders.compressors.base import Compressor
     from ..encoders.reading.reader import Reading
 
-#: Where the whole picture's attention is read that tells how much of a number each of its tiles gets.
+#: Where the whole image's attention is read that tells how much of a number each of its tiles gets.
 SPLIT_SIGNAL = Signal("attention", -2)
 
 
@@ -113,12 +113,12 @@ class EncoderSide:
         self._bound = bound
         compressor = bound.compressor
         self._blocks = backbone.projected_blocks if compressor.space == "tower" else ()
-        wanted = [*compressor.reads(), *(Signal("hidden", block) for block in self._blocks)]
+        signals = [*compressor.reads(), *(Signal("hidden", block) for block in self._blocks)]
         if compressor.wants_cls and self._blocks and "cls" in backbone.tower_offers():
-            wanted += [Signal("cls", block) for block in self._blocks]
+            signals += [Signal("cls", block) for block in self._blocks]
         if bound.split == "saliency":
-            wanted.append(SPLIT_SIGNAL)
-        self._signals = tuple(dict.fromkeys(wanted))
+            signals.append(SPLIT_SIGNAL)
+        self._signals = tuple(dict.fromkeys(signals))
         try:
             self._reader = backbone.reader(self._signals, keep=bound.keep_count) if self._signals else None
         except UnsupportedModelError as error:
@@ -216,9 +216,9 @@ class EncoderSide:
                 if piece.stays_whole:
                     keep[piece.sample, index], merge_map[piece.sample, index] = True, index
                 continue
-            out, left = result.tokens, index[result.slots]
-            keep[piece.sample, left] = True
-            merge_map[piece.sample, index] = torch.where(out.merge_map < 0, -1, left[out.merge_map.clamp_min(0)])
+            out, slots = result.tokens, index[result.slots]
+            keep[piece.sample, slots] = True
+            merge_map[piece.sample, index] = torch.where(out.merge_map < 0, -1, slots[out.merge_map.clamp_min(0)])
             if len(result.rewritten):
                 features.append(out.features[result.rewritten])
                 column = _columns(piece, prefill)[result.slots[result.rewritten]]
@@ -250,13 +250,13 @@ class EncoderSide:
             reading = self._readings.get(modality)
             if reading is not None and patches != sum(reading.inputs):
                 raise InputError(
-                    f"compressor: the prompts' pictures have {patches} patches, the tower gave {sum(reading.inputs)}: "
+                    f"compressor: the prompts' images have {patches} patches, the tower gave {sum(reading.inputs)}: "
                     "the features were computed for other prompts, or while the pipeline was not attached; pass pixels"
                 )
         sources = [[_Source(**vars(one), reading=self._reading_of(one)) for one in row] for row in matched]
         if self._signals and any(source.reading is None for row in sources for source in row):
             raise InputError(
-                "compressor: the tower was not seen at work on these pictures, so its signals are not known; pass "
+                "compressor: the tower was not seen at work on these images, so its signals are not known; pass "
                 "pixels and let the model encode them while the pipeline is attached"
             )
         return sources
@@ -368,13 +368,13 @@ def _counts(
     images: Images, pieces: Sequence[_Piece], compressed: Sequence[_Compressed | None]
 ) -> tuple[Counts, tuple[tuple[int | None, ...], ...]]:
     """For each image the tokens that are left, and the number asked for (None where the compressor decides)."""
-    left = [[0] * len(row) for row in images]
+    kept = [[0] * len(row) for row in images]
     asked: list[list[list[int | None]]] = [[[] for _ in row] for row in images]
     for piece, result in zip(pieces, compressed, strict=True):
         whole = len(piece.members) if piece.stays_whole else 0
-        left[piece.sample][piece.number] += whole if result is None else result.tokens.tokens
+        kept[piece.sample][piece.number] += whole if result is None else result.tokens.tokens
         asked[piece.sample][piece.number].append(piece.k)
-    return tuple(map(tuple, left)), tuple(tuple(_sum(counts) for counts in row) for row in asked)
+    return tuple(map(tuple, kept)), tuple(tuple(_sum(counts) for counts in row) for row in asked)
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:

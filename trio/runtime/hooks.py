@@ -62,7 +62,7 @@ class Runtime:
             pipeline_name: it is written on the caches that are reduced.
             compact: whether survivors are renumbered.
             full_report: keep saliencies, measure times and bytes.
-            newlines: what happens to tokens that end the rows of a picture.
+            newlines: what happens to tokens that end the rows of an image.
             compressor: works on the encoder side, in front of the first decoder layer.
             on_prefill: told after each forward that brought visual tokens.
             on_decode: told the seconds of each other forward, where `full_report` is set.
@@ -220,7 +220,7 @@ class Runtime:
         forward = self._enter(module)
         call = self._upstream.multimodal
         forward.call = call.given(args, kwargs)
-        forward.brings_images = self._backbone.brings_pictures(forward.call)
+        forward.brings_images = self._backbone.brings_images(forward.call)
         ahead, self._encoded_ahead = self._encoded_ahead, None
         if ahead is not None and not forward.brings_images:
             raise unsupported(
@@ -446,9 +446,11 @@ class Runtime:
         cache = call.read(Role.CACHE, given)
         if cache is None:
             if forward.asks_cache:
-                there = [name for name, value in given.items() if value is not None]
+                arguments = [name for name, value in given.items() if value is not None]
                 raise unsupported(
-                    f"{call.where}.forward", f"the {Role.CACHE} as `{call.cache}`", f"a call with {', '.join(there)}"
+                    f"{call.where}.forward",
+                    f"the {Role.CACHE} as `{call.cache}`",
+                    f"a call with {', '.join(arguments)}",
                 )
             return
         check_one_cache(forward.cache, cache)
@@ -492,7 +494,7 @@ class Runtime:
     def _compress(
         self, encoder: EncoderSide, forward: Forward, prefill: Prefill, hidden: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """Runs the compressor on the pictures that enter the language model."""
+        """Runs the compressor on the images that enter the language model."""
         check_can_shrink(cache, 0, len(self._backbone.layers), self._signature)
         prefill.state = prefill.state.to(hidden.device)
         with prefill.timed("compression", hidden.device):
@@ -528,9 +530,9 @@ def _take_off(model: nn.Module, owned: Callable[[Owner], bool]) -> None:
 def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSide | None) -> None:
     """A runtime is garbage: what it put on its model goes too."""
     was_attached, owner.attached = owner.attached, False
-    there = model()
-    if there is not None:
-        _take_off(there, lambda other: other is owner)
+    living_model = model()
+    if living_model is not None:
+        _take_off(living_model, lambda other: other is owner)
         if encoder is not None:
             encoder.detach()
     if was_attached:
@@ -559,9 +561,9 @@ def _device(hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.dev
 
 def _by_sample(flat: torch.Tensor, prefill: Prefill) -> torch.Tensor:
     """Features ``(n, D)`` of the batch's visual tokens in order, as ``(B, N, D)``."""
-    there = prefill.state.visual_valid.to(flat.device)
-    number = there.flatten().cumsum(0).view(there.shape) - 1  # places, without a look at the device
-    return flat[number.clamp_min(0)].masked_fill(~there[..., None], 0)
+    valid = prefill.state.visual_valid.to(flat.device)
+    row = valid.flatten().cumsum(0).view(valid.shape) - 1  # computed, so that the host need not wait for the device
+    return flat[row.clamp_min(0)].masked_fill(~valid[..., None], 0)
 
 
 def _added(hidden: torch.Tensor, features: torch.Tensor, state: TokenState) -> torch.Tensor:

@@ -97,21 +97,21 @@ class GuardedGenerate(MethodPatch):
             return super().__call__(*args, **kwargs)
         config = kwargs.get(upstream.CONFIGURATION) or getattr(self._module, upstream.CONFIGURATION, None)
 
-        def asked(name: str) -> Any:
+        def setting(name: str) -> Any:
             value = kwargs.get(name)
             return getattr(config, name, None) if value is None else value
 
-        if kwargs.get(upstream.ASSISTANT) is not None or asked(upstream.LOOKUP) is not None:
+        if kwargs.get(upstream.ASSISTANT) is not None or setting(upstream.LOOKUP) is not None:
             raise InputError(
                 "generate: assisted decoding appends guessed tokens to the prompt, so that its end cannot be found; "
                 f"leave out {upstream.ASSISTANT} and {upstream.LOOKUP}, or detach the pipeline"
             )
-        if asked(upstream.CHUNK) is not None:
+        if setting(upstream.CHUNK) is not None:
             raise InputError(
                 "generate: a chunked prefill hides the end of the prompt from the scorer; leave out "
                 f"{upstream.CHUNK}, or detach the pipeline"
             )
-        cache = asked(upstream.CACHE_KIND)
+        cache = setting(upstream.CACHE_KIND)
         if cache is not None and cache not in upstream.RAGGED_CACHES:
             raise InputError(
                 f"generate: {upstream.CACHE_KIND} {cache!r} cannot hold a different number of tokens in each layer; "

@@ -41,7 +41,7 @@ def start_prefill(
         None where no sample has an image.
 
     Raises:
-        InputError: the placeholders do not fit the pictures, the mask does not fit the ids, or a sample is all padding.
+        InputError: the placeholders do not fit the images, the mask does not fit the ids, or a sample is all padding.
     """
     ids, valid = _on_host(backbone.upstream.multimodal.read(Role.IDS, forward.call), forward.mask)
     _check_samples(valid)

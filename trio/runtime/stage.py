@@ -60,7 +60,7 @@ def run_stage(
     state = prefill.state
     group = groups(state, prefill.record.images, stage.per)
     asked = tuple(stage.keep_count(s, c) for s, c in zip(group.started, group.current, strict=True))
-    drops = any(k < now for k, now in zip(asked, group.current, strict=True))
+    drops = any(k < current for k, current in zip(asked, group.current, strict=True))
     scores = prefill.forced is None and (drops or prefill.keep_saliency or prefill.score_only)
     saliency = _score(stage, prefill, hidden, probes) if scores and group.started else None
 
@@ -189,11 +189,11 @@ def _counts(state: TokenState, keep: torch.Tensor) -> tuple[tuple[int, ...], ...
     flags = keep.tolist()
     counts = []
     for sample, before in enumerate(state.counts):
-        first, left = 0, []
-        for now_there in before:
-            left.append(sum(flags[sample][first : first + now_there]))
-            first += now_there
-        counts.append(tuple(left))
+        first, kept = 0, []
+        for tokens in before:
+            kept.append(sum(flags[sample][first : first + tokens]))
+            first += tokens
+        counts.append(tuple(kept))
     return tuple(counts)
 
 

@@ -121,7 +121,7 @@ def start(
     batch, length = placeholders.shape
     visual, newlines = _split(placeholders, images, device, policy)
     without_newlines = tuple(
-        tuple(image.select(image.is_picture.nonzero().squeeze(1)) for image in sample) for sample in images
+        tuple(image.select(image.is_visual.nonzero().squeeze(1)) for image in sample) for sample in images
     )
     totals = [sum(image.tokens for image in sample) for sample in without_newlines]
     most = max(totals, default=0)
@@ -152,26 +152,26 @@ def _split(
     placeholders: torch.Tensor, images: Images, device: torch.device, policy: NewlinePolicy
 ) -> tuple[torch.Tensor, Newlines | None]:
     """Visual tokens and newline tokens among the placeholders."""
-    if all(bool(image.is_picture.all()) for sample in images for image in sample):
+    if all(bool(image.is_visual.all()) for sample in images for image in sample):
         return placeholders, None
     visual, mask = placeholders.clone(), torch.zeros_like(placeholders)
     row = torch.zeros(placeholders.shape, dtype=torch.int64)
     row_of, most = [], 1
     for sample, members in enumerate(images):
         columns = placeholders[sample].nonzero().squeeze(1)
-        rows, picture, first = [], [], 0
+        rows, visual_flags, first = [], [], 0
         for image in members:
             tall = max(rows_ for rows_, _ in image.grids)
             rows.append(first + image.frame * tall + image.row)
-            picture.append(image.is_picture)
+            visual_flags.append(image.is_visual)
             first += tall * (int(image.frame.max()) + 1)
         most = max(most, first)
-        is_picture = torch.cat(picture) if picture else torch.zeros(0, dtype=torch.bool)
+        is_visual = torch.cat(visual_flags) if visual_flags else torch.zeros(0, dtype=torch.bool)
         all_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-        visual[sample, columns] = is_picture
-        mask[sample, columns] = ~is_picture
-        row[sample, columns] = torch.where(is_picture, 0, all_rows)
-        row_of.append(all_rows[is_picture])
+        visual[sample, columns] = is_visual
+        mask[sample, columns] = ~is_visual
+        row[sample, columns] = torch.where(is_visual, 0, all_rows)
+        row_of.append(all_rows[is_visual])
     padded = torch.nn.utils.rnn.pad_sequence(row_of, batch_first=True)
     counts = tuple(mask.sum(1).tolist())
     return visual, Newlines(upload(mask, device), upload(row, device), upload(padded, device), most, policy, counts)
@@ -287,9 +287,9 @@ def kept_counts(group: Groups, kept: list[int], state: TokenState, keep: torch.T
         else:
             flags = keep[sample, : sum(state.counts[sample])].tolist()
             first = 0
-            for now in state.counts[sample]:
-                per_sample[sample].append(sum(flags[first : first + now]))
-                first += now
+            for tokens in state.counts[sample]:
+                per_sample[sample].append(sum(flags[first : first + tokens]))
+                first += tokens
     return tuple(tuple(counts) for counts in per_sample)
 
 
@@ -308,18 +308,20 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     stays = torch.zeros(batch, length + 1, dtype=torch.bool, device=keep.device)
     stays.scatter_(1, torch.where(state.visual_valid, state.visual_index, length), keep)
     stays = stays[:, :length]
-    text, newlines, gone_lines = state.valid & ~state.visual, state.newlines, [0] * batch
+    text, newlines, newlines_dropped = state.valid & ~state.visual, state.newlines, [0] * batch
     if newlines is not None:
         text = text & ~newlines.mask
         ends = _newlines_that_stay(newlines, state, keep)
         # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
-        left = newlines.counts if newlines.policy == "always" else tuple(ends.sum(1).tolist())
-        gone_lines = [before - after for before, after in zip(newlines.counts, left, strict=True)]
+        newlines_kept = newlines.counts if newlines.policy == "always" else tuple(ends.sum(1).tolist())
+        newlines_dropped = [before - after for before, after in zip(newlines.counts, newlines_kept, strict=True)]
         stays = stays | ends
     stays = stays | text
     lengths = tuple(
-        now - sum(before) + sum(after) - lines
-        for now, before, after, lines in zip(state.sample_lengths, state.counts, counts, gone_lines, strict=True)
+        tokens - sum(before) + sum(after) - lines
+        for tokens, before, after, lines in zip(
+            state.sample_lengths, state.counts, counts, newlines_dropped, strict=True
+        )
     )
     new_length = max(lengths)
     order = (stays if state.side == "left" else ~stays).to(torch.int8).sort(dim=1, stable=True).indices
@@ -344,7 +346,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
             counts=counts,
             sample_lengths=lengths,
             side=state.side,
-            newlines=None if newlines is None else _taken(newlines, take, valid, left),
+            newlines=None if newlines is None else _taken(newlines, take, valid, newlines_kept),
         ),
         take,
     )
@@ -362,8 +364,9 @@ def _newlines_that_stay(newlines: Newlines, state: TokenState, keep: torch.Tenso
     return rows.gather(1, newlines.row) & newlines.mask
 
 
-def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, left: tuple[int, ...]) -> Newlines:
-    return replace(newlines, mask=newlines.mask.gather(1, take) & valid, row=newlines.row.gather(1, take), counts=left)
+def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, counts: tuple[int, ...]) -> Newlines:
+    mask = newlines.mask.gather(1, take) & valid
+    return replace(newlines, mask=mask, row=newlines.row.gather(1, take), counts=counts)
 
 
 def _true_first(mask: torch.Tensor, count: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ class ObjectiveGradient(Scorer):
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """See `Scorer.score`; the magnitudes are those of the loss's gradient."""
-        columns = ctx.after_pictures() if self.rows == "after-picture" else ctx.valid
+        columns = ctx.after_images() if self.rows == "after-picture" else ctx.valid
         rows = rows_at_end(columns, self.positions, skip=self.skip + (self.rows == "released"))
         return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows))
 

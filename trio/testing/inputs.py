@@ -24,7 +24,7 @@ class ProcessorInputs:
 
     def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
         """See `InputsFactory.__call__`."""
-        pictures = [picture(number, self.size) for prompt in prompts for number in prompt.pictures]
+        pictures = [picture(number, self.size) for prompt in prompts for number in prompt.images]
         tokenizer = self.processor.tokenizer
         before, padding = tokenizer.padding_side, tokenizer.pad_token
         tokenizer.padding_side = side

@@ -156,7 +156,7 @@ class _Suite:
 
     def _singles(self) -> str:
         together, _ = self._score(*RAGGED)
-        alone = [self._score(prompt)[0][0] if prompt.pictures else torch.empty(0) for prompt in RAGGED]
+        alone = [self._score(prompt)[0][0] if prompt.images else torch.empty(0) for prompt in RAGGED]
         return _close(together, alone)
 
     def _permuted(self) -> str:
@@ -181,7 +181,7 @@ class _Suite:
         with pipeline:
             out = self.model.generate(**self._inputs(self.model, *RAGGED), max_new_tokens=3, do_sample=False)
         kept = pipeline.report.kept_by_stage
-        expected = [[3 * len(prompt.pictures)] if prompt.pictures else [] for prompt in RAGGED]
+        expected = [[3 * len(prompt.images)] if prompt.images else [] for prompt in RAGGED]
         require(kept == expected, f"kept {kept}, expected {expected}")
         return f"{out.shape[0]} answers, kept {kept}"
 

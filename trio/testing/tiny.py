@@ -88,7 +88,7 @@ class TokenInputs:
             ids[place, where] = torch.tensor(row)
             mask[place, where] = 1
         batch = {"input_ids": ids, MASK: mask}
-        numbers = [number for prompt in prompts for number in prompt.pictures]
+        numbers = [number for prompt in prompts for number in prompt.images]
         if numbers:
             batch["pixel_values"] = torch.stack([self._pixels(number) for number in numbers])
         return batch

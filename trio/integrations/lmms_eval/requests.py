@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...core.images import load_picture
+from ...core.images import load_image
 from ...errors import InputError, did_you_mean
 
 
@@ -62,7 +62,7 @@ def _part(part: Mapping[str, Any], square: tuple[int, int, int] | None) -> dict[
     if kind == "image":
         picture = part.get("url", part.get("image"))
         if isinstance(picture, str | Path):
-            picture = load_picture(Path(picture))
+            picture = load_image(Path(picture))
         if not isinstance(picture, Image.Image):
             raise InputError(f"task: a picture comes as {type(picture).__name__}; give a PIL image or a file's path.")
         picture = picture.convert("RGB")

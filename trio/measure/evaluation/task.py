@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ...core.images import load_picture
+from ...core.images import load_image
 from ...errors import InputError
 from ..jsonlines import read_lines
 from .results import COUNTED, OVERALL
@@ -73,7 +73,7 @@ class LabelledSample:
         Raises:
             InputError: its file cannot be read.
         """
-        return load_picture(self.image) if isinstance(self.image, Path) else self.image
+        return load_image(self.image) if isinstance(self.image, Path) else self.image
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer is one of `answers`, up to `normalise`."""

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ...core.files import read_plain
-from ...core.images import MAX_PIXELS, load_picture
+from ...core.images import MAX_PIXELS, load_image
 from ...errors import InputError
 from ..jsonlines import read_lines
 
@@ -43,7 +43,7 @@ class PromptSample:
         Raises:
             InputError: the file cannot be read.
         """
-        return load_picture(self.image) if isinstance(self.image, Path) else self.image.convert("RGB")
+        return load_image(self.image) if isinstance(self.image, Path) else self.image.convert("RGB")
 
     def question(self) -> tuple[list[Image.Image], str]:
         """The images and the text of the prompt; errors as `load`."""
@@ -133,7 +133,7 @@ def _check(file: Path) -> None:
             with Image.open(file) as opened:
                 width, height = opened.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        load_picture(file)  # says what is wrong
+        load_image(file)  # says what is wrong
         raise
     if width * height > MAX_PIXELS:
-        load_picture(file)
+        load_image(file)

@@ -32,7 +32,7 @@ def singles(bench: Bench, setting: Setting, side: Side, prompts: Sequence[Prompt
         for sample, prompt in enumerate(prompts):
             alone = bench.inputs(prompt)
             expected = [[by_sample[sample]] for by_sample in selection]
-            if prompt.pictures:
+            if prompt.images:
                 bench.forward(alone)
                 for place, by_sample in enumerate(kept_by_all(pipeline.report)):
                     alone_kept[place] += by_sample

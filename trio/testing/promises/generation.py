@@ -220,7 +220,7 @@ def _second_turn(bench: Bench, setting: Setting, prompt: Prompt) -> str:
     with pipeline:
         out, conversation, selections = _conversation(bench, prompt, lambda: reduced(pipeline.report).selection())
         merged = [
-            [[*first[0], *(second[0] if prompt.pictures else [])]] for first, second in zip(*selections, strict=True)
+            [[*first[0], *(second[0] if prompt.images else [])]] for first, second in zip(*selections, strict=True)
         ]
     with pipeline.replay(merged):
         expected = bench.forward(conversation)[:, -NEW:]
