@@ -42,14 +42,19 @@ class Hook:
         """
         self.owner = owner
         self._bound = bound
-        self._function: Callable[[], Callable[..., Any] | None] = _reference(function)
+        method = function if isinstance(function, MethodType) else None
+        # Not a WeakMethod, whose call torch.compile cannot trace.
+        self._receiver: weakref.ref[Any] | None = None if method is None else weakref.ref(method.__self__)
+        self._function: Callable[..., Any] | None = function if method is None else method.__func__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function, where it is still there and its owner attached."""
-        if self.owner is None or not self.owner.attached:
+        if self.owner is None or not self.owner.attached or self._function is None:
             return None
-        function = self._function()
-        return None if function is None else function(*self._bound, *args, **kwargs)
+        if self._receiver is None:
+            return self._function(*self._bound, *args, **kwargs)
+        receiver = self._receiver()
+        return None if receiver is None else self._function(receiver, *self._bound, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         """A hook without effect."""
@@ -58,12 +63,6 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickled hook comes back without effect."""
         return Hook, (None,)
-
-
-def _reference(function: Callable[..., Any] | None) -> Callable[[], Callable[..., Any] | None]:
-    if isinstance(function, MethodType):
-        return weakref.WeakMethod(function)
-    return lambda: function
 
 
 def adopt(handle: Any, owner: Owner) -> Any:
@@ -78,9 +77,8 @@ def adopt(handle: Any, owner: Owner) -> Any:
     """
     hooks = handle.hooks_dict_ref()
     if hooks is not None and handle.id in hooks and not isinstance(hooks[handle.id], Hook):
-        function = hooks[handle.id]
         wrapped = Hook(None, owner=owner)
-        wrapped._function = lambda: function  # the tower's own: nobody else holds it
+        wrapped._function = hooks[handle.id]  # the tower's own, which nobody else holds: a method of it is not weak
         hooks[handle.id] = wrapped
     return handle
 

@@ -150,7 +150,7 @@ class Forward:
 
     Attributes:
         entry: the module through which it came in; the forward ends with it.
-        thread: the thread that runs it.
+        thread: the thread that runs it; 0 where it was traced.
         call: arguments of the multimodal module, by name.
         brings_images: whether the call brings images.
         reached: whether the language model was called.
@@ -171,7 +171,7 @@ class Forward:
     """
 
     entry: nn.Module
-    thread: int
+    thread: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
     brings_images: bool = False
     reached: bool = False

@@ -29,6 +29,12 @@ from .stage import BoundStage, run_stage
 from .state import NewlinePolicy, TokenState
 
 
+class _Running(threading.local):
+    """The forward that runs in this thread: torch.compile guards it by thread, so that nobody needs to ask for one."""
+
+    forward: Forward | None = None
+
+
 class Runtime:
     """Attaches stages to a model and takes them off again.
 
@@ -95,7 +101,8 @@ class Runtime:
         self._generating = False
         self._encoded_ahead: str | None = None
         self._lock = threading.Lock()
-        self._forward: Forward | None = None
+        self._claim: Forward | None = None  # the forward that holds the lock
+        self._running = _Running()
         self._uncached: Prefill | None = None
         self.within_encoder = False
         self.forced: Selection | None = None
@@ -158,7 +165,7 @@ class Runtime:
         Raises:
             InputError: the model is in the middle of a forward.
         """
-        if self._forward is not None and _is_running(self._forward):
+        if self._claim is not None and _is_running(self._claim):
             raise InputError(
                 "detach: the model is in the middle of a forward, whose cache and masks the pipeline serves; detach "
                 "when the forward has ended"
@@ -171,7 +178,8 @@ class Runtime:
         _take_off(self._backbone.model, lambda other: other is owner)
         if self._encoder is not None:
             self._encoder.detach()
-        self._forward = None
+        self._claim = None
+        self._running = _Running()
         self._uncached = None
         self._encoded.clear()
         self._generating, self._encoded_ahead, self.within_encoder = False, None, False
@@ -240,8 +248,8 @@ class Runtime:
         if self._encoder is not None:
             self._encoder.begin()
         self._encoded[modality] = arguments
-        forward = self._forward
-        if forward is not None and forward.thread == threading.get_ident():
+        forward = self._running.forward
+        if forward is not None:
             forward.modalities.add(modality)
         elif self._generating:
             self._encoded_ahead = modality
@@ -304,8 +312,8 @@ class Runtime:
         return (), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        forward = self._forward
-        if forward is None or forward.thread != threading.get_ident():
+        forward = self._running.forward
+        if forward is None:
             return
         failed = output is None
         try:
@@ -322,26 +330,35 @@ class Runtime:
             raise
         finally:
             if module is forward.entry or failed:
-                self._forward = None
-                if self._lock.locked():
+                self._running.forward = None
+                if forward is self._claim:
+                    self._claim = None
                     self._lock.release()
 
     def _enter(self, module: nn.Module) -> Forward:
-        """The running forward, or a new one; a second thread is refused."""
-        me = threading.get_ident()
-        running = self._forward
-        if running is not None and running.thread == me:
-            if running.entry is not module:
-                return running
-            self._forward = Forward(entry=module, thread=me)  # an interrupted forward never ended
-            return self._forward
-        if not self._lock.acquire(blocking=False):
+        """The running forward, or a new one; a second thread is refused.
+
+        A traced forward claims nothing: it shares no state with another thread, and locks cannot be traced.
+        """
+        running = self._running.forward
+        if running is not None and running.entry is not module:
+            return running
+        forward = Forward(entry=module)
+        if not torch.compiler.is_compiling():
+            self._take(forward, running)
+        self._running.forward = forward
+        return forward
+
+    def _take(self, forward: Forward, interrupted: Forward | None) -> None:
+        """Claims the model for a forward of this thread; one that was interrupted never ended, and leaves its claim."""
+        mine = interrupted is not None and interrupted is self._claim
+        if not mine and not self._lock.acquire(blocking=False):
             raise InputError(
                 "forward: another thread is running this model; an attached pipeline serves one thread at a time: "
                 "use a lock, or a model for each thread"
             )
-        self._forward = Forward(entry=module, thread=me)
-        return self._forward
+        forward.thread = threading.get_ident()
+        self._claim = forward
 
     # A forward that brings visual tokens
 
@@ -417,8 +434,8 @@ class Runtime:
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        forward = self._forward
-        if forward is None or not forward.active or forward.thread != threading.get_ident():
+        forward = self._running.forward
+        if forward is None or not forward.active:
             return None
         call = self._upstream.layers[index]
         given = call.given(args, kwargs)
