@@ -100,7 +100,7 @@ def test_a_pipeline_keeps_the_tokens_that_it_keeps_under_the_first_name(spec: st
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": trio_vlm.zoo.demo_question()}]}
     ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=[text], images=[Image.open(trio_vlm.zoo.demo_picture())], return_tensors="pt")
+    inputs = processor(text=[text], images=[Image.open(trio_vlm.zoo.demo_image())], return_tensors="pt")
     pipeline = trio_vlm.Pipeline.from_spec(spec, model)
     with pipeline, torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
@@ -111,7 +111,7 @@ sys.path.insert(0, {str(CHECKOUT)!r})
 import trio
 from PIL import Image
 model, processor = trio.zoo.load("tiny-llava")
-inputs = processor(text=[{text!r}], images=[Image.open(trio.zoo.demo_picture())], return_tensors="pt")
+inputs = processor(text=[{text!r}], images=[Image.open(trio.zoo.demo_image())], return_tensors="pt")
 pipeline = trio.Pipeline.from_spec({spec!r}, model)
 with pipeline:
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)

@@ -64,8 +64,8 @@ def measure() -> dict[str, Any]:
     model, processor = trio.zoo.load("tiny-llava")
     from PIL import Image
 
-    picture = Image.effect_noise((168, 168), 80).convert("RGB")
-    inputs = processor(images=picture, text="<image> how many ?", return_tensors="pt")
+    image = Image.effect_noise((168, 168), 80).convert("RGB")
+    inputs = processor(images=image, text="<image> how many ?", return_tensors="pt")
     ratios: dict[str, list[float]] = {"prefill": [], "decode step": []}
     seconds: dict[str, list[float]] = {"prefill": [], "decode step": []}
     with trio.Pipeline.from_spec(trio.DEFAULT_SPEC, model):
@@ -84,7 +84,7 @@ def measure() -> dict[str, Any]:
     quartiles = {what: statistics.quantiles(values, n=4) for what, values in ratios.items()}
     return {
         "command": "python -m benchmarks.checks",
-        "model": "tiny-llava: 8 layers, width 160, 144 visual tokens, one picture, float32",
+        "model": "tiny-llava: 8 layers, width 160, 144 visual tokens, one image, float32",
         "spec": trio.DEFAULT_SPEC,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
         "transformers": upstream.version(),

@@ -52,7 +52,7 @@ def soft(*, weight: float = 0.25, spread: float = 0.7) -> dict[str, Any]:
 def two_stages(*, selector: Any = None, **parts: Any) -> list[dict[str, Any]]:
     """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`).
 
-    A `soft-nms` has its spread over the picture at the input alone.
+    A `soft-nms` has its spread over the image at the input alone.
     """
     chosen = selector or soft()
     later = {**chosen, "spread": 0.0} if isinstance(chosen, dict) and "spread" in chosen else chosen
@@ -118,7 +118,7 @@ def parts() -> Iterator[dict[str, Any]]:
         ("last 4 rows", {"rows": "prompt-end", "positions": 4}),
         ("last 4 rows, as released", {"rows": "released", "positions": 4}),
         ("last row", {"rows": "prompt-end", "positions": 1}),
-        ("8 rows after the picture", {"positions": 8}),
+        ("8 rows after the image", {"positions": 8}),
         ("the question's own words", {"skip": 2}),  # "assistant :" comes behind them
     ):
         yield from at_budget(what, stages=two_stages(scorer={"name": "objective-gradient", **scorer}))

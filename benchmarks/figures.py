@@ -1,7 +1,7 @@
 """The two figures of docs/results.md, from the committed results.
 
-What is plotted is made first, as plain numbers, and its digest is written into the picture: so a test can hold a
-committed picture against the results without drawing it again, whatever version of matplotlib drew it.
+What is plotted is made first, as plain numbers, and its digest is written into the image: so a test can hold a
+committed image against the results without drawing it again, whatever version of matplotlib drew it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CURVES = {
     "random": ("#7f7f7f", ":"),
     "lower resolution": ("#bcbd22", ":"),
 }
-LEVELS = ("full", "no picture")
+LEVELS = ("full", "no image")
 Panel = dict[str, Any]
 
 
@@ -70,11 +70,11 @@ def differences(results: EvaluationResults) -> Panel:
 
 
 def digest(panels: Sequence[Panel]) -> str:
-    """What a picture says it was made from."""
+    """What an image says it was made from."""
     return hashlib.sha256(json.dumps(panels, sort_keys=True).encode()).hexdigest()
 
 
-#: What is plotted, a panel a model, by the pictures' paths below ``docs``.
+#: What is plotted, a panel a model, by the images' paths below ``docs``.
 FIGURES: dict[str, Callable[[EvaluationResults], Panel]] = {
     "results/accuracy.png": accuracy,
     "results/differences.png": differences,
@@ -82,7 +82,7 @@ FIGURES: dict[str, Callable[[EvaluationResults], Panel]] = {
 
 
 def drawn(found: Sequence[EvaluationResults]) -> dict[str, bytes]:
-    """The pictures as PNG, by their paths below ``docs``."""
+    """The images as PNG, by their paths below ``docs``."""
     draw = {accuracy: _draw_accuracy, differences: _draw_differences}
     return {path: draw[panel]([panel(one) for one in found]) for path, panel in FIGURES.items()}
 
@@ -137,7 +137,7 @@ def _grid(panels: int, *, height: float) -> tuple[Any, list[Any]]:
 
 
 def _png(figure: Any, made_from: str) -> bytes:
-    """The picture with the digest as its description."""
+    """The image with the digest as its description."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Description": made_from})
     return out.getvalue()

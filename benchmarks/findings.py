@@ -39,10 +39,10 @@ PAIRS = (
     Pair("nms over top-k", "TRIO with nms", "TRIO with top-k"),
     Pair("soft-nms over nms", "TRIO", "TRIO with nms"),
     Pair("a second stage over one at the input", "TRIO", "TRIO at the input"),
-    Pair("16 rows of the text behind the picture over the prompt's last 4", "TRIO", "last 4 rows"),
+    Pair("16 rows of the text behind the image over the prompt's last 4", "TRIO", "last 4 rows"),
     Pair("the question's own words over those with the template's", "the question's own words", "TRIO"),
     Pair("rows to the prompt's end over those as released", "last 4 rows", "last 4 rows, as released"),
-    Pair("a spread over the picture over features alone", "TRIO", "soft-nms, spread 0.0"),
+    Pair("a spread over the image over features alone", "TRIO", "soft-nms, spread 0.0"),
     Pair("original over renumbered positions", "TRIO", "renumbered positions"),
     Pair("two stages over three", "TRIO", "three stages"),
 )

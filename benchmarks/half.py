@@ -39,7 +39,7 @@ console = Console()
 
 
 def shapes(tokens: int, layers: int) -> dict[str, list[dict[str, Any]]]:
-    """The default's stages at 11%, and the first of them alone, with counts of a picture of so many tokens."""
+    """The default's stages at 11%, and the first of them alone, with counts of an image of so many tokens."""
     stages = two_stages()
     spec = load_spec({"version": 1, "stages": stages, "budget": {"average": SHARES["11"]}})
     both = [
@@ -81,14 +81,14 @@ def main(
             rows.append({"stages": shape, "parts": what, "same": same, "tokens": total})
             console.print(rows[-1])
     versions = {"trio-vlm": trio.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    found = {"model": NAME, "dtype": "bfloat16", "pictures": scenes, "batch": BATCH, "versions": versions, "rows": rows}
+    found = {"model": NAME, "dtype": "bfloat16", "images": scenes, "batch": BATCH, "versions": versions, "rows": rows}
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def table(found: Mapping[str, Any]) -> Table:
     """The result as the page shows it."""
     rows = found["rows"]
-    made = Table(title=f"{found['pictures']} pictures, batches of {found['batch']}, {found['model']}, {found['dtype']}")
+    made = Table(title=f"{found['images']} images, batches of {found['batch']}, {found['model']}, {found['dtype']}")
     shapes_ = list(dict.fromkeys(row["stages"] for row in rows))
     for heading in ("same tokens, batches against singles", *shapes_):
         made.add_column(heading, justify="left" if heading not in shapes_ else "right")

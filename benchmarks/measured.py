@@ -26,7 +26,7 @@ def fidelity(out: Console) -> None:
 
 
 def tune(out: Console) -> None:
-    """What `trio tune` prints; its picture goes beside the page."""
+    """What `trio tune` prints; its image goes beside the page."""
     from trio.cli.tune import print_report
     from trio.measure.tuning import TuningReport
 

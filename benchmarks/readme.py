@@ -88,7 +88,7 @@ def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[t
         ("lower resolution", controls("lower resolution")),
         ("oracle, at the default's layers", controls("oracle")),
         ("nothing, from the default's first layer", nothing),
-        ("no picture", controls("no picture")),
+        ("no image", controls("no image")),
         ("everything", controls("full")),
     ]
     return ((label, cells) for label, cells in found if any(cells.values()))

@@ -37,7 +37,7 @@ checkpoint of the hub was run.
 READ = """## How to read the tables
 
 - **accuracy**: percent of questions answered right, over the sub-tasks that pass the validity gate; **retained**:
-  percent of (accuracy - no picture) / (full - no picture). Intervals are 95%, bootstrapped over scenes.
+  percent of (accuracy - no image) / (full - no image). Intervals are 95%, bootstrapped over scenes.
 - **- random**, **- default**: paired differences in points from random tokens (the mean of five draws) with the same
   counts at the same layers, and from the first method of the table. A star: p < 0.05 by a sign-flip test over scenes,
   Holm-corrected over the comparisons of the table.
@@ -46,7 +46,7 @@ READ = """## How to read the tables
 - **above**, **BELOW**: where the default stands against a method, significantly (Holm); **non-inferior**: it is shown
   to be not worse by the margin; **open**: neither is shown.
 - **oracle** keeps the tokens of the things asked about; **lower resolution** is what a user could do instead: a smaller
-  picture, or averaged features where the model takes pictures of one size; **none** drops all visual tokens where the
+  image, or averaged features where the model takes images of one size; **none** drops all visual tokens where the
   table's first reduction stands.
 """
 
@@ -201,7 +201,7 @@ def _section(file: Path, results: EvaluationResults) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     yield f"## {'The default, part by part' if _varied(file) else 'Methods and controls'}\n"
     yield (
-        f"{task['questions']} questions on {task['scenes']} scenes (split {task['split']}, {task['canvas']} pictures, "
+        f"{task['questions']} questions on {task['scenes']} scenes (split {task['split']}, {task['canvas']} images, "
         f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
         f"{model['dtype']}; {versions}; weights `{model['weights'][:12]}`.\n"
     )
@@ -223,7 +223,7 @@ def _negative(results: EvaluationResults) -> Iterator[str]:
         floors = [one for one in results.comparisons if results.row(one.row).control == control]
         below = [one for one in floors if one.difference.mean > 0 and one.p_holm < LEVEL]
         level = [one for one in floors if one.p_holm >= LEVEL]
-        what = "a smaller picture or pooled features" if control == "lower resolution" else name
+        what = "a smaller image or pooled features" if control == "lower resolution" else name
         for title, some in ((f"Significantly **below** {what}", below), (f"Not shown to be above {what}", level)):
             said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
             yield f"- {title} with the same counts at the same layers: {said}."
@@ -238,7 +238,7 @@ def _gates(results: EvaluationResults) -> Iterator[str]:
     _, header, rows = wording.gate_table(results)
     yield "### Validity gate\n"
     yield (
-        "A sub-task counts where the full model has 90% or more, 30 points more than without a picture, and 10 more "
+        "A sub-task counts where the full model has 90% or more, 30 points more than without an image, and 10 more "
         "than random at about 11% and than with all visual tokens dropped where the first reduction stands.\n"
     )
     yield table_head(header)
@@ -264,7 +264,7 @@ def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowRe
     ]
     for control in dict.fromkeys(row.name for row in controls if row is not None):
         yield _line(results, results.row(control), "", None)
-    ends = [row for row in results.rows if row.control in ("none", "full", "no picture", "wrong picture")]
+    ends = [row for row in results.rows if row.control in ("none", "full", "no image", "wrong image")]
     for row in ends:
         yield _line(results, row, "", None)
     yield ""

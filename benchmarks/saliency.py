@@ -111,7 +111,7 @@ def left_out(model: Any, inputs: Any, depth: int, logits: torch.Tensor, batch: i
     before = float(F.log_softmax(logits[-1].float(), -1)[answer])
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
     report_tokens = len(pipeline.score(inputs)[0][0])
-    assert report_tokens <= tokens  # newlines are no pictures
+    assert report_tokens <= tokens  # newlines are not visual
     fell = []
     for first in range(0, report_tokens, batch):
         dropped = range(first, min(first + batch, report_tokens))
@@ -140,7 +140,7 @@ def question(model: Any, inputs: Any, leave_out: bool) -> dict[str, float]:
             scorer = {"name": "objective-gradient", **parameters}
             stage = trio.Stage(after_layer=depth, keep=1, scorer=scorer)
             local[way] = trio.Pipeline(model, stages=[stage]).score(inputs)[0][0]
-        places = _pictures(model, inputs, visual)
+        places = _images(model, inputs, visual)
         for way, values in local.items():
             found |= {f"{depth}/{way}/gradient/{k}": v for k, v in agreement(values, end[places]).items()}
         if leave_out and depth in LEFT_OUT:
@@ -152,8 +152,8 @@ def question(model: Any, inputs: Any, leave_out: bool) -> dict[str, float]:
     return found
 
 
-def _pictures(model: Any, inputs: Any, visual: torch.Tensor) -> torch.Tensor:
-    """Places of the picture's tokens among the placeholders (newlines left out)."""
+def _images(model: Any, inputs: Any, visual: torch.Tensor) -> torch.Tensor:
+    """Places of the image's tokens among the placeholders (newlines left out)."""
     pipeline = trio.Pipeline(model, stages=[trio.Stage(after_layer=0, keep="50%", scorer="random", selector="top-k")])
     with pipeline, torch.no_grad():
         model(**inputs, use_cache=False)
@@ -222,7 +222,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"A token is a duplicate at a cosine of {THRESHOLD} or more. *Left*: the share of tokens that greedy "
             "suppression keeps when it visits all of them; it decides something as long as fewer are asked for. "
-            "*Centred*: without the mean of the picture's tokens.",
+            "*Centred*: without the mean of the image's tokens.",
             "",
             "| entering layer | mean cosine | duplicate pairs | left | centred: mean cosine | duplicate pairs | left |",
             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

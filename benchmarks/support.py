@@ -26,7 +26,7 @@ FEATURES = [
     "beams",
     "no cache",
     "second turn",
-    "new picture in a later turn",
+    "new image in a later turn",
     "eager",
     "sdpa",
     "flex_attention",

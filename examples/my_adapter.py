@@ -21,7 +21,7 @@ from trio.core.tokens import ImageTokens
 
 @trio.ADAPTERS.register("vip-llava")
 class VipLlavaAdapter(trio.Adapter):
-    """`VipLlavaForConditionalGeneration`: each picture is one grid of patches, in raster order."""
+    """`VipLlavaForConditionalGeneration`: each image is one grid of patches, in raster order."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -34,7 +34,7 @@ class VipLlavaAdapter(trio.Adapter):
         return tiny.llava(config)
 
     def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
-        """Every picture takes the same number of placeholders: the tower's grid, without the class token."""
+        """Every image takes the same number of placeholders: the tower's grid, without the class token."""
         config: Any = self.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size
         return images_by_count(input_ids, config.image_token_id, ImageTokens.from_grid(side, side))
@@ -59,8 +59,8 @@ def main() -> None:
     """Checks the seven promises on a model of this family."""
     from trio.testing import TokenInputs, check_adapter
 
-    # 16 placeholders with id 99 for each picture of 16 x 16 pixels; with a real checkpoint, pass its processor.
-    inputs = TokenInputs(image_token=99, image_tokens=16, picture=(3, 16, 16))
+    # 16 placeholders with id 99 for each image of 16 x 16 pixels; with a real checkpoint, pass its processor.
+    inputs = TokenInputs(image_token=99, image_tokens=16, image_shape=(3, 16, 16))
     results = check_adapter(tiny_model(), inputs, on_check=print)
     print(f"{results.subject}: {len(results)} checks passed")
 

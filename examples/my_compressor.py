@@ -46,7 +46,7 @@ def main() -> None:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    inputs = processor(text=[text], images=[Image.open(trio.zoo.demo_picture())], return_tensors="pt")
+    inputs = processor(text=[text], images=[Image.open(trio.zoo.demo_image())], return_tensors="pt")
     spec = {"version": 1, "name": "mine", "compressor": {"name": "top-and-rest", "layer": -1, "keep": "33.3%"}}
     pipeline = trio.Pipeline.from_spec(spec, model)
     with pipeline:

@@ -59,7 +59,7 @@ def main() -> None:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    inputs = processor(text=[text], images=[Image.open(trio.zoo.demo_picture())], return_tensors="pt")
+    inputs = processor(text=[text], images=[Image.open(trio.zoo.demo_image())], return_tensors="pt")
     stage = {"after_layer": "25%", "keep": "33.3%", "selector": {"name": "cells", "cells": 3}}
     pipeline = trio.Pipeline.from_spec({"version": 1, "name": "mine", "stages": [stage]}, model)
     with pipeline:

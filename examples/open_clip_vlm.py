@@ -36,18 +36,18 @@ class OpenClipVLM(nn.Module):
         self.language = LlamaForCausalLM(config)
 
     def see(self, images: torch.Tensor, compressor: str | None) -> list[torch.Tensor]:
-        """The visual tokens of each picture, as the language model takes them."""
+        """The visual tokens of each image, as the language model takes them."""
         if compressor is not None:
             return [
-                picture.features
-                for picture in trio.encoders.compress(self.clip, images, compressor, project=self.projector)
+                image.features
+                for image in trio.encoders.compress(self.clip, images, compressor, project=self.projector)
             ]
         visual = self.clip.visual.forward_intermediates(images, indices=[-2], output_fmt="NLC", intermediates_only=True)
         return list(self.projector(visual["image_intermediates"][0]))
 
     @torch.no_grad()
     def answer(self, images: torch.Tensor, question: torch.Tensor, compressor: str | None = None) -> list[torch.Tensor]:
-        """The eight tokens after picture and question, for each picture."""
+        """The eight tokens after image and question, for each image."""
         words = self.language.get_input_embeddings()(question)
         answers = []
         for visual in self.see(images, compressor):
@@ -67,7 +67,7 @@ def main() -> list[int]:
             tokens = model.see(images, compressor)
         counts.append(len(tokens[0]))
         answers = model.answer(images, question, compressor)
-        print(f"{compressor or 'all tokens'}: {len(tokens[0])} visual tokens a picture, answer {answers[0].tolist()}")
+        print(f"{compressor or 'all tokens'}: {len(tokens[0])} visual tokens an image, answer {answers[0].tolist()}")
     with torch.no_grad():
         first = trio.encoders.compress(model.clip, images, "visionzip-64")[0]
     places = list(zip(first.origins.row.tolist(), first.origins.column.tolist(), strict=True))

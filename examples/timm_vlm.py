@@ -38,9 +38,9 @@ class TimmVLM(nn.Module):
 
     @torch.no_grad()
     def answer(self, images: torch.Tensor, question: torch.Tensor, compressor: str) -> tuple[int, torch.Tensor]:
-        """How many visual tokens each picture has left, and the eight tokens after pictures and question."""
-        pictures = trio.encoders.compress(self.tower, images, compressor, project=self.projector)
-        visual = torch.stack([picture.features for picture in pictures])
+        """How many visual tokens each image has left, and the eight tokens after images and question."""
+        compressed = trio.encoders.compress(self.tower, images, compressor, project=self.projector)
+        visual = torch.stack([tokens.features for tokens in compressed])
         words = self.language.get_input_embeddings()(question).expand(len(images), -1, -1)
         prompt = torch.cat([words[:, :1], visual, words[:, 1:]], dim=1)
         return visual.shape[1], self.language.generate(inputs_embeds=prompt, max_new_tokens=8, do_sample=False)
@@ -57,7 +57,7 @@ def main() -> list[int]:
         tokens, answers = model.answer(images, question, compressor)
         seconds = time.perf_counter() - begin
         counts.append(tokens)
-        print(f"{compressor}: {tokens} visual tokens a picture, {seconds:.2f} s, answer {answers[0].tolist()}")
+        print(f"{compressor}: {tokens} visual tokens an image, {seconds:.2f} s, answer {answers[0].tolist()}")
     return counts
 
 

@@ -12,7 +12,7 @@ from trio.runtime.cache import ReducedLayer
 from trio.scorers.base import Scorer
 from trio.testing import PROMISES, Prompt, TokenInputs, check_adapter, tiny_llava, varlen
 from trio.testing.bench import attention_of
-from trio.testing.inputs import picture
+from trio.testing.inputs import draw_image
 
 TOKENS = TokenInputs()
 
@@ -45,7 +45,7 @@ def test_changed_logits_break_identity(monkeypatch):
 
     monkeypatch.setattr(hooks.Runtime, "_before_language_model", nudged)
     monkeypatch.setattr(hooks.Runtime, "_after", lambda *_: None)
-    assert "not bitwise" in failures("identity")["keep 100%, one picture"]
+    assert "not bitwise" in failures("identity")["keep 100%, one image"]
 
 
 def test_an_attribute_left_behind_breaks_reversibility(monkeypatch):
@@ -67,7 +67,7 @@ def test_shifted_positions_break_decoding(monkeypatch):
 
     monkeypatch.setattr(ReducedLayer, "announce", forgetful)
     found = failures("decode")
-    assert "logits differ" in found["positions compact, one picture"]
+    assert "logits differ" in found["positions compact, one image"]
     assert not any("original" in name for name in found)  # where nothing is renumbered the count does not matter
 
 
@@ -181,4 +181,4 @@ def test_prompts_give_the_same_in_any_batch():
     assert torch.equal(both["pixel_values"][2], alone["pixel_values"][0])
     assert torch.equal(both["input_ids"][1][both["attention_mask"][1].bool()], alone["input_ids"][0])
     assert second.images == (4, 3)
-    assert picture(3).tobytes() == picture(3).tobytes() != picture(4).tobytes()
+    assert draw_image(3).tobytes() == draw_image(3).tobytes() != draw_image(4).tobytes()

@@ -96,7 +96,7 @@ class AlwaysAverages(AveragePool):
 
 
 class LastPlace(RandomTokens):
-    """Counts places from the grid's top left of the picture, as though no picture had tiles."""
+    """Counts places from the grid's top left of the image, as though no image had tiles."""
 
     def compress(self, tokens, k):
         return keep(tokens, (tokens.origins.row * 100 + tokens.origins.column)[:k])

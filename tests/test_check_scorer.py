@@ -83,13 +83,13 @@ class Columns(trio.Scorer):
 
 
 class Fussy(Norm):
-    """Raises where a sample has no picture."""
+    """Raises where a sample has no image."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def score(self, ctx):
         if not all(sum(counts) for counts in ctx.counts):
-            raise ValueError("no picture")
+            raise ValueError("no image")
         return super().score(ctx)
 
 
@@ -102,7 +102,7 @@ WRONG = [
     (Transposed, "shape, dtype", "expected (4, 32)"),
     (Broken, "shape, dtype", "not finite"),
     (Columns, "other side", "differ"),
-    (Fussy, "shape, dtype", "ValueError: no picture"),
+    (Fussy, "shape, dtype", "ValueError: no image"),
 ]
 
 

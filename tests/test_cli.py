@@ -54,8 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    file = tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    file = tmp_path / "image.png"
     Image.radial_gradient("L").resize((168, 168)).convert("RGB").save(file)
     return file
 
@@ -102,8 +102,8 @@ def test_version() -> None:
 # run -----------------------------------------------------------------------------------------------------------------
 
 
-def test_run_json(model: Path, picture: Path) -> None:
-    result = trio_("run", "--model", model, "--image", picture, "--question", "how many circles ?", "--json")
+def test_run_json(model: Path, image: Path) -> None:
+    result = trio_("run", "--model", model, "--image", image, "--question", "how many circles ?", "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["question"] == "how many circles ?"
@@ -119,10 +119,10 @@ def test_run_json(model: Path, picture: Path) -> None:
     assert not list(Path.cwd().glob("*overlay*"))
 
 
-def test_run_prints_a_table_and_draws(model: Path, picture: Path, tmp_path: Path) -> None:
+def test_run_prints_a_table_and_draws(model: Path, image: Path, tmp_path: Path) -> None:
     target = tmp_path / "kept.png"
     result = trio_(
-        "run", "-m", model, "-i", picture, "-q", "what shape ?", "-s", "trio-11", "--out", target, "--max-new-tokens", 4
+        "run", "-m", model, "-i", image, "-q", "what shape ?", "-s", "trio-11", "--out", target, "--max-new-tokens", 4
     )
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
@@ -142,35 +142,35 @@ def test_run_prints_a_table_and_draws(model: Path, picture: Path, tmp_path: Path
         assert drawn.width > 3 * 336
 
 
-def test_run_writes_the_default_overlay(model: Path, picture: Path) -> None:
-    result = trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+def test_run_writes_the_default_overlay(model: Path, image: Path) -> None:
+    result = trio_("run", "-m", model, "-i", image, "-q", "what shape ?", "--max-new-tokens", 1)
     assert result.exit_code == 0, result.stderr
     assert Path("trio-overlay.png").is_file()
     assert "trio-overlay.png" in result.stdout
     first = Path("trio-overlay.png").read_bytes()
-    result = trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--max-new-tokens", 1)
+    result = trio_("run", "-m", model, "-i", image, "-q", "what shape ?", "--max-new-tokens", 1)
     assert "kept tokens drawn to trio-overlay-2.png" in result.stdout
     assert Path("trio-overlay-2.png").is_file() and Path("trio-overlay.png").read_bytes() == first
 
 
-def test_run_with_two_pictures_and_a_file(model: Path, picture: Path, tmp_path: Path) -> None:
+def test_run_with_two_images_and_a_file(model: Path, image: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("version: 1\nname: mine\nstages: [{after_layer: 2, keep: 10, scorer: random, selector: top-k}]\n")
-    result = trio_("run", "-m", model, "-i", picture, "-i", picture, "-q", "hi", "-s", file, "--json")
+    result = trio_("run", "-m", model, "-i", image, "-i", image, "-q", "hi", "-s", file, "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert (facts["spec"], facts["visual_tokens"], facts["kept"]) == ("mine", 288, [20])
 
 
-def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
+def test_run_agrees_with_the_python_api(model: Path, image: Path) -> None:
     import transformers
 
     from trio.cli.common import inputs_for
 
-    facts = json.loads(trio_("run", "-m", model, "-i", picture, "-q", "what shape ?", "--json").stdout)
+    facts = json.loads(trio_("run", "-m", model, "-i", image, "-q", "what shape ?", "--json").stdout)
     network = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     processor = transformers.AutoProcessor.from_pretrained(model)
-    inputs = inputs_for(processor, [load_image(picture)], "what shape ?")
+    inputs = inputs_for(processor, [load_image(image)], "what shape ?")
     with trio.Pipeline.from_spec("trio-soft-11", network):
         out = network.generate(**inputs, max_new_tokens=32, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -178,7 +178,7 @@ def test_run_agrees_with_the_python_api(model: Path, picture: Path) -> None:
 
 
 def test_run_without_arguments() -> None:
-    """The demo: the zoo's model, picture and question."""
+    """The demo: the zoo's model, image and question."""
     result = trio_("run")
     assert result.exit_code == 0, result.stderr
     assert trio.zoo.demo_question() in result.stdout
@@ -397,7 +397,7 @@ def _damaged(folder: Path) -> dict[str, Path]:
     whole = folder / "whole.png"
     Image.effect_noise((200, 200), 80).save(whole)
     files = {"corrupt": folder / "corrupt.png", "cut": folder / "cut.png", "huge": folder / "huge.png"}
-    files["corrupt"].write_bytes(b"this is no picture")
+    files["corrupt"].write_bytes(b"this is no image")
     files["cut"].write_bytes(whole.read_bytes()[:2000])
     Image.new("1", (20_000, 10_000)).save(files["huge"])
     (folder / "empty").mkdir()
@@ -415,7 +415,7 @@ def _damaged(folder: Path) -> dict[str, Path]:
     return files
 
 
-RUN = ["run", "-m", "{model}", "-i", "{picture}", "-q", "hi"]
+RUN = ["run", "-m", "{model}", "-i", "{image}", "-q", "hi"]
 
 
 @pytest.mark.parametrize(
@@ -465,8 +465,8 @@ RUN = ["run", "-m", "{model}", "-i", "{picture}", "-q", "hi"]
         (["schema", "x"], "unexpected extra argument"),
     ],
 )
-def test_wrong_input(args: list[str], says: str, model: Path, picture: Path, tmp_path: Path) -> None:
-    names: dict[str, Any] = {"model": model, "picture": picture, **_damaged(tmp_path)}
+def test_wrong_input(args: list[str], says: str, model: Path, image: Path, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"model": model, "image": image, **_damaged(tmp_path)}
     if args[0] == "run" and args[1:2] == ["-m"] and args[2] in ("{empty}", "{odd}", "{broken}", "tiny-lava"):
         args = [*args, *RUN[3:]]
     result = trio_(*(arg.format(**names) for arg in args))
@@ -500,7 +500,7 @@ def test_helpers() -> None:
     assert layer_ranges([]) == []
 
 
-def test_pictures_are_upright_rgb(tmp_path: Path) -> None:
+def test_images_are_upright_rgb(tmp_path: Path) -> None:
     turned = Image.new("RGB", (40, 20), "red")
     exif = turned.getexif()
     exif[0x0112] = 6

@@ -32,13 +32,13 @@ def test_it_prints_the_table_the_gate_and_what_they_say(done: tuple[Result, Path
     assert result.exit_code == 0, result.output
     for word in ("full", "trio-11", "random", "uniform", "lower resolution", "oracle", "none after layer 0"):
         assert word in result.stdout
-    assert "no picture" in result.stdout and "wrong picture" in result.stdout
+    assert "no image" in result.stdout and "wrong image" in result.stdout
     assert "Validity gate" in result.stdout and "existence-adversarial, layer 0" in result.stdout
     words = " ".join(result.stdout.split())
     assert re.search(
         r"trio-11 against random[^;]*: too few scenes to tell: [^;]*; on 1 scene no p can be below 1.000", words
     )
-    assert "note: 1 picture is too few for intervals by bootstrap" in words
+    assert "note: 1 image is too few for intervals by bootstrap" in words
     assert f"written to {out}: results.json, results.csv, report.html" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
 
@@ -49,11 +49,11 @@ def test_it_writes_results_that_can_be_read(done: tuple[Result, Path]) -> None:
     assert results.model["name"] == "tiny-llava" and results.model["visual_tokens"] == 144
     assert results.task["name"] == "shapesvqa" and results.task["version"] == 1 and results.task["scenes"] == 1
     assert [row.name for row in results.methods] == ["trio-11"]
-    assert results.row("wrong picture").refused == "there is only one picture"
-    assert "wrong picture: not applicable: there is only one picture" in results.notes
-    assert set(results.speed) == {row.name for row in results.rows if not row.refused} - {"no picture"}
+    assert results.row("wrong image").refused == "there is only one image"
+    assert "wrong image: not applicable: there is only one image" in results.notes
+    assert set(results.speed) == {row.name for row in results.rows if not row.refused} - {"no image"}
     assert results.speed["full"].batch == 5 and results.speed["full"].first_token > 0
-    assert "there is only one picture" in (out / "results.csv").read_text()
+    assert "there is only one image" in (out / "results.csv").read_text()
 
 
 def test_the_report_needs_nothing_else(done: tuple[Result, Path]) -> None:

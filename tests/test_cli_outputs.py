@@ -39,13 +39,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "load_model", load)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "p.png")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "p.png")
 
 
 RUN = ["run", "-i", "p.png", "-q", "?"]
-TUNE = ["tune", "tiny-llava", "-t", "tokens<=11%", "--images", "pictures"]
-FIDELITY = ["fidelity", "tiny-llava", "--images", "pictures"]
+TUNE = ["tune", "tiny-llava", "-t", "tokens<=11%", "--images", "images"]
+FIDELITY = ["fidelity", "tiny-llava", "--images", "images"]
 WRITING = [
     ([*RUN, "-o", "out.png"], "--out"),
     ([*TUNE, "-o", "out.yaml"], "--out"),
@@ -74,7 +74,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_model_is_loaded(mon
     for args, option in WRITING:
         missing = [*args[:-1], f"missing/{args[-1]}"]
         assert f"{option} 'missing/{args[-1]}': there is no folder" in trio_(*missing).stderr
-    assert "this is a folder" in trio_(*FIDELITY, "--out", "pictures").stderr
+    assert "this is a folder" in trio_(*FIDELITY, "--out", "images").stderr
     assert "--plot 'x.png': --out names the same file" in trio_(*TUNE, "-o", "x.png", "--plot", "x.png").stderr
     assert "has to end in .png, .pdf or .svg" in trio_(*TUNE, "-o", "x", "--plot", "x.docx").stderr
     monkeypatch.setattr(common.os, "access", lambda _, mode, **__: mode != os.W_OK)

@@ -181,7 +181,7 @@ def test_prumerge(rows, columns, cls, levels, plus):
         assert_same(compressor.compress(tokens, tokens.tokens), expected)
 
 
-def test_prumerge_decides_by_the_picture():
+def test_prumerge_decides_by_the_image():
     attention = torch.full((100,), 0.005) + torch.arange(100) * 1e-5
     assert outliers(attention) == 0
     attention[[7, 50, 93]] = 0.1
@@ -200,9 +200,9 @@ def test_prumerge_decides_by_the_picture():
 
 def test_average_pool_is_average_pooling_where_cells_fit():
     tokens = VisualTokens.start(draw_features(576, 0, 0), ImageTokens.from_grid(24, 24))
-    picture = tokens.features.T.reshape(1, WIDTH, 24, 24)
+    image = tokens.features.T.reshape(1, WIDTH, 24, 24)
     for side in (2, 4, 8, 12):
-        expected = torch.nn.functional.avg_pool2d(picture, 24 // side)[0].flatten(1).T
+        expected = torch.nn.functional.avg_pool2d(image, 24 // side)[0].flatten(1).T
         torch.testing.assert_close(AveragePool().compress(tokens, side**2).features, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -219,7 +219,7 @@ def test_floors_on_a_grid_share_their_cells(rows, columns):
             torch.testing.assert_close(pooled.features[at], mean, rtol=1e-5, atol=1e-5)
 
 
-def test_random_is_uniform_nested_and_the_picture_s_own():
+def test_random_is_uniform_nested_and_the_image_s_own():
     tokens = VisualTokens.start(draw_features(100, 0, 0), ImageTokens.from_grid(10, 10), seed=1)
     chosen = RandomTokens().compress(tokens, 40).token_index.tolist()
     assert chosen == RandomTokens().compress(tokens, 40).token_index.tolist()

@@ -403,7 +403,7 @@ def test_unknown_shape_lists_the_known_ones() -> None:
         published_shape("llava-1.5-7")
 
 
-def test_a_tiled_picture_that_is_no_whole_number_of_crops_is_noted() -> None:
+def test_a_tiled_image_that_is_no_whole_number_of_crops_is_noted() -> None:
     made = predict(spec((1, 4)), SMALL, images=(14,))
     assert made.notes == ["an image of 14 tokens is no whole number of crops; the tower is counted for 2"]
 

@@ -37,7 +37,7 @@ def test_attention_received_is_counted_by_pairs():
     assert reading_flops(tower, 1024, scan.reads()) == 2 * 2 * 4096 * 4096 * tower.hidden
 
 
-def test_a_picture_that_keeps_all_costs_nothing():
+def test_an_image_that_keeps_all_costs_nothing():
     assert made({"name": "scan", "keep": 576}).compressed.flops.compression == 0
     one = made({"name": "random", "keep": 64})
     assert one.compressed.flops.compression == 0 and not one.notes
@@ -49,7 +49,7 @@ def test_what_is_not_known_is_noted():
     assert any("'vispruner'" in note for note in cost.notes)
 
 
-def test_counts_that_depend_on_the_picture():
+def test_counts_that_depend_on_the_image():
     for compressor in ("prumerge", {"name": "random", "keep": {"count": 64, "per": "tile"}}):
         with pytest.raises(trio.InputError, match="give `compressed`"):
             made(compressor)

@@ -18,7 +18,7 @@ from trio.measure import evaluation
 from trio.measure.evaluation import rows as rows_module
 from trio.measure.evaluation.answers import AnswerFiles, RowAnswer
 from trio.measure.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
-from trio.measure.evaluation.pictures import Counter, Shown, without_floor
+from trio.measure.evaluation.images import Counter, Shown, without_floor
 from trio.measure.evaluation.protocol import named_specs, weights
 from trio.measure.evaluation.results import EvaluationResults
 from trio.measure.evaluation.rows import plan
@@ -57,17 +57,17 @@ def whole(loaded: Loaded, task: Task, tmp_path_factory: pytest.TempPathFactory) 
 def test_every_control_is_in_the_table(whole: tuple[EvaluationResults, Path], task: Task) -> None:
     results, _ = whole
     label = "after 0: 11.1%"
-    names = ["full", "no picture", "wrong picture", "ours", "none after layer 0"]
+    names = ["full", "no image", "wrong image", "ours", "none after layer 0"]
     names += [f"{name}, {label}" for name in ("lower resolution", "uniform", "random", "oracle")]
     assert [row.name for row in results.rows] == names
     assert [row.control for row in results.rows if not row.control] == [""]
     assert results.row(f"random, {label}").draws == [f"random {seed}, {label}" for seed in range(5)]
     average = {row.name: row.average for row in results.rows}
-    assert average["full"] == average["no picture"] == average["wrong picture"] == 144
+    assert average["full"] == average["no image"] == average["wrong image"] == 144
     assert average["none after layer 0"] == 0
     assert all(average[name] == 16 for name in names[3:4] + names[5:])
     accuracy = {row.name: row.accuracy["overall"].mean for row in results.rows}
-    assert accuracy["full"] >= accuracy["ours"] > 80 > accuracy["no picture"]
+    assert accuracy["full"] >= accuracy["ours"] > 80 > accuracy["no image"]
     assert accuracy[f"oracle, {label}"] > accuracy[f"random, {label}"]
     assert all(set(row.accuracy) >= {*task.kinds, "overall"} for row in results.rows)
     flops = {row.name: row.flops or 0 for row in results.rows}
@@ -160,7 +160,7 @@ def test_the_baseline_must_be_a_spec(loaded: Loaded, task: Task) -> None:
 
 
 def planned(model: Any, *specs: dict[str, Any], smallest: float = 1.0, **more: Any) -> tuple[list[Any], dict[str, Any]]:
-    options = {"several_pictures": True, "maps": True, "smallest": smallest, **more}
+    options = {"several_images": True, "maps": True, "smallest": smallest, **more}
     return plan(model, [PipelineSpec.parse(spec) for spec in specs], 144, **options)
 
 
@@ -173,11 +173,11 @@ def test_specs_that_differ_in_their_parts_share_controls(loaded: Loaded) -> None
     assert sum(row.control == "oracle" for row in rows) == 2
 
 
-def test_controls_are_shared_up_to_a_token_where_that_holds_for_every_picture(loaded: Loaded) -> None:
+def test_controls_are_shared_up_to_a_token_where_that_holds_for_every_image(loaded: Loaded) -> None:
     def one(name: str, keep: Any, **fields: Any) -> dict[str, Any]:
         return {"name": name, "stages": [{"after_layer": 0, "keep": keep}], **fields}
 
-    near, count = one("a token more", "11.8%"), one("as many here, not in larger pictures", 17)
+    near, count = one("a token more", "11.8%"), one("as many here, not in larger images", 17)
     two_more, renumbered = one("two more", "12.5%"), one("renumbered", "11.1%", positions="compact")
     _, schedules = planned(loaded[0], SPEC, near, count, two_more, renumbered)
     assert list(schedules) == ["after 0: 11.1%", "after 0: 11.8%", "after 0: 12.5%", "after 0: 11.1% #2"]
@@ -203,14 +203,14 @@ def test_where_no_schedule_is_near_11_percent_the_gate_gets_a_random_row_of_its_
 
 
 def test_what_cannot_be_had_says_why(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _ = planned(loaded[0], SPEC, maps=False, several_pictures=False)
+    rows, _ = planned(loaded[0], SPEC, maps=False, several_images=False)
     refused = {row.control: row.refused for row in rows if row.refused}
     assert refused == {
-        "wrong picture": "there is only one picture",
-        "oracle": "the task does not say where in the pictures things are",
+        "wrong image": "there is only one image",
+        "oracle": "the task does not say where in the images things are",
     }
     small = [row for row in planned(loaded[0], SPEC, smallest=0.05)[0] if row.control == "lower resolution"]
-    assert [(row.picture, row.spec) for row in small] == [("small", None)]
+    assert [(row.image, row.spec) for row in small] == [("small", None)]
     build = rows_module.Pipeline.from_spec
 
     def no_pooling(spec: Any, model: Any) -> Any:
@@ -220,7 +220,7 @@ def test_what_cannot_be_had_says_why(loaded: Loaded, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(rows_module.Pipeline, "from_spec", no_pooling)
     (lower,) = [row for row in planned(loaded[0], SPEC)[0] if row.control == "lower resolution"]
-    assert "no picture gives this model so few tokens" in lower.refused and "no encoder side" in lower.refused
+    assert "no image gives this model so few tokens" in lower.refused and "no encoder side" in lower.refused
 
 
 def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> None:
@@ -254,7 +254,7 @@ def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None
         runner.generate(inputs, [sample], pipeline, 1)
         kept[keep] = pipeline.report.samples[0].stages[0].groups[0].indices
     assert set(kept[4]) < set(kept[16]) < set(kept[64])
-    for keep, quarter in ((4, 1), (16, 2)):  # every quarter of the picture has its share, give or take the axes
+    for keep, quarter in ((4, 1), (16, 2)):  # every quarter of the image has its share, give or take the axes
         places = np.array([(i // 12 // 6, i % 12 // 6) for i in kept[keep]])
         counts = np.bincount(places[:, 0] * 2 + places[:, 1], minlength=4)
         assert counts.min() >= quarter
@@ -262,7 +262,7 @@ def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None
     assert np.sqrt(far[far > 0].min()) >= 2
 
 
-def test_oracles_of_tiled_pictures_find_a_thing_in_every_frame() -> None:
+def test_oracles_of_tiled_images_find_a_thing_in_every_frame() -> None:
     image = ImageTokens.join([ImageTokens.from_grid(4, 4), ImageTokens.from_grid(8, 8)])
     item_map = np.zeros((80, 80), np.uint8)
     item_map[40:60, 0:20] = 1
@@ -286,7 +286,7 @@ class Patches(Counter):
 
 
 @pytest.mark.parametrize(("size", "wanted"), [((336, 336), 16), ((560, 280), 22), ((300, 100), 5)])
-def test_smaller_pictures_have_the_tokens_asked_for(size: tuple[int, int], wanted: int) -> None:
+def test_smaller_images_have_the_tokens_asked_for(size: tuple[int, int], wanted: int) -> None:
     counter = Patches()
     found = counter.size_for(size, wanted)
     assert counter.smallest(size) == 1
@@ -294,27 +294,27 @@ def test_smaller_pictures_have_the_tokens_asked_for(size: tuple[int, int], wante
     assert found[0] / found[1] == pytest.approx(size[0] / size[1], rel=0.1)
 
 
-def test_each_row_sees_its_picture(task: Task) -> None:
+def test_each_row_sees_its_image(task: Task) -> None:
     shown = Shown(task, Patches(), Patches())
     sample, other = task.samples[0], task.samples[-1]
-    assert shown.picture(sample, "own", 0).tobytes() == sample.load().tobytes()
-    assert shown.picture(sample, "wrong", 0).tobytes() == other.load().tobytes() != sample.load().tobytes()
-    blank = shown.picture(sample, "blank", 0)
+    assert shown.image(sample, "own", 0).tobytes() == sample.load().tobytes()
+    assert shown.image(sample, "wrong", 0).tobytes() == other.load().tobytes() != sample.load().tobytes()
+    blank = shown.image(sample, "blank", 0)
     assert blank.size == sample.load().size and blank.getcolors() == [(168 * 168, (128, 128, 128))]
-    small = shown.picture(sample, "small", 4 / 36)
+    small = shown.image(sample, "small", 4 / 36)
     assert Patches().of_size(small.size) == 4
 
 
 def test_a_processor_without_its_floor(loaded: Loaded) -> None:
     from lab.training.families import FAMILIES
 
-    assert without_floor(loaded[1]) is loaded[1]  # pictures of one size
+    assert without_floor(loaded[1]) is loaded[1]  # images of one size
     family = FAMILIES["tiny-qwen2.5-vl"]
     processor = family.processor(family.recipe, family.tokenizer())
     free = without_floor(processor)
-    picture = Image.new("RGB", (28, 56))
+    image = Image.new("RGB", (28, 56))
     few, many = (
-        int(one.image_processor(images=[picture], return_tensors="pt")["image_grid_thw"].prod())
+        int(one.image_processor(images=[image], return_tensors="pt")["image_grid_thw"].prod())
         for one in (free, processor)
     )
     assert 4 * few < many

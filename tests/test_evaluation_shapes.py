@@ -53,11 +53,11 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(task: Task, canvas: Canv
     assert few.samples[-1].load().tobytes() == task.samples[len(few.samples) - 1].load().tobytes()
 
 
-def test_splits_share_no_picture() -> None:
+def test_splits_share_no_image() -> None:
     some = [shapesvqa(split, limit=20) for split in ("test", "validation", "novel")]
-    pictures = [{sample.load().tobytes() for sample in one.samples} for one in some]
-    assert [len(one) for one in pictures] == [20, 20, 20]
-    assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
+    images = [{sample.load().tobytes() for sample in one.samples} for one in some]
+    assert [len(one) for one in images] == [20, 20, 20]
+    assert not images[0] & images[1] and not images[0] & images[2] and not images[1] & images[2]
 
 
 def test_the_foreground_is_at_least_three_times_the_smallest_budget(scenes: list[Scene]) -> None:

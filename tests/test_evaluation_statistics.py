@@ -160,7 +160,7 @@ def summary(right: dict[str, str], share: float = 0.111, each: int = 4) -> Summa
     schedules = {"s": ControlSchedule("s", (0,), spec, share * 100, 100)}
     rows = [
         EvaluationRow("full", "full", "full"),
-        EvaluationRow("no picture", "no picture", "no picture"),
+        EvaluationRow("no image", "no image", "no image"),
         EvaluationRow("ours", "ours", "", "s", spec),
         EvaluationRow("theirs", "theirs", "", "s", spec),
         EvaluationRow(none_name(0), none_name(0), "none"),
@@ -177,7 +177,7 @@ def summary(right: dict[str, str], share: float = 0.111, each: int = 4) -> Summa
 
 GOOD = {
     "full": "1" * 80,
-    "no picture": "01" * 20 + "00" * 20,  # easy: 50 %, hard: 0 %
+    "no image": "01" * 20 + "00" * 20,  # easy: 50 %, hard: 0 %
     "random, s": "1100" * 20,
     none_name(0): "01" * 20 + "00" * 20,
     "ours": "1" * 72 + "0" * 8,
@@ -201,7 +201,7 @@ def test_the_gate_opens_where_all_four_conditions_hold() -> None:
     ("row", "text"),
     [
         ("full", "1" * 64 + "10" * 8),  # easy falls to 80 %
-        ("no picture", "01" * 40),  # easy is answered without the picture
+        ("no image", "01" * 40),  # easy is answered without the image
         ("random, s", "01" * 40),  # and here by random tokens
         (none_name(0), "01" * 40),  # and here by tokens that are dropped too late
     ],

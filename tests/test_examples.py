@@ -181,7 +181,7 @@ def test_my_selector_is_found_by_name_and_passes(capsys: pytest.CaptureFixture[s
 
 
 def test_my_selector_takes_turns_as_it_says() -> None:
-    """Two cells to the left and right of the middle, and a second picture: one of each, then the second ones."""
+    """Two cells to the left and right of the middle, and a second image: one of each, then the second ones."""
     import torch
 
     cells = runpy.run_path(str(EXAMPLES / "my_selector.py"), run_name="my_selector")["Cells"](cells=2)
@@ -210,7 +210,7 @@ def test_my_adapter_keeps_the_promises() -> None:
     pipeline = trio.Pipeline(model, stages=[trio.Stage(after_layer=1, keep=4)])
     assert type(pipeline.adapter) is module["VipLlavaAdapter"]
     assert pipeline.adapter_name == "vip-llava"
-    inputs = TokenInputs(image_token=99, image_tokens=16, picture=(3, 16, 16))
+    inputs = TokenInputs(image_token=99, image_tokens=16, image_shape=(3, 16, 16))
     results = check_adapter(model, inputs, promises=["identity", "reversibility", "decode", "batch", "nothing-lost"])
     assert len(results) >= 20
 

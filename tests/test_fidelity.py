@@ -102,13 +102,13 @@ def test_compare() -> None:
 # Intervals -----------------------------------------------------------------------------------------------------------
 
 
-def test_shares_with_one_prompt_a_picture_are_wilson_s() -> None:
+def test_shares_with_one_prompt_an_image_are_wilson_s() -> None:
     found = Bootstrap(range(10), one_by_one=True).share([1.0] * 8 + [0.0] * 2)
     assert found.method == "wilson"
     assert (found.mean, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
 
 
-def test_intervals_draw_the_prompts_of_a_picture_together() -> None:
+def test_intervals_draw_the_prompts_of_an_image_together() -> None:
     values = [float(i % 2) for i in range(20) for _ in range(10)]  # within an image all alike
     together = Bootstrap([i // 10 for i in range(200)]).share(values)
     apart = Bootstrap(range(200)).number(values)
@@ -265,7 +265,7 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-def test_every_prompt_for_every_picture(folder: Path, tmp_path: Path) -> None:
+def test_every_prompt_for_every_image(folder: Path, tmp_path: Path) -> None:
     assert [(one.name, one.prompt) for one in read_samples(folder)] == [
         ("a.jpg", DESCRIBE),
         ("b.png", DESCRIBE),

@@ -17,7 +17,7 @@ from trio.adapters import adapter_for
 from trio.adapters.generic import why_not
 from trio.core.backbone import FEATURE_COUNTS
 from trio.core.prompts import Prompt
-from trio.measure.evaluation.pictures import Counter
+from trio.measure.evaluation.images import Counter
 
 pytestmark = [pytest.mark.contract, pytest.mark.filterwarnings("ignore:no adapter knows")]
 

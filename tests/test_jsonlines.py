@@ -157,7 +157,7 @@ def test_pipes_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:
         jsonl("a\0b")
 
 
-def test_names_of_pictures_that_no_system_has(tmp_path: Path) -> None:
+def test_names_of_images_that_no_system_has(tmp_path: Path) -> None:
     for name in ("a\0b", "x" * 5000):
         file = tmp_path / "q.jsonl"
         file.write_text(json.dumps({"image": name, "question": "?", "answer": "x", "prompt": "?"}))

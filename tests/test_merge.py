@@ -177,7 +177,7 @@ def test_cells_that_fit_are_squares(side):
     assert torch.equal(into, origins.row * side // 24 * side + origins.column * side // 24)
 
 
-def test_cells_of_frames_are_those_of_one_tall_picture():
+def test_cells_of_frames_are_those_of_one_tall_image():
     frames, tall = ImageTokens.from_grid(4, 6, frames=3), ImageTokens.from_grid(12, 6)
     for k in (1, 3, 7, 18, 71):
         assert all(torch.equal(a, b) for a, b in zip(cells(frames, k), cells(tall, k), strict=True))

@@ -29,7 +29,7 @@ def test_the_pages_are_made_from_the_committed_results() -> None:
     for path, text in made.items():
         assert (DOCS / path).read_text() == text, path
     there = {f"results/{file.name}" for file in (DOCS / "results").iterdir()}
-    assert there | {"results.md"} == made.keys() | figures.FIGURES.keys(), "a page or a picture that nothing makes"
+    assert there | {"results.md"} == made.keys() | figures.FIGURES.keys(), "a page or an image that nothing makes"
 
 
 def test_every_model_has_its_page_and_the_first_page_is_short() -> None:
@@ -43,8 +43,8 @@ def test_every_model_has_its_page_and_the_first_page_is_short() -> None:
 @pytest.mark.parametrize("path", figures.FIGURES)
 def test_the_figures_are_made_from_the_committed_results(path: str) -> None:
     found = [EvaluationResults.load(file) for file in measured() if file.name.startswith("eval-")]
-    with Image.open(DOCS / path) as picture:
-        assert picture.info["Description"] == figures.digest([figures.FIGURES[path](one) for one in found])
+    with Image.open(DOCS / path) as image:
+        assert image.info["Description"] == figures.digest([figures.FIGURES[path](one) for one in found])
 
 
 def test_the_figures_show_the_numbers_of_the_results(shown: EvaluationResults) -> None:
@@ -116,7 +116,7 @@ def test_the_readme_shows_the_default_and_its_controls(shown: EvaluationResults)
     assert list(rows)[2] + ", 33%" == shown.methods[0].name
     random = [shown.row(f"random, {base.schedule}") for base in bases.values()]
     assert rows["random, at the default's layers (mean of 5 draws)"] == [str(r.accuracy["counted"]) for r in random]
-    for label in ("uniform grid, at the default's layers", "nothing, from the default's first layer", "no picture"):
+    for label in ("uniform grid, at the default's layers", "nothing, from the default's first layer", "no image"):
         assert len(rows[label]) == 3 and all(rows[label])
     assert rows["everything"] == [str(shown.row("full").accuracy["counted"])] * 3
 
@@ -228,7 +228,7 @@ def results(tmp_path: Path) -> Path:
         versions={"trio-vlm": "0"},
         rows=[
             row("full", "full", "", average=144.0),
-            row("no picture", "no picture", ""),
+            row("no image", "no image", ""),
             row("none after layer 0", "none", ""),
             row("ours, 11%"),
             row("good, 11%"),
@@ -306,7 +306,7 @@ def test_findings_are_paired_differences_of_rows(shown: EvaluationResults) -> No
     for cell, base in zip(cells["the default over random tokens"], bases, strict=True):
         random = next(c for c in shown.comparisons if (c.row, c.baseline) == (f"random, {base.schedule}", base.name))
         assert cell.removesuffix(" *") == flipped(random)
-    assert "nms over top-k" in cells and "16 rows of the text behind the picture over the prompt's last 4" not in cells
+    assert "nms over top-k" in cells and "16 rows of the text behind the image over the prompt's last 4" not in cells
     known = {one.what for one in PAIRS}
     assert set(cells) <= known and len(known) == len(PAIRS)
 

@@ -228,7 +228,7 @@ def test_counts_that_contradict(data: PipelineSpec, says: str | None) -> None:
         resolve(data, 32)
 
 
-def test_unreachable_for_one_picture() -> None:
+def test_unreachable_for_one_image() -> None:
     schedule = resolve(spec((16, "auto"), budget={"average": 64}), 32)
     with pytest.raises(
         BudgetError, match=r"64 tokens cannot be met for an image of 576 tokens.*between 288.00 \(50.0%\) and"

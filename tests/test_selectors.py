@@ -144,8 +144,8 @@ def naive_soft_nms(
     """Straight from the description: always the largest relative saliency times distance to what is kept."""
 
     def distance(i: int, j: int) -> float:
-        (y, x, picture), (other_y, other_x, other) = positions[i].tolist(), positions[j].tolist()
-        away = 1.0 if picture != other else 0.0 if isnan(y + other_y) else min(1.0, hypot(y - other_y, x - other_x))
+        (y, x, image), (other_y, other_x, other) = positions[i].tolist(), positions[j].tolist()
+        away = 1.0 if image != other else 0.0 if isnan(y + other_y) else min(1.0, hypot(y - other_y, x - other_x))
         return max(1 - _cosine(features[i], features[j]), 0.0) + spread * k / len(saliency) * away
 
     low, top = min(0.0, min(saliency)), max(saliency)
@@ -181,7 +181,7 @@ def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, spread, seed):
 
 
 def test_soft_nms_keeps_what_looks_alike_where_it_is_far_apart():
-    """Two things that look the same, in two corners of one picture or on two pictures, and a background."""
+    """Two things that look the same, in two corners of one image or on two images, and a background."""
     features = torch.eye(2)[torch.tensor([0, 0, 0, 0, 1])][None]
     saliency = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]])
     row = torch.tensor([0.1, 0.1, 0.9, 0.1, 0.5])

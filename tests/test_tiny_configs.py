@@ -1,4 +1,4 @@
-"""Small copies of configurations: they build fast, run with pictures, and keep what makes a family."""
+"""Small copies of configurations: they build fast, run with images, and keep what makes a family."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def built(cls, config):
 
 
 def runs(model, config):
-    """One forward of a ragged batch with pictures, stock and reduced."""
+    """One forward of a ragged batch with images, stock and reduced."""
     batch = families()[config.model_type].tiny_inputs(config)(PROMPTS)
     assert int(batch["input_ids"].max()) < config.get_text_config().vocab_size
     with torch.no_grad():

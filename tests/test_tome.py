@@ -285,7 +285,7 @@ def test_what_cannot_merge_is_refused_by_name():
     for name in ("qwen2.5-vl", "qwen2-vl", "qwen3-vl", "siglip2"):
         tower = tower_for(TOWERS[name].make("sdpa"))
         assert "groups" not in tower.offers()
-        with pytest.raises(UnsupportedModelError, match=r"'groups' of block -2.*(packs|pads) pictures"):
+        with pytest.raises(UnsupportedModelError, match=r"'groups' of block -2.*(packs|pads) images"):
             Reader(tower, [Signal("groups", -2)], keep=lambda n: 4)
     if NESTED:
         with pytest.raises(UnsupportedModelError, match="no mask"):

@@ -246,7 +246,7 @@ def test_what_cannot_be_read_is_refused_by_name(name: str):
 def test_a_window_tower_without_a_later_full_block_is_refused():
     module = TOWERS["qwen2.5-vl"].make("sdpa")
     module.fullatt_block_indexes = [1]
-    with pytest.raises(UnsupportedModelError, match="no block from there on sees a whole picture"):
+    with pytest.raises(UnsupportedModelError, match="no block from there on sees a whole image"):
         Reader(tower_for(module), [Signal("attention", 2)])
 
 

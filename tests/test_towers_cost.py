@@ -24,7 +24,7 @@ LAYERS = 2
 
 
 def tower(name: str, side: int, width: int = 1024) -> Any:
-    """A tower as wide as CLIP-L with few layers, for pictures of `side` x `side` patches of 2 pixels."""
+    """A tower as wide as CLIP-L with few layers, for images of `side` x `side` patches of 2 pixels."""
     config = getattr(transformers, f"{name}VisionConfig")(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -36,8 +36,8 @@ def tower(name: str, side: int, width: int = 1024) -> Any:
     return getattr(transformers, f"{name}VisionModel")(config).eval()
 
 
-# The five tiles of LLaVA-NeXT, and one picture whose every patch attends to every other.
-SETTINGS = {"CLIP, five tiles of 576": ("CLIP", 24, 5), "SigLIP, one picture of 2916": ("Siglip", 54, 1)}
+# The five tiles of LLaVA-NeXT, and one image whose every patch attends to every other.
+SETTINGS = {"CLIP, five tiles of 576": ("CLIP", 24, 5), "SigLIP, one image of 2916": ("Siglip", 54, 1)}
 
 
 def reading(module: Any, pixels: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -59,8 +59,8 @@ def reading(module: Any, pixels: torch.Tensor) -> tuple[Callable[[], None], Call
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_peak_memory_at_2880_patches_is_at_most_a_tenth_more(setting: str):
     """Of what a call allocates; the weights, which do not change, are not counted."""
-    name, side, pictures = SETTINGS[setting]
-    alone, read = reading(tower(name, side), torch.randn(pictures, 3, side * 2, side * 2))
+    name, side, images = SETTINGS[setting]
+    alone, read = reading(tower(name, side), torch.randn(images, 3, side * 2, side * 2))
     without, with_reader = peak_bytes(alone), peak_bytes(read)
     assert with_reader <= 1.1 * without, f"{with_reader / without:.3f} times the memory"
 
@@ -81,13 +81,13 @@ def qwen() -> tuple[Any, Any]:
     return modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(config), images
 
 
-def vit(side: int, pictures: int, **extra: Any) -> tuple[Any, Any]:
+def vit(side: int, images: int, **extra: Any) -> tuple[Any, Any]:
     shape = {"patch_size": 2, "embed_dim": 512, "depth": LAYERS, "num_heads": 8}
     module = timm.create_model("vit_base_patch16_224", img_size=side * 2, **shape, **extra)
-    return module, torch.randn(pictures, 3, side * 2, side * 2)
+    return module, torch.randn(images, 3, side * 2, side * 2)
 
 
-# Fused and hidden projections, rotated and not, one picture and five.
+# Fused and hidden projections, rotated and not, one image and five.
 OTHERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "Qwen2.5-VL": qwen,
     "timm": lambda: vit(24, 5),
@@ -119,18 +119,18 @@ def test_peak_memory_of_other_towers(name: str, dtype: torch.dtype):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_reading_at_2880_patches_costs_at_most_3_percent_of_the_operations(setting: str):
     """Counted on a narrow tower, by formula for one of CLIP-L's width and 24 layers."""
-    name, side, pictures = SETTINGS[setting]
-    alone, read = reading(tower(name, side, width=128), torch.randn(pictures, 3, side * 2, side * 2))
+    name, side, images = SETTINGS[setting]
+    alone, read = reading(tower(name, side, width=128), torch.randn(images, 3, side * 2, side * 2))
     own = flops(read) - flops(alone)
     rows = side**2 + (name == "CLIP")
 
     def reader(width: int) -> int:
         """The class token's row is one query against all keys; attention received is every query against them once."""
         products = rows * width if name == "CLIP" else rows**2 * (width + width // 64)
-        return 2 * pictures * products
+        return 2 * images * products
 
     assert own == reader(128)
-    whole = 24 * pictures * (24 * rows * 1024**2 + 4 * 1024 * rows**2)
+    whole = 24 * images * (24 * rows * 1024**2 + 4 * 1024 * rows**2)
     assert reader(1024) <= 0.03 * whole, f"{reader(1024) / whole:.2%} of the tower"
 
 

@@ -66,7 +66,7 @@ def test_signals_are_those_of_the_whole_attention(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hooks_leave_no_trace_and_a_batch_reads_as_its_pictures(name: str):
+def test_hooks_leave_no_trace_and_a_batch_reads_as_its_images(name: str):
     model, images = MODELS[name](), pixels(3)
     tower = tower_for(model)
 

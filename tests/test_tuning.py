@@ -121,7 +121,7 @@ def test_what_meets_a_target_by_a_margin_comes_first() -> None:
     assert choose([lucky, sure], parse_target("flops<=30%")) is lucky
 
 
-def test_standard_errors_are_of_pictures() -> None:
+def test_standard_errors_are_of_images() -> None:
     apart = standard_error([1.0, 0.0] * 50, [str(i) for i in range(100)])
     assert apart == pytest.approx((0.25 / 99) ** 0.5)
     together = standard_error([float(i % 2) for i in range(10) for _ in range(10)], [str(i // 10) for i in range(100)])
@@ -155,7 +155,7 @@ def test_front_is_what_nothing_dominates(points: list[tuple[int, int, int]]) -> 
 # Splitting -----------------------------------------------------------------------------------------------------------
 
 
-def test_split_is_by_picture_and_seeded() -> None:
+def test_split_is_by_image_and_seeded() -> None:
     image = Image.new("RGB", (8, 8))
     samples = [PromptSample(image, f"q{i}", f"p{i // 3}") for i in range(30)]
     seen, unseen = split(samples, 0.3, 0)
@@ -392,7 +392,7 @@ def test_a_timed_target_measures_time(tiny: tuple[Any, Any], asked: list[PromptS
     assert (everything.values["agreement"], everything.values["flops"], everything.kl) == (1.0, 1.0, 0.0)
 
 
-def test_the_picture_is_drawn(report: TuningReport, tmp_path: Path) -> None:
+def test_the_image_is_drawn(report: TuningReport, tmp_path: Path) -> None:
     file = tmp_path / "front.png"
     draw(report, file)
     with Image.open(file) as image:

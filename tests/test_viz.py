@@ -21,22 +21,22 @@ def plain(size: tuple[int, int] = (96, 96)) -> Image.Image:
 
 
 def panel(sheet: Image.Image, index: int, *, per_row: int = 4, width: int = PANEL) -> Image.Image:
-    """The picture of a panel of the first row (square panels)."""
+    """The image of a panel of the first row (square panels)."""
     assert index < per_row
     left = GAP + index * (width + GAP)
     return sheet.crop((left, GAP, left + width, GAP + width))
 
 
-def middle(picture: Image.Image, grid: tuple[int, int], row: int, column: int) -> tuple[int, ...]:
-    x, y = (column + 0.5) * picture.width / grid[1], (row + 0.5) * picture.height / grid[0]
-    found = picture.getpixel((int(x), int(y)))
+def middle(image: Image.Image, grid: tuple[int, int], row: int, column: int) -> tuple[int, ...]:
+    x, y = (column + 0.5) * image.width / grid[1], (row + 0.5) * image.height / grid[0]
+    found = image.getpixel((int(x), int(y)))
     assert isinstance(found, tuple)
     return found
 
 
-def bright(picture: Image.Image, grid: tuple[int, int]) -> set[tuple[int, int]]:
-    """Cells whose middle has the picture's own colour."""
-    return {(r, c) for r in range(grid[0]) for c in range(grid[1]) if middle(picture, grid, r, c) == COLOUR}
+def bright(image: Image.Image, grid: tuple[int, int]) -> set[tuple[int, int]]:
+    """Cells whose middle has the image's own colour."""
+    return {(r, c) for r in range(grid[0]) for c in range(grid[1]) if middle(image, grid, r, c) == COLOUR}
 
 
 @settings(max_examples=40, deadline=None)
@@ -68,7 +68,7 @@ def test_outline_around_kept_patches_heavier_for_merged_ones() -> None:
     assert heavy.getpixel((134, 192)) == COLOUR
 
 
-def test_small_pictures_are_scaled_up_and_large_ones_down() -> None:
+def test_small_images_are_scaled_up_and_large_ones_down() -> None:
     for size in ((10, 10), (96, 96), (3000, 3000)):
         assert overlay(plain(size), [Kept([0], [0], (2, 2))]).width == 2 * PANEL + 3 * GAP
     tall = overlay(plain((100, 400)), [Kept([0], [0], (8, 2))])
@@ -99,16 +99,16 @@ def test_captions_are_drawn_and_differ() -> None:
 
 
 def test_region_places_the_grid_and_leaves_the_rest_dim() -> None:
-    picture = plain((400, 200))
-    drawn = overlay(picture, [Kept([0, 0, 1, 1], [0, 1, 0, 1], (2, 2))], region=(100, 0, 300, 200))
+    image = plain((400, 200))
+    drawn = overlay(image, [Kept([0, 0, 1, 1], [0, 1, 0, 1], (2, 2))], region=(100, 0, 300, 200))
     left = GAP + PANEL + GAP
     body = drawn.crop((left, GAP, left + PANEL, GAP + PANEL // 2))
     assert bright(body, (2, 4)) == {(0, 1), (1, 1), (0, 2), (1, 2)}
 
 
 def test_transparency_is_shown_on_white() -> None:
-    picture = Image.new("RGBA", (96, 96), (200, 0, 0, 0))
-    assert panel(overlay(picture, []), 0).getpixel((100, 100)) == (255, 255, 255)
+    image = Image.new("RGBA", (96, 96), (200, 0, 0, 0))
+    assert panel(overlay(image, []), 0).getpixel((100, 100)) == (255, 255, 255)
     for mode in ("L", "P", "CMYK", "1", "I;16"):
         assert overlay(Image.new(mode, (8, 8)), []).mode == "RGB"
 
@@ -136,7 +136,7 @@ def test_heat_adds_a_panel_that_ranks() -> None:
         (lambda: Kept([], [], (0, 2)), "at least one row"),
         (lambda: overlay(plain(), [], panel_px=10), "panel_px: found 10; allowed are 64 to 4096"),
         (lambda: overlay(plain(), [], per_row=0), "per_row: found 0"),
-        (lambda: overlay(plain(), [], region=(0, 0, 97, 96)), "within the picture of 96 x 96"),
+        (lambda: overlay(plain(), [], region=(0, 0, 97, 96)), "within the image of 96 x 96"),
         (lambda: overlay(plain(), [], region=(5, 0, 5, 96)), "left < right"),
         (lambda: overlay(Image.new("RGB", (0, 5)), []), "found 0 x 5 pixels"),
     ],
@@ -186,10 +186,10 @@ def test_the_region_of_a_stock_processor_is_what_its_pixels_show() -> None:
     from transformers import CLIPImageProcessor
 
     stock = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_normalize=False)
-    picture = Image.new("RGB", (96, 32), (0, 0, 0))
-    picture.paste((255, 255, 255), (32, 0, 64, 32))
-    assert seen_region(picture, stock) == (32, 0, 64, 32)
-    pixels = stock(picture, return_tensors="pt")["pixel_values"]
+    image = Image.new("RGB", (96, 32), (0, 0, 0))
+    image.paste((255, 255, 255), (32, 0, 64, 32))
+    assert seen_region(image, stock) == (32, 0, 64, 32)
+    pixels = stock(image, return_tensors="pt")["pixel_values"]
     assert float(pixels.mean()) > 0.95  # the white third, and nothing else
 
 
@@ -287,7 +287,7 @@ def test_merged_tokens_and_the_class_token() -> None:
     assert bright(panel(overlay_from_report(plain(), made), 1), (4, 4)) == {(2, 2), (3, 3)}
 
 
-def test_frames_of_a_video_are_drawn_on_their_own_pictures() -> None:
+def test_frames_of_a_video_are_drawn_on_their_own_images() -> None:
     late = Origins.of_grid(2, 2, frame=1).take([2])
     made = report([ImageReport(tokens=8, grid=(2, 2))], [[group(0, late, 8, [float(n) for n in range(8)])]])
     drawn = overlay_from_report([[plain(), plain()]], made, heat=True)
@@ -304,15 +304,15 @@ def test_frames_of_a_video_are_drawn_on_their_own_pictures() -> None:
     [
         ({"sample": 2}, "sample: found 2, but the report is of 2 samples"),
         ({"sample": -1}, "sample: found -1"),
-        ({"sample": 1}, "sample 1 has no picture"),
-        ({"pictures": [plain(), plain()]}, "found 2, but sample 0 has 1"),
-        ({"regions": []}, "regions: found 0 for 1 pictures"),
+        ({"sample": 1}, "sample 1 has no image"),
+        ({"images": [plain(), plain()]}, "found 2, but sample 0 has 1"),
+        ({"regions": []}, "regions: found 0 for 1 images"),
         ({"heat": True}, "report level 'full'"),
     ],
 )
 def test_what_does_not_fit_the_report_is_refused(arguments: dict[str, Any], message: str) -> None:
     made = report([SQUARE], [[group(0, GRID.take([5]), 16)]])
-    values = {"pictures": plain(), "report": made} | arguments
+    values = {"images": plain(), "report": made} | arguments
     with pytest.raises(InputError, match=message):
         overlay_from_report(**values)
 
@@ -326,7 +326,7 @@ def test_tokens_without_a_grid_are_refused_by_name() -> None:
         overlay_from_report(plain(), odd, heat=True)
 
 
-def test_a_tiled_picture_is_drawn_once_whole_and_once_in_tiles() -> None:
+def test_a_tiled_image_is_drawn_once_whole_and_once_in_tiles() -> None:
     whole, tiles = Origins.of_grid(4, 4), Origins.of_grid(2, 6, frame=1)
     origins = Origins(**{name: getattr(whole, name) + getattr(tiles, name) for name in Origins.model_fields})
     image = ImageReport(tokens=28, grids=[(4, 4), (2, 6)])
@@ -340,5 +340,5 @@ def test_a_tiled_picture_is_drawn_once_whole_and_once_in_tiles() -> None:
 
 def test_tokens_whose_place_is_not_known_are_not_drawn() -> None:
     made = report([ImageReport(tokens=16, grid=(1, 16), placed=False)], [[group(0, GRID.take([5]), 16)]])
-    with pytest.raises(InputError, match="does not know where on the picture"):
+    with pytest.raises(InputError, match="does not know where on the image"):
         overlay_from_report(plain(), made)

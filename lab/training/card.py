@@ -47,7 +47,7 @@ def accuracy_table(name: str, file: str = "accuracy.json") -> str:
     lines = [
         f"{result['scenes']} {kind} of the split `{result['split']}`, seed {result['seed']}; percent, 95% intervals.",
         "",
-        "| type | questions | with the picture | blank picture | lower end minus blank |",
+        "| type | questions | with the image | blank image | lower end minus blank |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for kind, full in result["full"].items():
@@ -78,11 +78,11 @@ def training_text(name: str) -> str:
     start = "" if facts.get("start") is None else f", started from `{facts['start']}`"
     return "\n".join(
         [
-            f"- Vision tower{start}: {tower['steps']:,} steps of {tower.get('batch', 48)} pictures, "
+            f"- Vision tower{start}: {tower['steps']:,} steps of {tower.get('batch', 48)} images, "
             f"{tower['minutes']:.0f} minutes. Read from its",
             f"  features on fresh scenes: {read}.",
             f"- Projector and language model{start}: {language['steps']:,} steps of "
-            f"{language.get('batch', 16)} pictures with about 25 questions each,",
+            f"{language.get('batch', 16)} images with about 25 questions each,",
             f"  {language['minutes']:.0f} minutes.",
         ]
     )

@@ -1,6 +1,6 @@
 """How well a model of the zoo answers on held-out scenes: ``python -m lab.training.evaluate tiny-llava``.
 
-The same questions are asked with the picture and with a blank one: what a model scores without the picture it owes to
+The same questions are asked with the image and with a blank one: what a model scores without the image it owes to
 the questions, not to its eyes.
 """
 
@@ -26,12 +26,12 @@ from trio.measure.statistics import Bootstrap, Estimate, proportion
 
 
 def any_size(model: Any) -> bool:
-    """Whether a model was trained on pictures of many sizes; all of the zoo but the LLaVA-1.5 one."""
+    """Whether a model was trained on images of many sizes; all of the zoo but the LLaVA-1.5 one."""
     return bool(model.config.model_type != "llava")
 
 
 def blank(asked: Sequence[Example]) -> list[Example]:
-    """The same questions about a grey picture."""
+    """The same questions about a grey image."""
     return [
         Example(
             Image.new("RGB", e.image.size, (128, 128, 128)), e.question, e.answer, e.kind, e.scene, e.boxes, e.detail
@@ -41,7 +41,7 @@ def blank(asked: Sequence[Example]) -> list[Example]:
 
 
 def prompt(processor: Any, question: str) -> str:
-    """The question in the model's chat format, with a placeholder for one picture."""
+    """The question in the model's chat format, with a placeholder for one image."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     return str(
         processor.apply_chat_template(
@@ -83,12 +83,12 @@ def answers(
     return found
 
 
-def _same_picture(one: Example, other: Example) -> bool:
+def _same_image(one: Example, other: Example) -> bool:
     return one.scene == other.scene and one.image == other.image
 
 
 def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_new_tokens: int = 6) -> list[str]:
-    """As ``answers``, several times faster: every picture is read once, and its cache serves all questions about it.
+    """As ``answers``, several times faster: every image is read once, and its cache serves all questions about it.
 
     For models whose positions count tokens (all of the LLaVA family), without a pipeline.
     """
@@ -96,7 +96,7 @@ def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_n
     image, start, pad = processor.image_token_id, 0, processor.tokenizer.pad_token_id
     while start < len(asked):
         first = asked[start]
-        end = next((i for i in range(start, len(asked)) if not _same_picture(asked[i], first)), len(asked))
+        end = next((i for i in range(start, len(asked)) if not _same_image(asked[i], first)), len(asked))
         part = asked[start:end]
         inputs = processor(images=first.image, text=prompt(processor, first.question), return_tensors="pt")
         ids = inputs["input_ids"][0]
@@ -106,10 +106,10 @@ def answers_by_scene(model: Any, processor: Any, asked: Sequence[Example], max_n
         tails = torch.tensor(rest["input_ids"])
         full = torch.cat([ids[:length].expand(len(part), -1), tails], 1)
         mask = torch.cat([torch.ones(len(part), length, dtype=torch.long), (tails != pad).long()], 1)
-        pictures = {k: v for k, v in inputs.items() if k not in ("input_ids", MASK)}
+        images = {k: v for k, v in inputs.items() if k not in ("input_ids", MASK)}
         with torch.no_grad():
             asked_for = {Role.IDS: ids[None, :length], Role.USE_CACHE: True, Role.LOGITS_TO_KEEP: 1}
-            cache = cache_of(model(**keywords(asked_for), **pictures))
+            cache = cache_of(model(**keywords(asked_for), **images))
             cache.batch_repeat_interleave(len(part))
         given = keywords({Role.IDS: full, Role.MASK: mask, Role.CACHE: cache})
         found += decode(processor, generate(model, given, max_new_tokens=max_new_tokens))
@@ -130,7 +130,7 @@ def accuracy(
 
 
 def _right(model: Any, processor: Any, asked: Sequence[Example], batch_size: int) -> list[bool]:
-    if not model.config.model_type.startswith("llava"):  # M-RoPE counts a picture's rows, not its tokens
+    if not model.config.model_type.startswith("llava"):  # M-RoPE counts an image's rows, not its tokens
         return accuracy(model, processor, asked, batch_size)
     given = answers_by_scene(model, processor, asked)
     return [text == example.answer for text, example in zip(given, asked, strict=True)]
@@ -162,7 +162,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
-    """Accuracy by type of question, with the picture and with a blank one."""
+    """Accuracy by type of question, with the image and with a blank one."""
     if split not in ("test", "validation", "novel"):
         raise typer.BadParameter(f"--split is test, validation or novel, not {split!r}")
     folder = Path(name) if Path(name).is_dir() else zoo.path(name)
@@ -182,7 +182,7 @@ def main(
         table.add_row(kind, f"{row['questions']:.0f}", *cells)
     console = Console()
     console.print(table)
-    console.print("full: with the picture; blank: with a grey one; sees: lower end of full minus blank, in points")
+    console.print("full: with the image; blank: with a grey one; sees: lower end of full minus blank, in points")
     if json_file is not None:
         content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "varied": varied}
         content |= {"full": full, "blank": unseen}

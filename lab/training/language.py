@@ -1,11 +1,11 @@
 """Phase two: the projector and the language model on questions, with the vision tower frozen.
 
-A picture stands once in a sequence, and many questions follow it as branches: each sees the picture and itself, at the
+An image stands once in a sequence, and many questions follow it as branches: each sees the image and itself, at the
 positions that it would have alone. So every answer is learned exactly as ``generate`` will ask for it, and the cost of
-the picture is shared. Only answers count for the loss.
+the image is shared. Only answers count for the loss.
 
 Two things make binding quick to learn. The projector is first fitted to the sum of the embeddings of the words that
-describe a patch, so that pictures and questions start out speaking one language. And queries and keys start out equal,
+describe a patch, so that images and questions start out speaking one language. And queries and keys start out equal,
 so that a word first attends to patches that resemble it.
 """
 
@@ -84,12 +84,12 @@ class Branches(Dataset[dict[str, Tensor]]):
         """The view whose rows and columns of patches the dense exercises name."""
         return scene
 
-    def _picture(self, scene: Scene) -> dict[str, Tensor]:
-        """What ``Trainee`` needs to see the picture."""
+    def _image_inputs(self, scene: Scene) -> dict[str, Tensor]:
+        """What ``Trainee`` needs to see the image."""
         return {"pixels": pixels(scene)}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A picture and its row: ids, branch numbers (0: padding), places in the branch, wanted next tokens, types."""
+        """An image and its row: ids, branch numbers (0: padding), places in the branch, wanted next tokens, types."""
         index += self.start
         rng = random.Random(f"trio-branches/{self.seed}/{index}")
         scene = self._scene(index)
@@ -127,7 +127,7 @@ class Branches(Dataset[dict[str, Tensor]]):
         fill = self.room - len(row["ids"])
         pad = {"ids": self.tokenizer.pad_token_id, "branch": 0, "place": 0, "wanted": IGNORE, "kind": 0}
         found = {name: torch.tensor(values + [pad[name]] * fill) for name, values in row.items()}
-        return found | self._picture(scene)
+        return found | self._image_inputs(scene)
 
 
 def lexical_start(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -192,9 +192,9 @@ class Trainee:
     """A model with the packed forward pass of training."""
 
     head_text = "user :"
-    """What comes before the picture."""
+    """What comes before the image."""
     tail_text = ""
-    """What comes between the picture and the question."""
+    """What comes between the image and the question."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
         """Set up for a model and its tokenizer."""

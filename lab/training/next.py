@@ -1,6 +1,6 @@
-"""``tiny-llava-next``: LLaVA-NeXT's tiles on pictures of many sizes, grown out of ``tiny-llava``.
+"""``tiny-llava-next``: LLaVA-NeXT's tiles on images of many sizes, grown out of ``tiny-llava``.
 
-The tower learns what tiles show (things larger than it knew, and cut) and what the squeezed whole picture shows; then
+The tower learns what tiles show (things larger than it knew, and cut) and what the squeezed whole image shows; then
 the language model learns to read both, with the weights of ``tiny-llava`` as the start.
 """
 
@@ -51,7 +51,7 @@ def build_next(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaNextF
     return model
 
 
-def picture_settings(recipe: Recipe) -> dict[str, Any]:
+def image_settings(recipe: Recipe) -> dict[str, Any]:
     """Settings of the image processor."""
     side = recipe.size[0]
     return {
@@ -68,7 +68,7 @@ def build_next_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | No
     plain: Any = build_processor(recipe, tokenizer)
     make: Any = LlavaNextProcessor
     processor: LlavaNextProcessor = make(
-        image_processor=LlavaNextImageProcessorPil(**picture_settings(recipe)),
+        image_processor=LlavaNextImageProcessorPil(**image_settings(recipe)),
         tokenizer=plain.tokenizer,
         patch_size=recipe.patch,
         vision_feature_select_strategy="default",
@@ -91,14 +91,14 @@ def warm_start(model: Any, source: str = "tiny-llava") -> None:
 
 
 def tile_grid(recipe: Recipe, scene: Scene) -> tuple[int, int]:
-    """Rows and columns of tiles that the processor chooses for a picture."""
+    """Rows and columns of tiles that the processor chooses for an image."""
     side = recipe.size[0]
     height, width = select_best_resolution((scene.image.height, scene.image.width), pinpoints(recipe))
     return height // side, width // side
 
 
 class Views(Dataset[dict[str, Tensor]]):
-    """Whole pictures, squeezed, and tiles, with dense labels."""
+    """Whole images, squeezed, and tiles, with dense labels."""
 
     def __init__(self, recipe: Recipe, split: Split, seed: int, start: int, length: int) -> None:
         """Set up; arguments as for ``lab.training.tower.PatchData``."""
@@ -109,7 +109,7 @@ class Views(Dataset[dict[str, Tensor]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A view: the whole picture or one of its tiles, whichever comes out of the draw."""
+        """A view: the whole image or one of its tiles, whichever comes out of the draw."""
         index += self.start
         scene = varied_scene(self.split, self.seed, index)
         rng = random.Random(f"trio-views/{self.split}/{self.seed}/{index}")
@@ -134,7 +134,7 @@ class TileBranches(Branches):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Set up; arguments as for ``Branches``."""
         super().__init__(*arguments, **options)
-        self.pictures: Any = LlavaNextImageProcessorPil(**picture_settings(self.recipe))
+        self.processor: Any = LlavaNextImageProcessorPil(**image_settings(self.recipe))
 
     def _scene(self, index: int) -> Scene:
         return varied_scene("train", self.seed, index, index // self.group)
@@ -142,8 +142,8 @@ class TileBranches(Branches):
     def _lesson(self, scene: Scene) -> Scene:
         return whole(scene, self.recipe.size)
 
-    def _picture(self, scene: Scene) -> dict[str, Tensor]:
-        found = self.pictures(scene.image, return_tensors="pt")
+    def _image_inputs(self, scene: Scene) -> dict[str, Tensor]:
+        found = self.processor(scene.image, return_tensors="pt")
         return {"pixels": found["pixel_values"][0], "sizes": found["image_sizes"][0]}
 
 
@@ -151,7 +151,7 @@ class TileTrainee(Trainee):
     """Tower, projector, unpadding and newlines are the model's own."""
 
     def images(self, batch: dict[str, Tensor]) -> Tensor:
-        """Visual tokens: the squeezed whole picture, then the tiles row by row with their newlines."""
+        """Visual tokens: the squeezed whole image, then the tiles row by row with their newlines."""
         found = self.model.model.get_image_features(batch["pixels"], batch["sizes"], return_dict=True)
         return torch.stack(tuple(found.pooler_output))
 

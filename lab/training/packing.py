@@ -1,4 +1,4 @@
-"""Attention for packed training: one picture as a prefix, short branches after it.
+"""Attention for packed training: one image as a prefix, short branches after it.
 
 The same numbers as a block mask over the whole sequence would give, without computing the blocks that it hides: the
 prefix is causal, and a branch token sees the prefix and, of the rest, only its own and the previous chunk, which is all

@@ -35,7 +35,7 @@ QWEN_VL = Recipe(
     name="tiny-qwen2.5-vl", patch=7, tower_width=80, tower_layers=4, tower_minutes=14.0, language_minutes=40.0
 )
 LEAST, MOST = 144, 324
-"""Visual tokens of a picture; the processor scales pictures to have as many."""
+"""Visual tokens of an image; the processor scales images to have as many."""
 
 
 def build_qwen(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
@@ -83,7 +83,7 @@ def build_qwen(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VL
     return model
 
 
-def qwen_pictures(recipe: Recipe) -> Any:
+def qwen_images(recipe: Recipe) -> Any:
     """The image processor."""
     unit = (recipe.patch * MERGE) ** 2
     return Qwen2VLImageProcessorPil(
@@ -101,16 +101,16 @@ def build_qwen_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | No
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor  # needs torchvision
 
     tokenizer = tokenizer or build_tokenizer(qwen=True)
-    pictures = qwen_pictures(recipe)
+    images = qwen_images(recipe)
     videos: Any = Qwen2VLVideoProcessor
     make: Any = Qwen2_5_VLProcessor
     processor: Qwen2_5_VLProcessor = make(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         video_processor=videos(
-            size=dict(pictures.size),
-            image_mean=pictures.image_mean,
-            image_std=pictures.image_std,
+            size=dict(images.size),
+            image_mean=images.image_mean,
+            image_std=images.image_std,
             patch_size=recipe.patch,
             merge_size=MERGE,
         ),
@@ -176,23 +176,23 @@ class _Sized:
     """Scenes in groups on one canvas, as the image processor gives them."""
 
     def __init__(self, recipe: Recipe, group: int) -> None:
-        self.recipe, self.group, self.pictures = recipe, group, qwen_pictures(recipe)
+        self.recipe, self.group, self.processor = recipe, group, qwen_images(recipe)
 
     def scene(self, split: Split, seed: int, index: int) -> Scene:
         return varied_scene(split, seed, index, index // self.group)
 
-    def picture(self, scene: Scene) -> dict[str, Tensor]:
-        found = self.pictures(scene.image, return_tensors="pt")
-        return {"pixels": found["pixel_values"], "grid": found["image_grid_thw"][0]}
+    def image_inputs(self, scene: Scene) -> dict[str, Tensor]:
+        tensors = self.processor(scene.image, return_tensors="pt")
+        return {"pixels": tensors["pixel_values"], "grid": tensors["image_grid_thw"][0]}
 
     def lesson(self, scene: Scene) -> Scene:
         """The scene at the size that the tower sees."""
-        rows, cols = self.picture(scene)["grid"][1:].tolist()
+        rows, cols = self.image_inputs(scene)["grid"][1:].tolist()
         return whole(scene, (cols * self.recipe.patch, rows * self.recipe.patch))
 
 
 class MergedPatches(Dataset[dict[str, Tensor]]):
-    """Pictures with labels for merged patches, ``group`` in a row on the same canvas."""
+    """Images with labels for merged patches, ``group`` in a row on the same canvas."""
 
     group = 16
 
@@ -202,18 +202,18 @@ class MergedPatches(Dataset[dict[str, Tensor]]):
         self.source = _Sized(recipe, self.group)
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A picture and its labels."""
+        """An image and its labels."""
         scene = self.source.scene(self.split, self.seed, self.start + index)
         side = self.source.recipe.patch * MERGE
-        return self.source.picture(scene) | dense_labels(self.source.lesson(scene), side)
+        return self.source.image_inputs(scene) | dense_labels(self.source.lesson(scene), side)
 
 
 def merged(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Merged patches of a batch of pictures of one size: (batch, tokens, width)."""
+    """Merged patches of a batch of images of one size: (batch, tokens, width)."""
     found = model.model.visual(batch["pixels"].flatten(0, 1), grid_thw=batch["grid"])
     tokens: Tensor = found.pooler_output
     return tokens.view(len(batch["grid"]), -1, tokens.shape[-1])
@@ -247,8 +247,8 @@ class SizedBranches(Branches):
     def _lesson(self, scene: Scene) -> Scene:
         return self.source.lesson(scene)
 
-    def _picture(self, scene: Scene) -> dict[str, Tensor]:
-        return self.source.picture(scene)
+    def _image_inputs(self, scene: Scene) -> dict[str, Tensor]:
+        return self.source.image_inputs(scene)
 
 
 class SizedTrainee(Trainee):
@@ -264,10 +264,10 @@ class SizedTrainee(Trainee):
     def places(self, batch: dict[str, Tensor], prefix: int) -> Tensor:
         """Positions (3, batch, tokens): time, row and column."""
         grid, head = batch["grid"][0], len(self.head)
-        pictures = self.model.model.get_vision_position_ids(head, grid, 1, MERGE)
+        images = self.model.model.get_vision_position_ids(head, grid, 1, MERGE)
         after = head + int(grid[1:].max()) // MERGE
         tail = torch.arange(len(self.tail)) + after
-        start = torch.cat([torch.arange(head).expand(3, -1), pictures, tail.expand(3, -1)], 1)
+        start = torch.cat([torch.arange(head).expand(3, -1), images, tail.expand(3, -1)], 1)
         size = len(batch["ids"])
         rest = (after + len(self.tail) + batch["place"]).expand(3, -1, -1)
         return torch.cat([start[:, None].expand(3, size, -1), rest], 2)

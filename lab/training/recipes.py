@@ -25,7 +25,7 @@ class Recipe:
 
     Attributes:
         name: Name in the zoo.
-        size: Width and height of the training pictures.
+        size: Width and height of the training images.
         cell: Grid cell of the scenes, in pixels.
         patch: Patch size in pixels.
         tower_width: Width of the vision tower.
@@ -106,7 +106,7 @@ def build_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = 
     """The processor that goes with the model."""
     tokenizer = tokenizer or build_tokenizer()
     height = recipe.size[1]
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size={"shortest_edge": height},
         crop_size={"height": height, "width": recipe.size[0]},
         image_mean=[0.5, 0.5, 0.5],
@@ -114,7 +114,7 @@ def build_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = 
     )
     make: Any = LlavaProcessor
     processor: LlavaProcessor = make(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=recipe.patch,
         vision_feature_select_strategy="default",

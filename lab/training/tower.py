@@ -2,7 +2,7 @@
 
 Every patch says what is there (shape, colour, digit), whether it is the middle of a thing, and its own row and column,
 so that a language model can read places from features. The linear heads are thrown away afterwards. The class token
-learns what is in the picture, so that its attention means something.
+learns what is in the image, so that its attention means something.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ IGNORE = -100
 
 
 def dense_labels(scene: Scene, patch: int) -> dict[str, Tensor]:
-    """What every patch should say: (rows, columns) of class numbers; and ``present``, what the picture contains."""
+    """What every patch should say: (rows, columns) of class numbers; and ``present``, what the image contains."""
     cover = scene.coverage(patch)
     top, share = cover.argmax(0), cover.max(0)
     shape_of = np.array([SHAPE_IDS[item.shape] for item in scene.items])
@@ -59,7 +59,7 @@ def dense_labels(scene: Scene, patch: int) -> dict[str, Tensor]:
 
 
 def pixels(scene: Scene) -> Tensor:
-    """The picture as bytes: (3, height, width)."""
+    """The image as bytes: (3, height, width)."""
     return torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1)
 
 

@@ -53,7 +53,7 @@ def build_tokenizer(qwen: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer: any case, punctuation split off, unknown words as ``<unk>``.
 
     Args:
-        qwen: With Qwen's tokens around and for pictures, after all others; the rest keeps its numbers.
+        qwen: With Qwen's tokens around and for images, after all others; the rest keeps its numbers.
     """
     vocabulary = {word: i for i, word in enumerate([*words(), *(QWEN if qwen else ())])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="##"))

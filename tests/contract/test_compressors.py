@@ -106,7 +106,7 @@ def by_hand(model, ids, visual, **more):
     ],
 )
 def test_merged_features_stand_where_they_should(name, positions):
-    """A mean of all of a picture's tokens, at the middle one: the language model sees it at that token's position."""
+    """A mean of all of an image's tokens, at the middle one: the language model sees it at that token's position."""
     model, make = family(name)
     inputs = make([Prompt("what is", 0, "here ?")])
     logits, report = run(model, inputs, {"name": Middle(), "keep": 1}, positions=positions)
@@ -181,14 +181,14 @@ def kept(report, sample=0):
 
 
 def test_numbers_per_tile_image_and_sample():
-    """Two pictures of LLaVA-NeXT, the first one with tiles that padding covers in part."""
+    """Two images of LLaVA-NeXT, the first one with tiles that padding covers in part."""
     model, make = family("llava-next")
     inputs = make([Prompt("what is", 1, "and", 3, "here ?")])
     _, full = run(model, inputs, {"name": "random", "keep": 1})
     first, second = (image.tokens_in for image in full.samples[0].compressor.images)
     assert kept(full) == [1, 1]
     _, tiles = run(model, inputs, {"name": "random", "keep": {"count": 3, "per": "tile"}})
-    assert kept(tiles) == [15, 15]  # the whole picture and 2 x 2 tiles each
+    assert kept(tiles) == [15, 15]  # the whole image and 2 x 2 tiles each
     assert set(tiles_of(tiles.samples[0].compressor.images[1]).values()) == {3}  # the first one's rows are cropped
     _, share = run(model, inputs, {"name": "random", "keep": {"share": "25%", "per": "sample"}})
     assert sum(kept(share)) == round((first + second) / 4)
@@ -205,9 +205,9 @@ def tiles_of(image):
     return counts
 
 
-def test_a_split_by_saliency_gives_tiles_what_the_whole_picture_looks_at():
+def test_a_split_by_saliency_gives_tiles_what_the_whole_image_looks_at():
     model, make = family("llava-next")
-    inputs = make([Prompt("what is", 3, "here ?")])  # a square: the whole picture and 2 x 2 tiles
+    inputs = make([Prompt("what is", 3, "here ?")])  # a square: the whole image and 2 x 2 tiles
     spec = {"name": "visionzip", "class_token": False, "keep": 24}
     _, even = run(model, inputs, spec)
     _, looked = run(model, inputs, {**spec, "split": "saliency"})
@@ -226,7 +226,7 @@ def test_a_split_by_saliency_gives_tiles_what_the_whole_picture_looks_at():
     [
         ({"name": "visionzip"}, "keep: missing"),
         ({"name": "visionzip", "keep": 4, "layer": 7}, "block 7"),
-        ({"name": "visionzip", "keep": 4, "split": "saliency"}, "whole picture beside its tiles"),
+        ({"name": "visionzip", "keep": 4, "split": "saliency"}, "whole image beside its tiles"),
         ({"name": "visionzip", "keep": {"count": 4, "per": "tile"}, "split": "saliency"}, "no number to split"),
         ({"name": "prumerge", "keep": 4}, "decides its own count"),
         ({"name": "visionzip", "keep": 20, "if_fewer": "error"}, "20 tokens are to be kept, but only 16"),

@@ -30,8 +30,8 @@ def test_in_half_precision(name):
 
 @pytest.mark.parametrize("compressor", [None, {"name": "visionzip", "keep": "80%"}], ids=["alone", "compressor"])
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
-def test_a_second_turn_with_a_new_picture_by_hand(name, compressor, support):
-    """Qwen's `generate` cannot take a picture in a later turn; a forward with positions of the user's own can."""
+def test_a_second_turn_with_a_new_image_by_hand(name, compressor, support):
+    """Qwen's `generate` cannot take an image in a later turn; a forward with positions of the user's own can."""
     model, make = family(name)
     first, second = make([Prompt("what is", 1, "in here ?")]), make([Prompt("and", 2, "this one then ?")])
     whole = {
@@ -57,4 +57,4 @@ def test_a_second_turn_with_a_new_picture_by_hand(name, compressor, support):
         expected = model(**whole, position_ids=positions).logits
     assert int((second["input_ids"] == IMAGE_TOKEN).sum()) > len(both[1][0][1])  # something was dropped
     torch.testing.assert_close(logits[0, -1], expected[0, -1], rtol=1e-4, atol=1e-4)
-    support(name, "random", {"new picture in a later turn": "by hand"})
+    support(name, "random", {"new image in a later turn": "by hand"})

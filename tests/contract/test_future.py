@@ -23,7 +23,7 @@ pytestmark = pytest.mark.contract
 SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}
 STAGES = [trio.Stage(after_layer=1, keep="50%"), trio.Stage(after_layer=3, keep="25%")]
 PROMPTS = {
-    "one picture": inputs([[5, "image", 6, 7]]),
+    "one image": inputs([[5, "image", 6, 7]]),
     "ragged": inputs([[5, "image", 6, 7], [8, "image", "image", 9, 10, 11], [12, 13, 14]]),
 }
 
@@ -79,14 +79,14 @@ def test_cached_answers_of_every_stand_in_are_refused_and_say_where():
             pytest.raises((UnsupportedModelError, CacheError, InputError)) as refused,
             trio.Pipeline(model, stages=STAGES),
         ):
-            generated(model, PROMPTS["one picture"])
+            generated(model, PROMPTS["one image"])
         if isinstance(refused.value, UnsupportedModelError):
             assert upstream.version() in str(refused.value) and "trio doctor" in str(refused.value), kind
 
 
 def test_features_that_were_encoded_ahead_and_come_under_another_name_are_refused():
     model = EncodedAhead(llava()).model
-    batch = PROMPTS["one picture"]
+    batch = PROMPTS["one image"]
     assert torch.equal(generated(model, batch), generated(llava(), batch))
     ahead = hasattr(GenerationMixin, "_supports_mm_encoder_outputs")  # 5.17 encodes within the forward
     expected = pytest.raises(UnsupportedModelError, match="encoded") if ahead else contextlib.nullcontext()
@@ -196,7 +196,7 @@ def test_a_users_cache_under_either_name():
 def test_a_forward_that_answers_is_checked_against_the_plan(monkeypatch):
     """A decode step whose keys do not arrive is refused in that step."""
     model = llava()
-    batch = PROMPTS["one picture"]
+    batch = PROMPTS["one image"]
     with trio.Pipeline(model, stages=STAGES), torch.no_grad():
         cache = upstream.cache_of(model(**batch))
         layer = cache.layers[4]

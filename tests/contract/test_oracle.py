@@ -268,7 +268,7 @@ def test_merged_features_at_each_others_places(name, positions):
 
 
 def visual_start(work, run):
-    """Tokens of the first sample in front of its picture."""
+    """Tokens of the first sample in front of its image."""
     ids, valid = run.inputs["input_ids"][0], run.inputs["attention_mask"][0].bool()
     return int((ids[valid] == work.adapter.model.config.image_token_id).int().argmax())
 

@@ -1,4 +1,4 @@
-"""The promises on specs, batches, prompts and pictures that hypothesis draws."""
+"""The promises on specs, batches, prompts and images that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = 6
 WORDS = st.lists(
     st.sampled_from(["what", "is", "the", "red", "thing", "left", "of", "it", "?"]), min_size=1, max_size=7
 )
-#: A word first, so that no prompt is empty; then words and pictures in any order.
+#: A word first, so that no prompt is empty; then words and images in any order.
 PARTS = st.lists(st.one_of(WORDS.map(" ".join), st.integers(1, 9)), max_size=4)
 PROMPTS = st.builds(lambda word, rest: Prompt(word, *rest), WORDS.map(" ".join), PARTS)
 BATCHES = st.lists(PROMPTS, min_size=1, max_size=4).filter(lambda batch: any(p.images for p in batch))

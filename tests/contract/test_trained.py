@@ -12,7 +12,7 @@ from support.features import features_of
 import trio
 from trio.testing import ProcessorInputs, Prompt, check_adapter
 from trio.testing.bench import Bench
-from trio.testing.inputs import picture
+from trio.testing.inputs import draw_image
 
 pytestmark = pytest.mark.contract
 
@@ -32,7 +32,7 @@ def test_promises(promise, support):
 
 
 @pytest.mark.parametrize("name", [name for name in trio.zoo.names() if name != "tiny-llava"])
-def test_promises_on_pictures_of_many_sizes(name, support):
+def test_promises_on_images_of_many_sizes(name, support):
     results = check_adapter(*trio.zoo.load(name), promises=["decode", "batch"])
     support(name.removeprefix("tiny-"), "trained", features_of(results))
 
@@ -54,7 +54,7 @@ def test_the_text_pipeline_of_transformers():
 
     model, processor = trained()
     ask = transformers_pipeline("image-text-to-text", model=model, processor=processor)
-    content = [{"type": "image", "image": picture(3)}, {"type": "text", "text": "how many shapes ?"}]
+    content = [{"type": "image", "image": draw_image(3)}, {"type": "text", "text": "how many shapes ?"}]
     messages = [{"role": "user", "content": content}]
     given = {"max_new_tokens": 3, "do_sample": False}
     before = ask(text=messages, generate_kwargs=given)
@@ -72,7 +72,7 @@ def test_the_text_pipeline_of_transformers():
 
 
 def test_half_precision_keeps_nearly_the_same_tokens():
-    """Batches against singles and eager against sdpa, in bfloat16, one stage, twenty pictures.
+    """Batches against singles and eager against sdpa, in bfloat16, one stage, twenty images.
 
     Some differ (docs/testing.md has figures), and other processors round differently: 95% is what `check_adapter`
     allows.

@@ -94,7 +94,7 @@ def test_pixel_limits_are_for_processors_that_have_them() -> None:
 def test_messages_for_the_chat_template(tmp_path: Path) -> None:
     BLUE.save(tmp_path / "blue.png")
     made = conversation(user(RED, tmp_path / "blue.png", "which?"), system_prompt="Be brief.")
-    assert made.pictures == 2
+    assert made.images == 2
     assert [message["role"] for message in made.messages] == ["system", "user"]
     first, second, text = made.messages[1]["content"]
     assert first["image"].getpixel((0, 0)) == (255, 0, 0)
@@ -105,7 +105,7 @@ def test_messages_for_the_chat_template(tmp_path: Path) -> None:
     assert conversation(own, system_prompt="Yours.").messages[0]["content"][0]["text"] == "Mine."
 
 
-def test_pictures_stand_at_their_placeholders() -> None:
+def test_images_stand_at_their_placeholders() -> None:
     parts = conversation(user(RED, BLUE, "<image> or <image>?"), placeholder="<image>").messages[0]["content"]
     assert [part["type"] for part in parts] == ["image", "text", "image", "text"]
     assert parts[2]["image"].getpixel((0, 0)) == (0, 0, 255)
@@ -114,7 +114,7 @@ def test_pictures_stand_at_their_placeholders() -> None:
         conversation(user(RED, "<image> or <image>?"), placeholder="<image>")
 
 
-def test_what_is_no_picture_is_refused() -> None:
+def test_what_is_no_image_is_refused() -> None:
     with pytest.raises(trio.TrioError, match="'video'"):
         conversation([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}])
     with pytest.raises(trio.TrioError, match="comes as int"):
@@ -179,10 +179,10 @@ def test_a_mixed_batch_answers_as_singles_do(spec: str | None) -> None:
     model, processor = zoo.load("tiny-llava", dtype="float32")
     pipeline = None if spec is None else trio.Pipeline.from_spec(spec, model)
     answerer = ConversationAnswerer(model, processor, pipeline)
-    picture = Image.open(zoo.demo_picture())
+    image = Image.open(zoo.demo_image())
     prompts = [
-        conversation(user(*pictures, text))
-        for pictures, text in (((picture,), zoo.demo_question()), ((), "what colour ?"), ((picture, picture), "how ?"))
+        conversation(user(*images, text))
+        for images, text in (((image,), zoo.demo_question()), ((), "what colour ?"), ((image, image), "how ?"))
     ]
     options, until = generation({"num_beams": 2, "max_new_tokens": 4}, max_new_tokens=4)
     together = answerer.answer(prompts, options, until)

@@ -42,9 +42,9 @@ def task(tmp_path_factory: pytest.TempPathFactory, asked: list[Example]) -> Path
     docs = []
     for example in asked:
         example.image.save(folder / f"{example.scene}.png")
-        docs.append({"pictures": [f"{example.scene}.png"], "question": example.question, "answer": example.answer})
+        docs.append({"images": [f"{example.scene}.png"], "question": example.question, "answer": example.answer})
     (folder / "scenes.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    several = [doc | {"pictures": [f"{n}.png" for n in range(number % 3)]} for number, doc in enumerate(docs[:9])]
+    several = [doc | {"images": [f"{n}.png" for n in range(number % 3)]} for number, doc in enumerate(docs[:9])]
     (folder / "several.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in several))
     return folder
 
@@ -118,7 +118,7 @@ def test_retention_is_in_the_results(runs: dict[tuple[int, str], dict[str, Any]]
     answers(model, processor, asked[:2], context=pipeline)
     assert 0 < pipeline.report.retention < 0.2
     found = runs[4, SPEC]["throughput"]
-    assert found["avg_retention_trio_scenes"] == pytest.approx(pipeline.report.retention)  # all pictures of one size
+    assert found["avg_retention_trio_scenes"] == pytest.approx(pipeline.report.retention)  # all images of one size
     assert found["avg_retention"] == pytest.approx(pipeline.report.retention)
     assert "avg_retention" not in runs[4, "none"]["throughput"]
 

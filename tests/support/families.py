@@ -1,4 +1,4 @@
-"""One tiny random model of each family, with inputs whose pictures differ in size."""
+"""One tiny random model of each family, with inputs whose images differ in size."""
 
 from __future__ import annotations
 
@@ -285,6 +285,6 @@ def family(
     """A tiny random model of a family, and what makes inputs for it."""
     torch.manual_seed(seed)
     model = FAMILIES[name](dtype, attention)
-    # A random model would write placeholders, which stand for pictures that are not there.
+    # A random model would write placeholders, which stand for images that are not there.
     model.generation_config.suppress_tokens = [VIDEO_TOKEN, IMAGE_TOKEN, START, END]
     return model, families()[model.config.model_type].tiny_inputs(model.config, dtype)

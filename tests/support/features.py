@@ -9,7 +9,7 @@ from trio.testing import Check
 PARTS = {
     "stages": ("decode", ""),
     "batch": ("batch", ""),
-    "several images": ("decode", "two pictures"),
+    "several images": ("decode", "two images"),
     "eager": ("attention", "eager"),
     "sdpa": ("attention", "sdpa"),
     "flex_attention": ("attention", "flex_attention"),
@@ -17,7 +17,7 @@ PARTS = {
     "beams": ("generation", "beams"),
     "no cache": ("generation", "use_cache=False"),
     "second turn": ("generation", "second turn, "),
-    "new picture in a later turn": ("generation", "new picture"),
+    "new image in a later turn": ("generation", "new image"),
 }
 
 

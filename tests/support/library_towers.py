@@ -82,8 +82,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def pixels(seed: int, pictures: int = 2, side: int = SIDE) -> torch.Tensor:
-    return torch.randn(pictures, 3, side, side, generator=torch.Generator().manual_seed(seed))
+def pixels(seed: int, images: int = 2, side: int = SIDE) -> torch.Tensor:
+    return torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def whole_attention(module: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -19,7 +19,7 @@ from transformers import (
 
 IMAGE_TOKEN = 99
 VOCABULARY = 100
-GRID = 4  # 16 visual tokens a picture
+GRID = 4  # 16 visual tokens an image
 
 Text = Literal["llama", "mistral", "qwen2", "qwen3"]
 Tower = Literal["clip", "siglip"]
@@ -96,9 +96,9 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """A batch from prompts whose entries are token ids and "image"; each picture of a batch is its own.
+    """A batch from prompts whose entries are token ids and "image"; each image of a batch is its own.
 
-    A picture is drawn from its prompt's place and its own place within it, through `seed`, so that `single` can draw
+    An image is drawn from its prompt's place and its own place within it, through `seed`, so that `single` can draw
     the same one alone.
     """
     rows, pixels = [], []
@@ -128,6 +128,6 @@ def inputs(
 def single(
     prompts: list[Prompt], place: int, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """One prompt of a batch alone, with the same pictures."""
+    """One prompt of a batch alone, with the same images."""
     alone = inputs([[] for _ in range(place)] + [prompts[place]], dtype=dtype, seed=seed)
     return {name: value[-1:] if name != "pixel_values" else value for name, value in alone.items()}

@@ -100,7 +100,7 @@ def merge_into_nearest(x: list[Vector], kept: list[int]) -> Kept:
 
 
 def scan_by_top(tower: Tower, x: list[Vector], rows: int, columns: int, k: int, window: int) -> Kept:
-    """Each window gives the same number; what is missing comes from the whole picture."""
+    """Each window gives the same number; what is missing comes from the whole image."""
     down, across = max(1, rows // window), max(1, columns // window)
     shallow, deep = tower.attention(5), tower.attention(-2)
     local = []

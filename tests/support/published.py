@@ -87,7 +87,7 @@ STAGE_TOKENS = 144
 
 
 def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A tiny LLaVA with every weight drawn from the seed, and one prompt with a picture."""
+    """A tiny LLaVA with every weight drawn from the seed, and one prompt with an image."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(

@@ -33,7 +33,7 @@ class TowerCase:
 
     @property
     def packed(self) -> bool:
-        """Whether the tower takes pictures of all sizes in one row of rows."""
+        """Whether the tower takes images of all sizes in one row of rows."""
         return "grid_thw" in self.images(0)
 
     def counts(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def pixels(seed: int) -> dict[str, torch.Tensor]:
 
 
 def naflex(seed: int) -> dict[str, torch.Tensor]:
-    """Three pictures of different shapes, padded to 24 patches."""
+    """Three images of different shapes, padded to 24 patches."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.tensor([[4, 5], [2, 7], [4, 6]])
     mask = torch.arange(24)[None] < shapes.prod(1)[:, None]
@@ -92,7 +92,7 @@ def naflex(seed: int) -> dict[str, torch.Tensor]:
 
 
 def packed(seed: int) -> dict[str, torch.Tensor]:
-    """A picture, a video of two temporal frames, and a picture narrower than a window."""
+    """An image, a video of two temporal frames, and an image narrower than a window."""
     grid = torch.tensor([[1, 8, 12], [2, 6, 8], [1, 2, 4]])
     rows = int(grid.prod(1).sum())
     values = torch.randn(rows, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(seed))

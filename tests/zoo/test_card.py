@@ -23,7 +23,7 @@ def test_card_and_page_show_the_measured_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_every_model_meets_the_bar(name: str) -> None:
-    """At least 90% overall, and five types whose lower end is 15 points above the blank picture."""
+    """At least 90% overall, and five types whose lower end is 15 points above the blank image."""
     result = json.loads((zoo.path(name) / "accuracy.json").read_text())
     assert result["scenes"] >= 400 and result["split"] == "test"
     assert result["full"]["overall"]["accuracy"] >= 0.90

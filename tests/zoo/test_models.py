@@ -150,7 +150,7 @@ def test_the_prompt_is_the_one_trained_on(loaded: tuple[Any, Any]) -> None:
         {
             "role": "user",
             "content": [
-                {"type": "image", "image": zoo.demo_picture().as_posix()},
+                {"type": "image", "image": zoo.demo_image().as_posix()},
                 {"type": "text", "text": "is it red?"},
             ],
         }
@@ -167,18 +167,18 @@ def test_the_prompt_is_the_one_trained_on(loaded: tuple[Any, Any]) -> None:
 def test_both_padding_sides(loaded: tuple[Any, Any], side: str) -> None:
     model, processor = loaded
     texts = [prompt(processor, q) for q in ("what is the number?", "on which side of the red star is the blue circle?")]
-    picture = Image.open(zoo.demo_picture()).convert("RGB")
-    batch = processor(images=[picture, picture], text=texts, padding=True, padding_side=side, return_tensors="pt")
+    image = Image.open(zoo.demo_image()).convert("RGB")
+    batch = processor(images=[image, image], text=texts, padding=True, padding_side=side, return_tensors="pt")
     mask = batch["attention_mask"]
     assert mask[0, 0 if side == "left" else -1] == 0 and mask[1].all()
-    single = processor(images=picture, text=texts[0], return_tensors="pt")
+    single = processor(images=image, text=texts[0], return_tensors="pt")
     with torch.no_grad():
         last = -1 if side == "left" else int(mask[0].sum()) - 1
         assert torch.allclose(model(**batch).logits[0, last], model(**single).logits[0, -1], atol=1e-3)
 
 
 def test_it_sees(each: tuple[Any, Any]) -> None:
-    """A model that ignores the picture scores under 40% on these."""
+    """A model that ignores the image scores under 40% on these."""
     model, processor = each
     asked = examples("test", 11, 9, varied=any_size(model))
     assert len(asked) >= 55
@@ -203,8 +203,8 @@ def test_one_cache_for_all_questions_of_a_scene_gives_the_same_answers(name: str
 
 
 def test_the_demo(loaded: tuple[Any, Any]) -> None:
-    with Image.open(zoo.demo_picture()) as picture:
-        assert picture.size == (168, 168)
+    with Image.open(zoo.demo_image()) as image:
+        assert image.size == (168, 168)
     assert zoo.demo_question().endswith("?")
 
 

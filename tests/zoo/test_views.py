@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lab.training.next import NEXT, Views, picture_settings, tile_grid
+from lab.training.next import NEXT, Views, image_settings, tile_grid
 from lab.training.qwen import LEAST, MOST, QWEN_VL, MergedPatches, SizedBranches
 from lab.training.tower import IGNORE, normalised, pixels
 from lab.training.vocabulary import build_tokenizer
@@ -35,7 +35,7 @@ def test_views_are_what_the_processor_cuts(index: int) -> None:
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
     scene = varied_scene("test", 0, index)
-    cut = LlavaNextImageProcessorPil(**picture_settings(NEXT))(scene.image, return_tensors="pt")["pixel_values"][0]
+    cut = LlavaNextImageProcessorPil(**image_settings(NEXT))(scene.image, return_tensors="pt")["pixel_values"][0]
     rows, cols = tile_grid(NEXT, scene)
     ours = [whole(scene, NEXT.size)]
     ours += [tile(scene, NEXT.size[0], (rows, cols), row, col) for row in range(rows) for col in range(cols)]
@@ -78,7 +78,7 @@ def test_exercises_name_merged_patches() -> None:
 
     tokenizer = build_tokenizer(qwen=True)
     branches = SizedBranches(QWEN_VL, tokenizer, 0, 0, 320, torch.ones(1))
-    row, grid = branches[2], branches._picture(branches._scene(2))["grid"]
+    row, grid = branches[2], branches._image_inputs(branches._scene(2))["grid"]
     words = tokenizer.decode(row["ids"]).split()
     places = [int(word[1:]) for word in words if word[0] == "r" and word[1:].isdigit()]
     assert places and max(places) < int(grid[1]) // 2

@@ -55,7 +55,7 @@ def run(
     from .common import load_image, load_model, print_json, say, unused
 
     loaded = load_spec(spec)  # before the model: a wrong name should not cost a minute
-    files = list(image or [zoo.demo_picture()])
+    files = list(image or [zoo.demo_image()])
     if question is None:
         if image:
             raise InputError("--question: missing; an image of your own needs a question, --question TEXT.")

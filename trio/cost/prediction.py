@@ -266,7 +266,7 @@ def _walk(schedule: Schedule, images: tuple[int, ...], text: int, compressed: Se
         counts = [schedule.compressed_count(image) if schedule.known else None for image in images]
         if None in counts and compressed is None:
             raise InputError(
-                "compressor: it decides its own count, or counts by tile, so the cost depends on the picture; give "
+                "compressor: it decides its own count, or counts by tile, so the cost depends on the image; give "
                 "`compressed`, the tokens that it leaves of each image."
             )
         current = [

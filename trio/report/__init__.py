@@ -1,4 +1,4 @@
-"""Reports: what was dropped where, how long it took, how it looks on the picture."""
+"""Reports: what was dropped where, how long it took, how it looks on the image."""
 
 from .records import (
     CompressedImage,

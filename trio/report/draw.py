@@ -1,7 +1,7 @@
-"""Pictures of what was kept: one panel a stage, with Pillow only.
+"""Images of what was kept: one panel a stage, with Pillow only.
 
 Kept patches stay bright inside a thin outline, dropped ones turn grey and dark. The grid of visual tokens covers the
-part of the picture that the model saw, which is less than the picture where an image processor crops (`seen_region`).
+part of the image that the model saw, which is less than the image where an image processor crops (`seen_region`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import CompressionReport, GroupReport, ImageReport, Origins, SampleReport
 
 __all__ = ["Box", "Kept", "overlay", "overlay_from_report", "seen_region"]
 
-#: left, top, right, bottom in pixels of the picture, as Pillow counts them.
+#: left, top, right, bottom in pixels of the image, as Pillow counts them.
 Box = tuple[float, float, float, float]
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (33, 37, 41), (108, 117, 125)
@@ -30,7 +30,7 @@ _HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 3
 
 @dataclass(frozen=True)
 class Kept:
-    """The tokens that one panel shows on the picture.
+    """The tokens that one panel shows on the image.
 
     Attributes:
         rows: row of each kept token on the grid, from 0 at the top.
@@ -73,21 +73,21 @@ class Kept:
                 )
 
 
-def seen_region(picture: Image.Image, image_processor: Any) -> Box:
-    """The part of a picture that the model sees, so that the grid is drawn where it belongs.
+def seen_region(image: Image.Image, image_processor: Any) -> Box:
+    """The part of an image that the model sees, so that the grid is drawn where it belongs.
 
     A processor that resizes the shorter side and crops the centre (CLIP, so LLaVA-1.5) sees the centre; others squeeze
-    the whole picture into their input.
+    the whole image into their input.
 
     Args:
-        picture: as it was given to the processor.
+        image: as it was given to the processor.
         image_processor: a transformers image processor, or a processor that has one.
 
     Returns:
-        The region in pixels of the picture.
+        The region in pixels of the image.
     """
     inner = getattr(image_processor, "image_processor", image_processor)
-    width, height = picture.size
+    width, height = image.size
     crop = getattr(inner, "crop_size", None)
     if not getattr(inner, "do_center_crop", False) or not crop:
         return (0.0, 0.0, float(width), float(height))
@@ -104,7 +104,7 @@ def seen_region(picture: Image.Image, image_processor: Any) -> Box:
 
 
 def overlay(
-    picture: Image.Image,
+    image: Image.Image,
     stages: Sequence[Kept],
     *,
     label: str = "",
@@ -112,28 +112,28 @@ def overlay(
     panel_px: int = 384,
     per_row: int = 4,
 ) -> Image.Image:
-    """One picture with a panel for the original and one for each stage.
+    """One image with a panel for the original and one for each stage.
 
     Args:
-        picture: any size and mode; transparency is shown on white.
+        image: any size and mode; transparency is shown on white.
         stages: what each panel shows.
         label: the line under the original.
-        region: the part of the picture that the grid covers, see `seen_region`; None: all of it.
-        panel_px: longer side of a panel in pixels, 64 to 4096; small pictures are scaled up to it.
+        region: the part of the image that the grid covers, see `seen_region`; None: all of it.
+        panel_px: longer side of a panel in pixels, 64 to 4096; small images are scaled up to it.
         per_row: panels in a row before the next row begins, at least 1.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        InputError: a number is out of range, or the region is empty or outside the picture.
+        InputError: a number is out of range, or the region is empty or outside the image.
     """
     if not _SMALLEST <= panel_px <= _LARGEST:
         raise InputError(f"panel_px: found {panel_px}; allowed are {_SMALLEST} to {_LARGEST} pixels.")
     if per_row < 1:
         raise InputError(f"per_row: found {per_row}; a row holds at least one panel.")
-    box = _checked(region, picture.size)
-    base, box = _scaled(_on_white(picture), box, panel_px)
+    box = _checked(region, image.size)
+    base, box = _scaled(_on_white(image), box, panel_px)
     panels = [(base, label or "original")]
     for stage in stages:
         if stage.heat:
@@ -143,7 +143,7 @@ def overlay(
 
 
 def overlay_from_report(
-    pictures: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
+    images: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
     report: CompressionReport,
     *,
     sample: int = 0,
@@ -152,48 +152,48 @@ def overlay_from_report(
     panel_px: int = 384,
     per_row: int = 4,
 ) -> Image.Image:
-    """What a run kept of the pictures of one sample; several pictures stand below each other.
+    """What a run kept of the images of one sample; several images stand below each other.
 
     Args:
-        pictures: the sample's picture, or its pictures in the order of the prompt (of a video: its frames).
+        images: the sample's image, or its images in the order of the prompt (of a video: its frames).
         report: of the run; level ``full`` where `heat` is asked for.
         sample: row of the batch.
         heat: also show the saliencies, by rank: the brightest was the best.
-        regions: for each picture the part that the model saw (`seen_region`); None: all of it.
+        regions: for each image the part that the model saw (`seen_region`); None: all of it.
         panel_px: longer side of a panel in pixels.
         per_row: panels in a row.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        InputError: sample, pictures or grids do not fit the report, or it holds no saliencies and `heat` is asked for.
+        InputError: sample, images or grids do not fit the report, or it holds no saliencies and `heat` is asked for.
     """
-    given = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    given = [images] if isinstance(images, Image.Image) else list(images)
     if not 0 <= sample < len(report.samples):
         raise InputError(f"sample: found {sample}, but the report is of {len(report.samples)} samples, counted from 0.")
     record = report.samples[sample]
     if not record.images:
-        raise InputError(f"sample {sample} has no picture, so there is nothing to draw; choose a sample that has one.")
+        raise InputError(f"sample {sample} has no image, so there is nothing to draw; choose a sample that has one.")
     if len(given) != len(record.images):
         raise InputError(
-            f"pictures: found {len(given)}, but sample {sample} has {len(record.images)}; give each one, in the "
+            f"images: found {len(given)}, but sample {sample} has {len(record.images)}; give each one, in the "
             "order of the prompt."
         )
     if regions is not None and len(regions) != len(given):
-        raise InputError(f"regions: found {len(regions)} for {len(given)} pictures; give one for each, or None.")
+        raise InputError(f"regions: found {len(regions)} for {len(given)} images; give one for each, or None.")
     sheets = []
-    for number, (picture, image) in enumerate(zip(given, record.images, strict=True)):
-        if not image.placed:
+    for number, (image, image_report) in enumerate(zip(given, record.images, strict=True)):
+        if not image_report.placed:
             raise InputError(
-                f"image {number} of sample {sample}: the adapter {report.adapter!r} does not know where on the picture "
+                f"image {number} of sample {sample}: the adapter {report.adapter!r} does not know where on the image "
                 "its tokens lie, so they cannot be drawn."
             )
-        tiled = len(image.grids) > 1  # the whole picture and its tiles: views of one and the same picture
-        frames = [picture] if isinstance(picture, Image.Image) else list(picture)
-        frames = frames * len(image.grids) if tiled else frames
+        tiled = len(image_report.grids) > 1  # the whole image and its tiles: views of one and the same image
+        frames = [image] if isinstance(image, Image.Image) else list(image)
+        frames = frames * len(image_report.grids) if tiled else frames
         for frame, shown in enumerate(frames):
-            label = _label(number, len(given), frame, len(frames), image, tiled)
+            label = _label(number, len(given), frame, len(frames), image_report, tiled)
             stages = [_shown(record, step, number, frame, len(frames), heat) for step in _steps(record)]
             region = regions[number] if regions is not None else None
             sheets.append(overlay(shown, stages, label=label, region=region, panel_px=panel_px, per_row=per_row))
@@ -206,7 +206,7 @@ def overlay_from_report(
 def _label(number: int, images: int, frame: int, frames: int, image: ImageReport, tiled: bool) -> str:
     what = [f"image {number + 1} of {images}"] if images > 1 else []
     if tiled:
-        what += ["tiles" if frame else "whole picture"]
+        what += ["tiles" if frame else "whole image"]
     elif frames > 1:
         what += [f"frame {frame + 1} of {frames}"]
     return f"{', '.join(what) or 'original'}: {image.tokens} tokens"
@@ -348,7 +348,7 @@ def _side(size: Any, name: str) -> int:
 
 
 def _centre(width: float, height: float, across: float, down: float) -> Box:
-    """A box of that size in the middle, cut where the crop is larger than the picture (processors pad there)."""
+    """A box of that size in the middle, cut where the crop is larger than the image (processors pad there)."""
     left, top = max(0.0, (width - across) / 2), max(0.0, (height - down) / 2)
     return (left, top, min(float(width), left + across), min(float(height), top + down))
 
@@ -356,30 +356,30 @@ def _centre(width: float, height: float, across: float, down: float) -> Box:
 def _checked(region: Box | None, size: tuple[int, int]) -> Box:
     width, height = size
     if min(size) < 1:
-        raise InputError(f"picture: found {width} x {height} pixels; give a picture that is not empty.")
+        raise InputError(f"image: found {width} x {height} pixels; give an image that is not empty.")
     if region is None:
         return (0.0, 0.0, float(width), float(height))
     left, top, right, bottom = region
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise InputError(
-            f"region: found {region}; it must be left < right and top < bottom within the picture of {width} x "
+            f"region: found {region}; it must be left < right and top < bottom within the image of {width} x "
             f"{height} pixels."
         )
     return region
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*_PAPER, 255)), layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _scaled(picture: Image.Image, box: Box, panel_px: int) -> tuple[Image.Image, Box]:
-    scale = panel_px / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    across, down = size[0] / picture.width, size[1] / picture.height
-    resized = picture.resize(size, Image.Resampling.LANCZOS)
+def _scaled(image: Image.Image, box: Box, panel_px: int) -> tuple[Image.Image, Box]:
+    scale = panel_px / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    across, down = size[0] / image.width, size[1] / image.height
+    resized = image.resize(size, Image.Resampling.LANCZOS)
     return resized, (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
 
 
@@ -451,7 +451,7 @@ def _sheet(panels: Sequence[tuple[Image.Image, str]], per_row: int) -> Image.Ima
     width, height = panels[0][0].size
     size = max(12, min(28, max(width, height) // 20))
     line = math.ceil(size * 1.9)
-    column = max(width, size * 9)  # a narrow picture still has room for its caption
+    column = max(width, size * 9)  # a narrow image still has room for its caption
     sheet = Image.new("RGB", (across * (column + _GAP) + _GAP, rows * (height + line + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for index, (panel, caption) in enumerate(panels):

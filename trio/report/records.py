@@ -194,10 +194,10 @@ class ImageReport(Record):
     Attributes:
         tokens: visual tokens that the full model gives the image.
         grid: (rows, columns) of these tokens where they form one grid, else None (a tiled image, a video).
-        grids: (rows, columns) of each frame (of a tiled picture: the whole picture, then the tiles put together); the
+        grids: (rows, columns) of each frame (of a tiled image: the whole image, then the tiles put together); the
             last one holds for all later frames.
-        placed: False where the adapter does not know where on the picture the tokens lie.
-        size_px: (width, height) of the picture in pixels, where known.
+        placed: False where the adapter does not know where on the image the tokens lie.
+        size_px: (width, height) of the image in pixels, where known.
         entered: tokens that entered the language model after a compressor; None: no compressor, `tokens` entered.
     """
 
@@ -216,7 +216,7 @@ class ImageReport(Record):
 
 class SampleReport(Record):
     """One row of the batch: its images, what a compressor left of them and what each stage kept, in the order in which
-    they ran; `compressor` is None where none ran or no picture lost a token.
+    they ran; `compressor` is None where none ran or no image lost a token.
 
     `newlines` counts the newline tokens at the start, which are structure and in no other count.
     """

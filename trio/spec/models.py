@@ -39,7 +39,7 @@ __all__ = [
 KEEP_HELP = (
     'a count for each image such as 32, a share such as "5.6%", {share: "33.3%", of: start | current, per: image | '
     'sample}, {count: 64, per: image | sample}, or "auto" (solved from budget.average); a compressor\'s number may '
-    "also be `per: tile` (a tile of a tiled picture, a frame of a video)"
+    "also be `per: tile` (a tile of a tiled image, a frame of a video)"
 )
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
@@ -128,7 +128,7 @@ class Keep(_Model):
         share: a percentage above 0% and up to 100%, as text, for example "5.6%".
         of: what the share is of: the tokens that the group started with, or those that reach the stage.
         per: the group that the number is for: each image, all images of a sample together, or (compressors only) each
-            input of the vision tower: a tile of a tiled picture, a frame of a video.
+            input of the vision tower: a tile of a tiled image, a frame of a video.
         auto: solved from `budget.average`.
     """
 
@@ -344,7 +344,7 @@ class CompressorSpec(PartSpec):
         keep: tokens that it leaves; None where the method decides its own count.
         if_fewer: what happens where an image has fewer tokens than the count.
         split: how the number of an image or a sample is split over its tiles: `even`, in proportion to their tokens, or
-            by `saliency`, the attention that each tile's place gets in the whole picture that comes with the tiles.
+            by `saliency`, the attention that each tile's place gets in the whole image that comes with the tiles.
         params: the compressor's own parameters.
         obj: an object or a class given in place of a name.
     """
@@ -423,7 +423,7 @@ class PipelineSpec(_Model):
     )
     newlines: Literal["with-row", "always", "never"] = Field(
         default="with-row",
-        description="tokens that end the rows of a tiled picture (LLaVA-NeXT, OneVision) and are no picture: kept "
+        description="tokens that end the rows of a tiled image (LLaVA-NeXT, OneVision) and are no image: kept "
         "while their row has a token, always, or never",
     )
     budget: Budget | None = Field(default=None, description="a promise about the average, and what auto is solved from")

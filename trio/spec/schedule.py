@@ -186,7 +186,7 @@ class Schedule:
             if compressed is None:
                 raise InputError(
                     "the compressor decides its own count, or counts by tile, so the tokens by layer depend on the "
-                    "picture; give `compressed`."
+                    "image; give `compressed`."
                 )
             return compressed
         return count
@@ -206,7 +206,7 @@ class Schedule:
             raise BudgetError(
                 f"{rule.place}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the "
                 "spec says "
-                "if_fewer: error. Use a larger picture, a lower count, or if_fewer: keep-all."
+                "if_fewer: error. Use a larger image, a lower count, or if_fewer: keep-all."
             )
         return min(wanted, current)
 
@@ -339,7 +339,7 @@ def resolve(spec: PipelineSpec, num_layers: int) -> Schedule:
 
     Raises:
         SpecError: a stage lies at or after the last layer, two stages meet at one layer, or they are out of order.
-        BudgetError: the counts contradict the stated average, or the average cannot be met, for pictures of any size.
+        BudgetError: the counts contradict the stated average, or the average cannot be met, for images of any size.
     """
     if num_layers < 1:
         raise InputError(f"num_layers: found {num_layers}; a language model has at least one decoder layer.")
@@ -388,7 +388,7 @@ def _rule(keep: Keep) -> KeepRule:
 
 
 def _check_any_size(schedule: Schedule) -> None:
-    """Refuse what is wrong for every picture: shares of shares, and counts behind a fixed number of tokens."""
+    """Refuse what is wrong for every image: shares of shares, and counts behind a fixed number of tokens."""
     rules = schedule._all()
     if schedule.target is None or any(r.keep is None or r.keep.per != "image" for r in rules):
         return
@@ -399,7 +399,7 @@ def _check_any_size(schedule: Schedule) -> None:
     elif rules and rules[0].layer == 0 and keeps[0].count is not None:
         _check_range(schedule, 1_000_000, float(schedule.target), float(MAX_ERROR))
     elif not any(keep.auto for keep in keeps) and keeps[0].count is not None:
-        # The smallest picture that reaches the first count unclipped has the lowest average.
+        # The smallest image that reaches the first count unclipped has the lowest average.
         lowest = _real_total(schedule, Fraction(keeps[0].count), 0.0) / schedule.num_layers
         if lowest > float(schedule.target) + float(MAX_ERROR):
             raise BudgetError(

@@ -38,7 +38,7 @@ def check_adapter(
 ) -> Results:
     """Checks the promises of the runtime on a model, and so the adapter that serves it.
 
-    The model is run a few hundred times on prompts of a few words with up to two pictures. It is as before afterwards.
+    The model is run a few hundred times on prompts of a few words with up to two images. It is as before afterwards.
 
     Args:
         model: a vision-language model in evaluation mode, on any device and in any dtype.

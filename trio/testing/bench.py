@@ -123,7 +123,7 @@ class Bench:
         return self.model.generate(**inputs, **given)
 
     def _placeholders(self) -> list[int]:
-        """Tokens that stand for pictures: one pass over an answer that holds some would look for more pictures."""
+        """Tokens that stand for images: one pass over an answer that holds some would look for more images."""
         config = self.inner.config
         names = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id")
         return sorted({token for name in names if isinstance(token := getattr(config, name, None), int)})
@@ -262,7 +262,7 @@ def extended(inputs: Inputs, ids: torch.Tensor) -> Inputs:
 
 
 def joined(first: Inputs, second: Inputs) -> Inputs:
-    """One conversation from two turns of one sample: texts one after the other, and all pictures."""
+    """One conversation from two turns of one sample: texts one after the other, and all images."""
     out = {}
     for name in [*first, *(name for name in second if name not in first)]:
         if name not in first or name not in second:
@@ -274,19 +274,19 @@ def joined(first: Inputs, second: Inputs) -> Inputs:
     return out
 
 
-def _even(pictures: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of pictures with equally many tiles, filled up with zeros as processors do."""
-    if pictures[0].ndim < 3:
-        return pictures
-    most = max(tensor.shape[1] for tensor in pictures)
+def _even(images: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of images with equally many tiles, filled up with zeros as processors do."""
+    if images[0].ndim < 3:
+        return images
+    most = max(tensor.shape[1] for tensor in images)
     return [
         torch.cat([tensor, tensor.new_zeros(len(tensor), most - tensor.shape[1], *tensor.shape[2:])], dim=1)
-        for tensor in pictures
+        for tensor in images
     ]
 
 
-def pictures_of(inputs: Inputs) -> set[str]:
-    """Names of the inputs that belong to pictures, not to tokens."""
+def image_inputs(inputs: Inputs) -> set[str]:
+    """Names of the inputs that belong to images, not to tokens."""
     return {name for name, value in inputs.items() if value.shape != inputs["input_ids"].shape}
 
 

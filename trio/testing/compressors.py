@@ -34,7 +34,7 @@ def check_compressor(compressor: Compressor | type[Compressor] | str, *, raise_o
     return results.raise_if_failed() if raise_on_failure else results
 
 
-#: Rows and columns, and the row and the column at which the grid begins (a tile's are those of the whole picture).
+#: Rows and columns, and the row and the column at which the grid begins (a tile's are those of the whole image).
 GRIDS = {
     "square grid": (8, 8, 0, 0),
     "ragged grid": (5, 13, 0, 0),

@@ -16,7 +16,7 @@ class ProcessorInputs:
 
     Attributes:
         processor: with a tokenizer and an image processor.
-        size: width and height of the pictures that are drawn, in pixels.
+        size: width and height of the images that are drawn, in pixels.
     """
 
     processor: Any
@@ -24,7 +24,7 @@ class ProcessorInputs:
 
     def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
         """See `InputsFactory.__call__`."""
-        pictures = [picture(number, self.size) for prompt in prompts for number in prompt.images]
+        images = [draw_image(number, self.size) for prompt in prompts for number in prompt.images]
         tokenizer = self.processor.tokenizer
         before, padding = tokenizer.padding_side, tokenizer.pad_token
         tokenizer.padding_side = side
@@ -33,7 +33,7 @@ class ProcessorInputs:
         try:
             out: Mapping[str, Any] = self.processor(
                 text=[self._text(prompt) for prompt in prompts],
-                images=pictures or None,
+                images=images or None,
                 padding=True,
                 return_tensors="pt",
             )
@@ -59,8 +59,8 @@ class ProcessorInputs:
         return " ".join(str(token) if isinstance(part, int) else part for part in prompt.parts)
 
 
-def picture(number: int, size: tuple[int, int] = (224, 224)) -> Any:
-    """A picture of a few coloured rectangles on noise (`PIL.Image`, RGB), the same for the same number."""
+def draw_image(number: int, size: tuple[int, int] = (224, 224)) -> Any:
+    """An image of a few coloured rectangles on noise (`PIL.Image`, RGB), the same for the same number."""
     import numpy as np
     from PIL import Image
 

@@ -109,7 +109,7 @@ class _Suite:
     def _score(
         self, *prompts: Prompt, model: Any = None, after: int = 2, side: str = "left", twice: bool = False
     ) -> Any:
-        """What the scorer gives for each prompt with pictures, and the notes of its calls."""
+        """What the scorer gives for each prompt with images, and the notes of its calls."""
         model = self.model if model is None else model
         watched = _Watched(scorer=self.scorer, twice=twice)
         pipeline = Pipeline(model, stages=[StageSpec(after_layer=after, keep=2, scorer=watched, selector="top-k")])

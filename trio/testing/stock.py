@@ -78,7 +78,7 @@ def valid_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def placeholders(adapter: Adapter, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """bool ``(B, S)``, True where the ids stand for pictures, newlines of tiled ones included."""
+    """bool ``(B, S)``, True where the ids stand for images, newlines of tiled ones included."""
     config = adapter.model.config
     tokens = [token for name in PLACEHOLDERS if isinstance(token := getattr(config, name, None), int)]
     ids: torch.Tensor = inputs["input_ids"]

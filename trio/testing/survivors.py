@@ -36,7 +36,7 @@ def kept_columns(
 ) -> dict[int, torch.Tensor]:
     """The columns that a report says are there, by decoder layer, in the form that `masked_logits` takes.
 
-    Newline tokens of tiled pictures stay while their row has a token (`newlines: with-row`, the default).
+    Newline tokens of tiled images stay while their row has a token (`newlines: with-row`, the default).
 
     Args:
         model: the model, no pipeline attached.

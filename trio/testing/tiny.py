@@ -14,7 +14,7 @@ from ..core.upstream import MASK
 
 IMAGE_TOKEN = 99
 VOCABULARY = 100
-#: Rows and columns of visual tokens that each picture takes.
+#: Rows and columns of visual tokens that each image takes.
 GRID = 4
 
 
@@ -63,18 +63,18 @@ def tiny_llava(*, layers: int = 6, dtype: torch.dtype = torch.float32, attention
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Inputs without a tokenizer: each word becomes a token by its checksum, each picture is noise.
+    """Inputs without a tokenizer: each word becomes a token by its checksum, each image is noise.
 
     Attributes:
         image_token: id of the placeholder.
-        image_tokens: placeholders that a picture takes.
-        picture: shape of a picture's pixels.
+        image_tokens: placeholders that an image takes.
+        image_shape: shape of an image's pixels.
         words: ids from 3 up to this one stand for words.
     """
 
     image_token: int = IMAGE_TOKEN
     image_tokens: int = GRID**2
-    picture: tuple[int, ...] = (3, GRID * 4, GRID * 4)
+    image_shape: tuple[int, ...] = (3, GRID * 4, GRID * 4)
     words: int = VOCABULARY - 5
 
     def __call__(self, prompts: Sequence[Prompt], *, side: Side = "left") -> Mapping[str, Any]:
@@ -103,4 +103,4 @@ class TokenInputs:
         return row
 
     def _pixels(self, number: int) -> torch.Tensor:
-        return torch.randn(self.picture, generator=torch.Generator().manual_seed(number))
+        return torch.randn(self.image_shape, generator=torch.Generator().manual_seed(number))

@@ -27,7 +27,7 @@ def check_tower(tower: nn.Module | Tower, images: Images, *, raise_on_failure: b
     Args:
         tower: a tiny module in float32 on the CPU (a few blocks, a few dozen patches, random weights), or a `Tower`
             bound to one.
-        images: two pictures or more, as `Tower.run` takes them.
+        images: two images or more, as `Tower.run` takes them.
         raise_on_failure: whether to raise where a check does not hold.
 
     Returns:
@@ -63,7 +63,7 @@ class _Suite:
                 yield f"attention of block {block}", partial(self._attention, block)
         yield "hidden states and class token", self._hidden
         yield "reading changes nothing and leaves no trace", self._trace
-        yield "a batch reads as its pictures", self._batch
+        yield "a batch reads as its images", self._batch
         yield "torch.inference_mode", self._inference
         yield "blocks that do not exist", self._refusals
         if "groups" in self.tower.offers():
@@ -90,7 +90,7 @@ class _Suite:
         grids, inputs = self.tower.grids(self.images), self._read().inputs
         counts = tuple(rows * columns for rows, columns in grids)
         require(counts == inputs, f"grids {grids} do not have the {inputs} patches that were read")
-        require(len(inputs) > 1, "give at least two pictures")
+        require(len(inputs) > 1, "give at least two images")
         return f"{len(grids)} inputs: {', '.join(f'{rows} x {columns}' for rows, columns in grids)}"
 
     def _attention(self, block: int) -> str:
@@ -161,8 +161,8 @@ class _Suite:
         require(together.inputs == tuple(n for one in alone for n in one.inputs), "other numbers of patches alone")
         for signal, value in together.values.items():
             worst = max(worst, _difference(value, torch.cat([one.values[signal] for one in alone])))
-        require(worst <= 1e-4, f"signals of a picture differ by {worst:.1e} in a batch")
-        return f"{len(alone)} pictures, within {worst:.1e}"
+        require(worst <= 1e-4, f"signals of an image differ by {worst:.1e} in a batch")
+        return f"{len(alone)} images, within {worst:.1e}"
 
     def _inference(self) -> str:
         expected = self._read()
@@ -255,7 +255,7 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _singles(images: Images) -> list[Images]:
-    """The pictures one by one."""
+    """The images one by one."""
     if isinstance(images, torch.Tensor):
         return [image[None] for image in images]
     if "grid_thw" not in images:

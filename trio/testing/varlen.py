@@ -74,7 +74,7 @@ def attention(
     keys = key.shape[2]
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     if attention_mask is not None and attention_mask.ndim == 4 and not causal:
-        # Some towers (Pixtral's) hand every implementation their own mask over packed pictures: theirs to answer for.
+        # Some towers (Pixtral's) hand every implementation their own mask over packed images: theirs to answer for.
         return _plain(query, key, value, attention_mask, scaling), None
     if attention_mask is not None:
         if attention_mask.ndim != 2:

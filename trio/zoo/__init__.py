@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-__all__ = ["SEPARATE", "demo_picture", "demo_question", "load", "names", "path"]
+__all__ = ["SEPARATE", "demo_image", "demo_question", "load", "names", "path"]
 
 _HERE = Path(__file__).parent
 _DISTRIBUTION = "trio-vlm-zoo"
@@ -86,11 +86,11 @@ def load_folder(folder: Path, **options: Any) -> tuple[PreTrainedModel, Processo
     return model.eval(), auto.AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def demo_picture() -> Path:
-    """The picture that the demo asks about."""
+def demo_image() -> Path:
+    """The image that the demo asks about."""
     return _HERE / "data" / "demo.png"
 
 
 def demo_question() -> str:
-    """A question about the demo picture that needs the question to be known before the right tokens can be found."""
+    """A question about the demo image that needs the question to be known before the right tokens can be found."""
     return (_HERE / "data" / "demo.txt").read_text(encoding="utf-8").strip()

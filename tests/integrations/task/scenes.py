@@ -8,8 +8,8 @@ from PIL import Image
 HERE = Path(__file__).parent
 
 
-def pictures(doc: dict[str, Any]) -> list[Image.Image]:
-    return [Image.open(HERE / name) for name in doc["pictures"]]
+def images(doc: dict[str, Any]) -> list[Image.Image]:
+    return [Image.open(HERE / name) for name in doc["images"]]
 
 
 def question(doc: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ class ConversationAnswer:
     Attributes:
         text: without what the task's stop strings cut off.
         tokens: generated, the end token included.
-        visual: visual tokens of its pictures.
+        visual: visual tokens of its images.
         kept: of these, kept on average over the decoder layers.
     """
 
@@ -51,7 +51,7 @@ class ConversationAnswerer:
         """The answers to a batch.
 
         Args:
-            conversations: one a request; with and without pictures.
+            conversations: one a request; with and without images.
             options: of ``generate``.
             until: strings that end an answer.
 
@@ -59,9 +59,9 @@ class ConversationAnswerer:
             InputError: the model gives another number of answers than it was asked for.
         """
         answers: list[ConversationAnswer | None] = [None] * len(conversations)
-        # Not every processor takes a batch in which some prompts have pictures and some have none.
+        # Not every processor takes a batch in which some prompts have images and some have none.
         for seeing in (True, False):
-            rows = [row for row, one in enumerate(conversations) if bool(one.pictures) is seeing]
+            rows = [row for row, one in enumerate(conversations) if bool(one.images) is seeing]
             if rows:
                 found = self._generate([conversations[row] for row in rows], options, until, seeing)
                 for row, answer in zip(rows, found, strict=True):

@@ -60,7 +60,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
         """The answers to a run's requests, in their order; logs the average retention of each task.
 
         Raises:
-            InputError: a task brings something else than text and pictures, or an option that ``generate`` lacks.
+            InputError: a task brings something else than text and images, or an option that ``generate`` lacks.
         """
         if self._answerer is None:
             raise InputError("model: lmms-eval has called `clean`, which frees the model; make a new one.")

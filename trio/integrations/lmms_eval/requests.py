@@ -16,10 +16,10 @@ from ...errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt: messages as a processor's chat template takes them, and how many pictures they bring."""
+    """A prompt: messages as a processor's chat template takes them, and how many images they bring."""
 
     messages: list[dict[str, Any]]
-    pictures: int
+    images: int
 
 
 def conversation(
@@ -32,15 +32,15 @@ def conversation(
     """A task's messages as a chat template takes them.
 
     Args:
-        messages: of lmms-eval: ``{"role": ..., "content": [{"type": "image", "url": picture or path}, {"type": "text",
+        messages: of lmms-eval: ``{"role": ..., "content": [{"type": "image", "url": image or path}, {"type": "text",
             "text": ...}]}``.
         system_prompt: put in front where the messages have none.
-        square: colour (0 to 255) that pictures are padded to a square with; None: they stay as they are.
-        placeholder: the processor's own sign for a picture. A text that holds it once for each picture of its message
-            gets the pictures there; else they stay where the message has them.
+        square: colour (0 to 255) that images are padded to a square with; None: they stay as they are.
+        placeholder: the processor's own sign for an image. A text that holds it once for each image of its message
+            gets the images there; else they stay where the message has them.
 
     Raises:
-        InputError: a part that is neither text nor a picture, or a text with placeholders for other pictures.
+        InputError: a part that is neither text nor an image, or a text with placeholders for other images.
     """
     made: list[dict[str, Any]] = []
     count = 0
@@ -60,30 +60,30 @@ def _part(part: Mapping[str, Any], square: tuple[int, int, int] | None) -> dict[
     if kind == "text":
         return {"type": "text", "text": part["text"]}
     if kind == "image":
-        picture = part.get("url", part.get("image"))
-        if isinstance(picture, str | Path):
-            picture = load_image(Path(picture))
-        if not isinstance(picture, Image.Image):
-            raise InputError(f"task: a picture comes as {type(picture).__name__}; give a PIL image or a file's path.")
-        picture = picture.convert("RGB")
-        return {"type": "image", "image": picture if square is None else squared(picture, square)}
+        image = part.get("url", part.get("image"))
+        if isinstance(image, str | Path):
+            image = load_image(Path(image))
+        if not isinstance(image, Image.Image):
+            raise InputError(f"task: an image comes as {type(image).__name__}; give a PIL image or a file's path.")
+        image = image.convert("RGB")
+        return {"type": "image", "image": image if square is None else squared(image, square)}
     raise InputError(
-        f"task: a message brings {kind!r}; `--model trio` answers questions about pictures only. Choose image tasks."
+        f"task: a message brings {kind!r}; `--model trio` answers questions about images only. Choose image tasks."
     )
 
 
 def _placed(parts: list[dict[str, Any]], placeholder: str | None) -> list[dict[str, Any]]:
-    """The parts with pictures at their placeholders, if the text has any."""
+    """The parts with images at their placeholders, if the text has any."""
     found = 0 if placeholder is None else sum(p["text"].count(placeholder) for p in parts if p["type"] == "text")
     if not found or placeholder is None:
         return parts
-    pictures = [part for part in parts if part["type"] == "image"]
-    if found != len(pictures):
+    images = [part for part in parts if part["type"] == "image"]
+    if found != len(images):
         raise InputError(
-            f"task: a text holds {placeholder!r} {found} times, but its message has {len(pictures)} pictures; the "
-            "model would look for pictures that are not there. Take the sign out of the task's text."
+            f"task: a text holds {placeholder!r} {found} times, but its message has {len(images)} images; the "
+            "model would look for images that are not there. Take the sign out of the task's text."
         )
-    waiting = iter(pictures)
+    waiting = iter(images)
     made: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] != "text":
@@ -96,12 +96,12 @@ def _placed(parts: list[dict[str, Any]], placeholder: str | None) -> list[dict[s
     return made
 
 
-def squared(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of its longer side."""
-    width, height = picture.size
+def squared(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the middle of a square of its longer side."""
+    width, height = image.size
     side = max(width, height)
     canvas = Image.new("RGB", (side, side), colour)
-    canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas
 
 

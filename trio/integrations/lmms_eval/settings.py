@@ -25,9 +25,9 @@ class Settings:
         device_map: in place of ``device``: spread the weights, as ``from_pretrained`` does.
         attn_implementation: as ``from_pretrained`` takes it; None: its default.
         revision: of a hub model.
-        min_pixels: smallest picture of a model with pictures of many sizes (Qwen's), in pixels.
-        max_pixels: largest picture of such a model, in pixels.
-        pad_to_square: pad pictures to a square with the processor's mean colour, as LLaVA-1.5's own code does (its
+        min_pixels: smallest image of a model with images of many sizes (Qwen's), in pixels.
+        max_pixels: largest image of such a model, in pixels.
+        pad_to_square: pad images to a square with the processor's mean colour, as LLaVA-1.5's own code does (its
             processor in transformers crops instead).
         system_prompt: put in front of every conversation that has none; a text, or a file that holds it.
         max_new_tokens: longest answer where the task names none.
@@ -162,7 +162,7 @@ def check_processor(settings: Settings, processor: Any, asked: Mapping[str, int]
         if name not in known:
             raise InputError(
                 f"model_args: {name} means nothing to the {type(images).__name__} of {settings.pretrained!r}; only "
-                "models with pictures of many sizes (Qwen's) have pixel limits. Leave it out."
+                "models with images of many sizes (Qwen's) have pixel limits. Leave it out."
             )
     if getattr(processor, "chat_template", None) is None:
         raise InputError(

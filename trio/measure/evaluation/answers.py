@@ -29,7 +29,7 @@ class RowAnswer:
     Attributes:
         question: its number in the task.
         text: the answer.
-        tokens: visual tokens of the picture that was shown, before any reduction.
+        tokens: visual tokens of the image that was shown, before any reduction.
         average: visual tokens averaged over the decoder layers.
         flops: of the prefill and the vision tower, counted; None where the formulas do not know the model.
     """

@@ -64,7 +64,7 @@ def _curve(results: EvaluationResults, place: Place, label: str) -> str:
             legend = None if title is None else title.replace("$", r"\$")  # a name is no formula
             _segment(axes, segment, place, f"C{number % 10}", legend, asked)
             title = None  # a legend names a method once
-    for name in ("full", "no picture"):
+    for name in ("full", "no image"):
         row = results.row(name)
         mean = row.accuracy.get(COUNTED, row.accuracy[OVERALL]).mean
         axes.axhline(mean, color="0.6", linewidth=0.8)
@@ -112,7 +112,7 @@ def _lines(results: EvaluationResults) -> dict[str, list[RowResult]]:
     """Rows that make one curve: specs that differ in their counts alone, and each control."""
     lines: dict[str, list[RowResult]] = {}
     for row in results.rows:
-        if row.refused or row.control in ("full", "no picture", "wrong picture"):
+        if row.refused or row.control in ("full", "no image", "wrong image"):
             continue
         lines.setdefault(row.control or method_of(row), []).append(row)
     return lines

@@ -22,7 +22,7 @@ __all__ = ["Oracle", "UniformGrid"]
 
 
 class UniformGrid(Scorer):
-    """A floor that looks at nothing but places: tokens spread evenly over the picture.
+    """A floor that looks at nothing but places: tokens spread evenly over the image.
 
     Saliency falls with the rank in a farthest-point order of the grid, so that any k best ones are spread evenly. The
     order starts in the middle; each next token is the one farthest from all before it, ties to the lower index. The
@@ -42,7 +42,7 @@ class Oracle(Scorer):
     """A ceiling that knows what the question is about: it keeps the tokens of those things.
 
     The things take turns, each giving its most covered token that is left; what is left of the count is spread evenly
-    over the picture. It is no upper bound: a model may need something else, and questions about what is not there have
+    over the image. It is no upper bound: a model may need something else, and questions about what is not there have
     no thing.
     """
 
@@ -62,7 +62,7 @@ class Oracle(Scorer):
         ranks = []
         for sample, images in zip(self._samples, ctx.images, strict=True):
             if len(images) != 1 or sample.item_map is None:
-                raise InputError("oracle: it needs one picture a question, and a map of what is where in it.")
+                raise InputError("oracle: it needs one image a question, and a map of what is where in it.")
             ranks.append(oracle_order(images[0], sample.item_map, sample.about))
         return _by_rank(ctx, ranks)
 

@@ -1,4 +1,4 @@
-"""What the specs kept of a few pictures, drawn."""
+"""What the specs kept of a few images, drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Overlay:
 def overlays(
     model: Any, processor: Any, task: Task, specs: Sequence[PipelineSpec], results: EvaluationResults
 ) -> list[Overlay]:
-    """Questions of different sub-tasks about different pictures, those first that some spec answered wrong.
+    """Questions of different sub-tasks about different images, those first that some spec answered wrong.
 
     Args:
         model: the model.
@@ -76,7 +76,7 @@ def overlays(
 
 
 def _chosen(task: Task, right: Sequence[str]) -> list[int]:
-    """One question of each sub-task, wrong ones first, no picture twice."""
+    """One question of each sub-task, wrong ones first, no image twice."""
     order = sorted(range(len(task.samples)), key=lambda i: (all(row[i] == "1" for row in right), i))
     chosen: list[int] = []
     for kinds_once in (True, False):
@@ -88,7 +88,7 @@ def _chosen(task: Task, right: Sequence[str]) -> list[int]:
     return chosen
 
 
-def _address(picture: Image.Image) -> str:
+def _address(image: Image.Image) -> str:
     data = io.BytesIO()
-    picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(data, format="PNG", optimize=True)
+    image.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(data, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -90,7 +90,7 @@ def evaluate(
         model,
         loaded,
         typical,
-        several_pictures=task.scenes > 1,
+        several_images=task.scenes > 1,
         maps=all(sample.item_map is not None for sample in task.samples),
         smallest=runner.smallest(),
         entered={spec.name: typical * _entered(runner, spec) for spec in loaded if _decides(spec)},
@@ -167,7 +167,7 @@ def _decides(spec: PipelineSpec) -> bool:
 
 
 def _entered(runner: Runner, spec: PipelineSpec) -> float:
-    """Share of the tokens that a compressor leaves of the first pictures."""
+    """Share of the tokens that a compressor leaves of the first images."""
     pipeline = Pipeline.from_spec(spec, runner.model)
     first = {sample.scene: sample for sample in reversed(runner.task.samples)}
     left = full = 0
@@ -211,6 +211,6 @@ def _notes(runner: Runner, rows: Sequence[EvaluationRow]) -> list[str]:
     notes = [] if runner.shape is not None else [runner.no_flops]
     scenes = runner.task.scenes
     if scenes < FEW:
-        pictures = f"{scenes} {'picture is' if scenes == 1 else 'pictures are'}"
-        notes.append(f"{pictures} too few for intervals by bootstrap: they are too narrow")
+        images = f"{scenes} {'image is' if scenes == 1 else 'images are'}"
+        notes.append(f"{images} too few for intervals by bootstrap: they are too narrow")
     return notes + [f"{row.name}: not applicable: {row.refused}" for row in rows if row.refused]

@@ -15,9 +15,9 @@ __all__ = ["report_html"]
 
 TEMPLATE = "report.html.j2"
 INTRO = (
-    "accuracy: percent of questions answered right; retained: (accuracy - no picture) / (full - no picture); counted: "
+    "accuracy: percent of questions answered right; retained: (accuracy - no image) / (full - no image); counted: "
     "over the sub-tasks that pass the validity gate. Intervals are 95%, bootstrapped over scenes. tokens: visual "
-    "tokens of the pictures shown; average: over the decoder layers. GFLOPs of a prefill with its vision tower are "
+    "tokens of the images shown; average: over the decoder layers. GFLOPs of a prefill with its vision tower are "
     "counted, times are measured, all rows taking turns; the last column is the full model's time for a whole answer "
     "divided by the row's."
 )
@@ -59,7 +59,7 @@ def _facts(results: EvaluationResults) -> str:
     return (
         f"{model['class']}, {model['layers']} layers, {model['visual_tokens']} visual tokens, {model['dtype']}, "
         f"weights {model['weights'][:19]}; {task['name']} version {task['version']}, {task['questions']} questions on "
-        f"{task['scenes']} pictures, sha256 {task['sha256'][:12]}; {versions}; {results.device}"
+        f"{task['scenes']} images, sha256 {task['sha256'][:12]}; {versions}; {results.device}"
     )
 
 

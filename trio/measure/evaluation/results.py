@@ -33,11 +33,11 @@ class RowResult(Record):
         spec: what ran, None for the model as it is (a scorer without a registered name stands by its class's name).
         refused: why it could not run here; empty where it did. All fields below are then empty.
         draws: names of the single runs, keys of `EvaluationResults.right`.
-        tokens: mean visual tokens of the pictures shown.
+        tokens: mean visual tokens of the images shown.
         average: mean visual tokens, averaged over the decoder layers.
         flops: mean FLOPs of a prefill with its vision tower, counted; None where the model is not known.
         accuracy: by sub-task; under ``overall`` of all questions and ``counted`` of those that pass the gate.
-        retained: percent of (accuracy - no picture) / (full - no picture), likewise; None where full is not above.
+        retained: percent of (accuracy - no image) / (full - no image), likewise; None where full is not above.
         spread: lowest and highest accuracy overall among the draws.
     """
 
@@ -62,7 +62,7 @@ class Gate(Record):
         kind: the sub-task.
         first: decoder layers before the first stage.
         full: accuracy of the full model; 90 or more passes.
-        sees: full minus no picture; 30 or more passes.
+        sees: full minus no image; 30 or more passes.
         random_loses: full minus random at about 11%; 10 or more passes.
         random_row: which random row that was.
         late_loses: full minus everything dropped at that layer; 10 or more passes.
@@ -141,7 +141,7 @@ class EvaluationResults(Record):
 
     Attributes:
         schema_version: of this format: 1.
-        model: name, class, sha256 of the weights, layers, dtype, visual tokens of a typical picture.
+        model: name, class, sha256 of the weights, layers, dtype, visual tokens of a typical image.
         task: name, version, facts, sha256 of what was asked, questions by sub-task, scenes.
         settings: batch size, longest answer, draws of the bootstrap, baseline, margin.
         versions: of trio-vlm, torch and transformers.

@@ -16,8 +16,8 @@ from .floors import Oracle, UniformGrid
 __all__ = ["SEEDS", "ControlSchedule", "EvaluationRow", "none_name", "plan"]
 
 SEEDS = range(5)
-Control = Literal["full", "no picture", "wrong picture", "none", "uniform", "random", "oracle", "lower resolution"]
-Picture = Literal["own", "blank", "wrong", "small"]
+Control = Literal["full", "no image", "wrong image", "none", "uniform", "random", "oracle", "lower resolution"]
+ImageChoice = Literal["own", "blank", "wrong", "small"]
 #: Retention of the random row that the validity gate looks at, and how near to it a schedule's own must be.
 GATE_SHARE, GATE_NEAR = 0.111, 0.015
 
@@ -25,14 +25,14 @@ GATE_SHARE, GATE_NEAR = 0.111, 0.015
 @dataclass(frozen=True)
 class ControlSchedule:
     """Where tokens go and how many stay; specs that differ in nothing else share their controls,
-    as do those whose counts differ by no more than a token in a typical picture.
+    as do those whose counts differ by no more than a token in a typical image.
 
     Attributes:
         label: for people: the layers, and the average share that stays.
         layers: decoder layers that run before each stage.
         spec: stages with the numbers alone; scorers and selectors are to be replaced.
-        average: visual tokens averaged over the layers, for a picture of `started` tokens.
-        started: visual tokens of a typical picture.
+        average: visual tokens averaged over the layers, for an image of `started` tokens.
+        started: visual tokens of a typical image.
     """
 
     label: str
@@ -66,10 +66,10 @@ class EvaluationRow:
         name: unique; five draws of random have a name each.
         group: name of the row in tables: the draws of random share it.
         control: which control it is; empty for a spec that was asked for.
-        schedule: label of the schedule that it belongs to; empty for the full model with some picture.
+        schedule: label of the schedule that it belongs to; empty for the full model with some image.
         spec: what runs; None for the model as it is.
-        picture: which picture is shown.
-        tokens: for a smaller picture, the share of its tokens that it should have.
+        image: which image is shown.
+        tokens: for a smaller image, the share of its tokens that it should have.
         refused: why the row cannot be had here; empty where it can.
     """
 
@@ -78,7 +78,7 @@ class EvaluationRow:
     control: Control | Literal[""] = ""
     schedule: str = ""
     spec: PipelineSpec | None = None
-    picture: Picture = "own"
+    image: ImageChoice = "own"
     tokens: float = 0.0
     refused: str = ""
 
@@ -88,7 +88,7 @@ def plan(
     specs: Sequence[PipelineSpec],
     started: int,
     *,
-    several_pictures: bool,
+    several_images: bool,
     maps: bool,
     smallest: float,
     entered: dict[str, float] | None = None,
@@ -98,11 +98,11 @@ def plan(
     Args:
         model: the model.
         specs: what is evaluated, each with a name of its own.
-        started: visual tokens of a typical picture.
-        several_pictures: whether there is another picture to show.
-        maps: whether it is known where in the pictures things are.
-        smallest: share of the tokens that is left of a picture when it is made as small as can be.
-        entered: by name, the tokens that a compressor without a stated count leaves of a typical picture.
+        started: visual tokens of a typical image.
+        several_images: whether there is another image to show.
+        maps: whether it is known where in the images things are.
+        smallest: share of the tokens that is left of an image when it is made as small as can be.
+        entered: by name, the tokens that a compressor without a stated count leaves of a typical image.
 
     Returns:
         The rows, and the schedules by label.
@@ -113,11 +113,11 @@ def plan(
     layers = len(adapter_for(model).layers)
     rows = [
         EvaluationRow("full", "full", "full"),
-        EvaluationRow("no picture", "no picture", "no picture", picture="blank"),
+        EvaluationRow("no image", "no image", "no image", image="blank"),
     ]
-    wrong = EvaluationRow("wrong picture", "wrong picture", "wrong picture", picture="wrong")
-    if not several_pictures:
-        wrong = replace(wrong, refused="there is only one picture")
+    wrong = EvaluationRow("wrong image", "wrong image", "wrong image", image="wrong")
+    if not several_images:
+        wrong = replace(wrong, refused="there is only one image")
     rows.append(wrong)
     schedules: dict[str, ControlSchedule] = {}
     for spec in specs:
@@ -182,7 +182,7 @@ def _share(count: float, started: int) -> str:
 
 
 def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) -> bool:
-    """Whether two schedules drop at the same layers and leave as many, a token more or less in a typical picture."""
+    """Whether two schedules drop at the same layers and leave as many, a token more or less in a typical image."""
     rules = [(spec.positions, spec.newlines, [(s.keep.per, s.if_fewer) for s in spec.stages]) for spec in (one, other)]
     if rules[0] != rules[1]:
         return False
@@ -228,24 +228,24 @@ def _controls(model: Any, schedule: ControlSchedule, maps: bool, smallest: float
         spec = schedule.with_parts("random", {"name": "random", "seed": seed})
         rows.append(row("random", f"random {seed}, {label}", spec))
     oracle = schedule.with_parts("oracle", Oracle())
-    reason = "" if maps else "the task does not say where in the pictures things are"
+    reason = "" if maps else "the task does not say where in the images things are"
     rows.append(row("oracle", f"oracle, {label}", oracle, refused=reason))
     return rows
 
 
 def _lower_resolution(model: Any, schedule: ControlSchedule, smallest: float, row: Any) -> EvaluationRow:
-    """A smaller picture with as many tokens in every layer; where the model cannot have one, pooled features."""
+    """A smaller image with as many tokens in every layer; where the model cannot have one, pooled features."""
     name = f"lower resolution, {schedule.label}"
     result: EvaluationRow
     if smallest <= schedule.share:
-        result = row("lower resolution", name, picture="small", tokens=schedule.share)
+        result = row("lower resolution", name, image="small", tokens=schedule.share)
         return result
     pooled = CompressorSpec.parse({"name": "average-pool", "keep": _share(schedule.average, schedule.started)})
     try:
         spec = PipelineSpec(name="average-pool", compressor=pooled, positions=schedule.spec.positions)
         Pipeline.from_spec(spec, model)
     except TrioError as error:
-        reason = f"no picture gives this model so few tokens, and its features cannot be pooled: {error}"
+        reason = f"no image gives this model so few tokens, and its features cannot be pooled: {error}"
         result = row("lower resolution", name, refused=reason)
         return result
     result = row("lower resolution", name, spec)

@@ -22,13 +22,13 @@ from ...pipeline import Pipeline
 from ..answering import decode, generate
 from .answers import AnswerFiles, RowAnswer
 from .floors import Oracle
-from .pictures import Counter, Shown, without_floor
-from .rows import EvaluationRow, Picture
+from .images import Counter, Shown, without_floor
+from .rows import EvaluationRow, ImageChoice
 from .task import LabelledSample, Task
 
 __all__ = ["Runner"]
 
-#: Pictures that are looked at for what holds for all of them.
+#: Images that are looked at for what holds for all of them.
 LOOKED_AT = 16
 Progress = Callable[[int, int], None]
 
@@ -37,7 +37,7 @@ class Runner:
     """A model, a task, and how they are brought together."""
 
     def __init__(self, model: Any, processor: Any, task: Task, batch_size: int) -> None:
-        """Lays out the batches: pictures of one size together, so that little is padded.
+        """Lays out the batches: images of one size together, so that little is padded.
 
         Args:
             model: the model.
@@ -99,13 +99,13 @@ class Runner:
         assert row.spec is not None
         return Pipeline.from_spec(row.spec, self.model)
 
-    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], which: Picture) -> Any:
+    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], which: ImageChoice) -> Any:
         """A batch on the model's device."""
         made = batch_for(self.small_processor if which == "small" else self.processor, prompts)
         return made.to(self.model.device, dtype=self.model.dtype)
 
     def smallest(self) -> float:
-        """Largest share of its tokens that a picture still has when it is made as small as it can be."""
+        """Largest share of its tokens that an image still has when it is made as small as it can be."""
         some = set(self.sizes[:LOOKED_AT])
         return max(self.small.smallest(size) / self.counter.of_size(size) for size in some)
 
@@ -158,17 +158,17 @@ class _Inputs:
         self._seen: dict[tuple[str, float], list[Any]] = {}
 
     def inputs(self, row: EvaluationRow) -> Any:
-        which = (row.picture, row.tokens)
+        which = (row.image, row.tokens)
         if which not in self._inputs:
             runner = self._runner
-            pictures = runner.shown.pictures(self.samples, row.picture, row.tokens)
-            prompts = [([picture], s.question) for picture, s in zip(pictures, self.samples, strict=True)]
-            self._inputs[which] = runner.inputs(prompts, row.picture)
+            images = runner.shown.images(self.samples, row.image, row.tokens)
+            prompts = [([image], s.question) for image, s in zip(images, self.samples, strict=True)]
+            self._inputs[which] = runner.inputs(prompts, row.image)
         return self._inputs[which]
 
     def seen(self, row: EvaluationRow) -> list[Any]:
-        """What the vision tower gave for these pictures, call by call; empty at first."""
-        return self._seen.setdefault((row.picture, row.tokens), [])
+        """What the vision tower gave for these images, call by call; empty at first."""
+        return self._seen.setdefault((row.image, row.tokens), [])
 
 
 def show(pipeline: Pipeline, samples: Sequence[LabelledSample]) -> None:
@@ -217,4 +217,4 @@ def _shape(model: Any) -> tuple[ModelShape | None, str]:
 def _key(row: EvaluationRow) -> str:
     """What the answers of a row depend on, beside the header."""
     spec: Mapping[str, Any] = {} if row.spec is None else row.spec.model_dump(mode="json")
-    return json.dumps([spec, row.picture, row.tokens], sort_keys=True)
+    return json.dumps([spec, row.image, row.tokens], sort_keys=True)

@@ -23,10 +23,10 @@ def measure(runner: Runner, rows: Sequence[EvaluationRow], rounds: int) -> dict[
 
     Args:
         runner: model and task.
-        rows: rows that are not refused; of several draws the first is measured, and a grey or wrong picture is not.
+        rows: rows that are not refused; of several draws the first is measured, and a grey or wrong image is not.
         rounds: how many; 0: nothing is measured.
     """
-    chosen = {row.group: row for row in reversed(rows) if row.picture in ("own", "small")}
+    chosen = {row.group: row for row in reversed(rows) if row.image in ("own", "small")}
     if rounds < 1:
         return {}
     batch = runner.batches[(len(runner.batches) - 1) // 2][:BATCH]
@@ -34,9 +34,9 @@ def measure(runner: Runner, rows: Sequence[EvaluationRow], rounds: int) -> dict[
     pipelines = {name: runner.pipeline(row) if row.spec is not None else None for name, row in chosen.items()}
     inputs: dict[str, Any] = {}
     for name, row in chosen.items():
-        pictures = runner.shown.pictures(samples, row.picture, row.tokens)
-        prompts = [([picture], sample.question) for picture, sample in zip(pictures, samples, strict=True)]
-        inputs[name] = runner.inputs(prompts, row.picture)
+        images = runner.shown.images(samples, row.image, row.tokens)
+        prompts = [([image], sample.question) for image, sample in zip(images, samples, strict=True)]
+        inputs[name] = runner.inputs(prompts, row.image)
     seconds: dict[tuple[str, int], list[float]] = {}
     lengths = (1, runner.task.max_new_tokens)
     for _ in range(rounds + 1):

@@ -136,7 +136,7 @@ class Summary:
         counted = np.isin(self._kind, self.counted(self._first(row)))
         if counted.any():
             parts[COUNTED] = counted
-        full, blind = self._groups["full"].values, self._groups["no picture"].values
+        full, blind = self._groups["full"].values, self._groups["no image"].values
         return RowResult(
             name=row.group,
             draws=group.draws,
@@ -176,7 +176,7 @@ class Summary:
                 chosen = self._kind == kind
                 full, blind, floor, late = (
                     100 * float(self._groups[name].values[chosen].mean())
-                    for name in ("full", "no picture", random, none_name(first))
+                    for name in ("full", "no image", random, none_name(first))
                 )
                 passes = full >= FULL and full - blind >= SEES and min(full - floor, full - late) >= LOSES
                 found.append(

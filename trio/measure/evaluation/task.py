@@ -148,7 +148,7 @@ def jsonl(file: str | Path, *, limit: int | None = None, max_new_tokens: int = 3
     if not samples:
         raise InputError(f"data {str(file)!r}: it is empty; write one JSON object a line.")
     images = {str(path.name): path.stat().st_size for path in scenes}
-    return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "pictures": images})
+    return Task("jsonl", 1, samples, max_new_tokens, {"file": file.name, "images": images})
 
 
 def _sample(place: str, row: _Line, folder: Path, scenes: dict[Path, int]) -> LabelledSample:

@@ -22,7 +22,7 @@ def tables(results: EvaluationResults) -> list[Table]:
 
 def ordered(results: EvaluationResults) -> list[RowResult]:
     """Full, then each schedule's specs and controls, then what no choice of tokens can change."""
-    ends = ("none", "wrong picture", "no picture")
+    ends = ("none", "wrong image", "no image")
     found = [results.row("full")]
     for schedule in dict.fromkeys(row.schedule for row in results.rows if row.schedule):
         mine = [row for row in results.rows if row.schedule == schedule]
@@ -188,7 +188,7 @@ def _verdict(one: Comparison) -> str:
 def _asked(results: EvaluationResults) -> str:
     task = results.task
     split = f" {task['split']}" if "split" in task else ""
-    return f"{task['name']}{split}, {task['questions']} questions on {task['scenes']} pictures; percent, 95% intervals"
+    return f"{task['name']}{split}, {task['questions']} questions on {task['scenes']} images; percent, 95% intervals"
 
 
 def _number(value: float | None) -> str:

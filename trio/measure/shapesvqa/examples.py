@@ -18,7 +18,7 @@ class Example:
     """A question about a held-out scene.
 
     Attributes:
-        image: The picture.
+        image: The image.
         question: The question in words.
         answer: The expected answer.
         kind: Type of the question.
@@ -54,9 +54,9 @@ def examples(
         seed: Seed of the scenes.
         scenes: How many.
         kinds: Types of questions.
-        size: Width and height of the pictures.
+        size: Width and height of the images.
         cell: Size of a grid cell of the scenes.
-        varied: Pictures of many sizes and aspect ratios instead of ``size`` and ``cell``.
+        varied: Images of many sizes and aspect ratios instead of ``size`` and ``cell``.
     """
     asker, found = Asker(), []
     for index in range(scenes):

@@ -27,7 +27,7 @@ class Question:
         kind: The type, one of ``KINDS``.
         text: The question in words.
         answer: The expected answer.
-        about: Indices of the items asked about; empty where nothing in the picture matches.
+        about: Indices of the items asked about; empty where nothing in the image matches.
         detail: Finer type: for existence, how hard the negative is.
         group: Answers are balanced within a group, so that no word of the question gives the answer away.
     """

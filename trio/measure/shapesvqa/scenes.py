@@ -1,9 +1,9 @@
 """Drawn scenes: coloured shapes and written numbers on textured backgrounds.
 
-A scene is a function of (split, seed, index) alone, so that any machine redraws the same picture. It carries what a
+A scene is a function of (split, seed, index) alone, so that any machine redraws the same image. It carries what a
 photograph does not: a map of the objects, from which the dense labels for training and the boxes for an oracle come.
 
-The objects lie in the cells of a jittered grid. They never overlap, they cover about a third of the picture or more (so
+The objects lie in the cells of a jittered grid. They never overlap, they cover about a third of the image or more (so
 that no scorer can win by finding "the foreground" without reading the question), and corners occur often enough.
 """
 
@@ -52,7 +52,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in the picture.
+    """One thing in the image.
 
     Attributes:
         shape: One of ``SHAPES``, or ``plate`` for the plate that a number is written on.
@@ -76,12 +76,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """An image and what is in it.
 
     Attributes:
         split: The split that the scene belongs to.
         index: Its number in the split.
-        image: The RGB picture.
+        image: The RGB image.
         items: The things in it.
         grid: Rows and columns of cells.
         item_map: (height, width), 0 for background, i + 1 where ``items[i]`` is.
@@ -224,7 +224,7 @@ def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168
         seed: A seed for a fresh set of scenes.
         index: Number of the scene.
         size: Width and height in pixels.
-        cell: Rough size of a grid cell; every length in the picture scales with it.
+        cell: Rough size of a grid cell; every length in the image scales with it.
     """
     rng = random.Random(f"trio-scenes/1/{split}/{seed}/{index}")
     novel = split == "novel"

@@ -68,7 +68,7 @@ def shapesvqa(
     Args:
         split: ``test``, ``validation`` or ``novel``.
         limit: scenes, at most the size of the split (`SPLITS`).
-        canvas: sizes of the pictures, see `CANVASES`.
+        canvas: sizes of the images, see `CANVASES`.
         seed: other seeds give other scenes of the same kind; results name the seed.
 
     Raises:
@@ -146,7 +146,7 @@ class _Asker:
 def _existence(scene: Scene, level: str) -> list[Question]:
     """Pairs in the scene, and pairs that are not there, as near to being there as the level says.
 
-    ``random``: neither colour nor shape is in the picture; ``popular``: one of them is; ``adversarial``: both are, on
+    ``random``: neither colour nor shape is in the image; ``popular``: one of them is; ``adversarial``: both are, on
     different things.
     """
     pairs = {(scene.items[i].colour, scene.items[i].shape) for i in scene.shapes}

@@ -1,6 +1,6 @@
 """Scenes on canvases of many sizes, and parts of them as scenes of their own.
 
-A model that cuts a picture into tiles sees the whole picture small and squeezed, and its parts large. What is where in
+A model that cuts an image into tiles sees the whole image small and squeezed, and its parts large. What is where in
 such a view follows from the scene's map, so that dense labels and exercises exist for every view.
 """
 
@@ -22,7 +22,7 @@ LARGEST = 336
 
 @dataclass(frozen=True)
 class Canvas:
-    """Size of a picture.
+    """Size of an image.
 
     Attributes:
         size: Width and height in pixels.
@@ -53,7 +53,7 @@ def varied_scene(split: Split, seed: int, index: int, group: int | None = None) 
 
 
 def view(scene: Scene, box: tuple[float, float, float, float], size: tuple[int, int]) -> Scene:
-    """A rectangle of a scene, scaled to ``size``; what lies outside the picture is black.
+    """A rectangle of a scene, scaled to ``size``; what lies outside the image is black.
 
     Args:
         scene: The scene.
@@ -84,12 +84,12 @@ def _moved(item: Item, where: np.ndarray) -> Item:
 
 
 def whole(scene: Scene, size: tuple[int, int]) -> Scene:
-    """The whole picture, squeezed into ``size``."""
+    """The whole image, squeezed into ``size``."""
     return view(scene, (0, 0, *scene.image.size), size)
 
 
 def tile(scene: Scene, side: int, grid: tuple[int, int], row: int, col: int) -> Scene:
-    """A tile of a picture as LLaVA-NeXT's processor cuts it: scaled to fit, centred on black.
+    """A tile of an image as LLaVA-NeXT's processor cuts it: scaled to fit, centred on black.
 
     Args:
         scene: The scene.

@@ -153,7 +153,7 @@ class Space:
         """Parameters of the default spec at some averages: where a search begins.
 
         Args:
-            tokens: visual tokens of a picture.
+            tokens: visual tokens of an image.
         """
         default = load_spec(DEFAULT_SPEC)
         stage, parts = default.stages[0], {}

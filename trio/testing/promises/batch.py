@@ -11,14 +11,14 @@ from ..results import Case
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Every setting, padded on either side: one, two and no pictures, and a picture at the very end."""
+    """Every setting, padded on either side: one, two and no images, and an image at the very end."""
     for setting in bench.settings:
         for side in ("left", "right"):
             yield f"{setting.label}, padded on the {side}", partial(singles, bench, setting, side)
 
 
 def singles(bench: Bench, setting: Setting, side: Side, prompts: Sequence[Prompt] = RAGGED) -> str:
-    """Runs a batch and each of its samples alone; some prompt has a picture."""
+    """Runs a batch and each of its samples alone; some prompt has an image."""
     inputs = bench.inputs(*prompts, side=side)
     pipeline = bench.pipeline(setting)
     worst = 0.0

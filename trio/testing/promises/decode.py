@@ -11,10 +11,10 @@ from ..results import Case
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Every setting, for one picture, for two, and for a ragged batch."""
+    """Every setting, for one image, for two, and for a ragged batch."""
     for setting in bench.settings:
-        yield f"{setting.label}, one picture", partial(decoded, bench, setting, (ONE,))
-        yield f"{setting.label}, two pictures", partial(decoded, bench, setting, (TWO,))
+        yield f"{setting.label}, one image", partial(decoded, bench, setting, (ONE,))
+        yield f"{setting.label}, two images", partial(decoded, bench, setting, (TWO,))
         yield f"{setting.label}, ragged batch", partial(decoded, bench, setting, RAGGED)
 
 

@@ -22,14 +22,14 @@ from ..bench import (
     Selection,
     Setting,
     extended,
+    image_inputs,
     joined,
-    pictures_of,
     reduced,
 )
 from ..results import Case, require
 
 NEXT = Prompt("And what about the other one ?")
-NEXT_PICTURE = Prompt("Now this one", 7, "what is it ?")
+NEXT_IMAGE = Prompt("Now this one", 7, "what is it ?")
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -46,7 +46,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield "steps by hand, without generate", partial(_by_hand, bench)
     for setting in bench.settings:
         yield f"second turn, {setting.label}", partial(_second_turn, bench, setting, NEXT)
-        yield f"second turn with a new picture, {setting.label}", partial(_second_turn, bench, setting, NEXT_PICTURE)
+        yield f"second turn with a new image, {setting.label}", partial(_second_turn, bench, setting, NEXT_IMAGE)
 
 
 def _run(bench: Bench, prompts: tuple[Prompt, ...], **more: Any) -> tuple[Pipeline, Any, Selection]:
@@ -57,13 +57,13 @@ def _run(bench: Bench, prompts: tuple[Prompt, ...], **more: Any) -> tuple[Pipeli
     return pipeline, out, selection
 
 
-COPIES = "not promised: the stock model itself mixes up pictures when it copies prompts"
+COPIES = "not promised: the stock model itself mixes up images when it copies prompts"
 
 
 def _copied(bench: Bench) -> tuple[Prompt, ...] | None:
     """Prompts that the stock model generates several sequences for, None where it cannot.
 
-    transformers 5.17 mixes up the pictures (and the tiles of one picture) of a prompt when it copies each prompt.
+    transformers 5.17 mixes up the images (and the tiles of one image) of a prompt when it copies each prompt.
     """
     for prompts in (RAGGED, (ONE, TEXT, END)):
         torch.manual_seed(7)
@@ -237,8 +237,8 @@ def _conversation(
     before = record()
     turn = bench.inputs(prompt)
     whole = joined(extended(first, answer.sequences), turn)
-    passed = {name: value for name, value in whole.items() if name not in pictures_of(whole)}
-    passed.update({name: turn[name] for name in pictures_of(turn)})
+    passed = {name: value for name, value in whole.items() if name not in image_inputs(whole)}
+    passed.update({name: turn[name] for name in image_inputs(turn)})
     out = bench.generate(passed, **keywords({Role.CACHE: cache_of(answer)}))
     return out, extended(whole, out.sequences[:, :-1]), (before, record())
 

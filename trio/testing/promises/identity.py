@@ -27,13 +27,13 @@ def everything(bench: Bench) -> Setting:
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """A single picture, ragged batches, generation, prompts without a picture."""
-    yield "keep 100%, one picture", partial(_forward, bench, "left", False)
+    """A single image, ragged batches, generation, prompts without an image."""
+    yield "keep 100%, one image", partial(_forward, bench, "left", False)
     yield "keep 100%, ragged batch padded on the left", partial(_forward, bench, "left", True)
     yield "keep 100%, ragged batch padded on the right", partial(_forward, bench, "right", True)
     yield "keep 100%, generation", partial(_generation, bench, "counts")
     yield "keep 100%, generation with a full report", partial(_generation, bench, "full")
-    yield "a pipeline that drops, prompts without a picture", partial(_text, bench)
+    yield "a pipeline that drops, prompts without an image", partial(_text, bench)
 
 
 def _forward(bench: Bench, side: Side, ragged: bool) -> str:

@@ -1,4 +1,4 @@
-"""The pictures that the rows show, and how many tokens they become."""
+"""The images that the rows show, and how many tokens they become."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from PIL import Image
 from ...adapters.base import Adapter
 from ...core.images import batch_for
 from ...core.upstream import MASK
-from .rows import Picture
+from .rows import ImageChoice
 from .task import LabelledSample, Task
 
 __all__ = ["Counter", "Shown", "without_floor"]
 
 GREY = (128, 128, 128)
-#: Steps of the search for a size: 2 ** -12 of the width is less than a pixel of any picture.
+#: Steps of the search for a size: 2 ** -12 of the width is less than a pixel of any image.
 STEPS = 12
 
 
 class Counter:
-    """Visual tokens of pictures, by their size: what is drawn on them plays no part."""
+    """Visual tokens of images, by their size: what is drawn on them plays no part."""
 
     def __init__(self, adapter: Adapter, processor: Any) -> None:
         """Counts with the model's own processor and layout.
@@ -36,21 +36,21 @@ class Counter:
 
     def of_batch(self, inputs: Mapping[str, Any]) -> list[int]:
         """Visual tokens of each prompt, newlines and other structure not counted."""
-        pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", MASK)}
-        return self._adapter.visual_tokens(inputs["input_ids"].cpu(), {"image": pictures})
+        images = {name: value for name, value in inputs.items() if name not in ("input_ids", MASK)}
+        return self._adapter.visual_tokens(inputs["input_ids"].cpu(), {"image": images})
 
     def of_size(self, size: tuple[int, int]) -> int:
-        """Visual tokens of a picture of that width and height."""
+        """Visual tokens of an image of that width and height."""
         if size not in self._known:
             self._known[size] = self.of_batch(batch_for(self._processor, [([Image.new("RGB", size, GREY)], "?")]))[0]
         return self._known[size]
 
     def smallest(self, size: tuple[int, int]) -> int:
-        """Visual tokens of a picture that is made as small as it can be."""
+        """Visual tokens of an image that is made as small as it can be."""
         return self.of_size(_scaled(size, 1 / 256))
 
     def size_for(self, size: tuple[int, int], wanted: float) -> tuple[int, int]:
-        """The size, in about the same proportions, at which a picture has so many tokens, or next to it."""
+        """The size, in about the same proportions, at which an image has so many tokens, or next to it."""
         low, high = 1 / 256, 1.0
         for _ in range(STEPS):
             middle = (low + high) / 2
@@ -62,12 +62,12 @@ class Counter:
 
 
 def without_floor(processor: Any) -> Any:
-    """A processor that does not enlarge small pictures (Qwen's do, up to a number of pixels); else the same one."""
-    pictures: Any = getattr(processor, "image_processor", None)
-    size, merge = getattr(pictures, "size", None), getattr(pictures, "merge_size", None)
+    """A processor that does not enlarge small images (Qwen's do, up to a number of pixels); else the same one."""
+    images: Any = getattr(processor, "image_processor", None)
+    size, merge = getattr(images, "size", None), getattr(images, "merge_size", None)
     if merge is None or not size or "shortest_edge" not in dict(size):
         return processor
-    changed, own = copy.copy(processor), copy.copy(pictures)
+    changed, own = copy.copy(processor), copy.copy(images)
     own.size = {**dict(size), "shortest_edge": (own.patch_size * merge) ** 2}
     changed.image_processor = own
     return changed
@@ -79,7 +79,7 @@ def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 class Shown:
-    """The pictures of a task, as each row shows them."""
+    """The images of a task, as each row shows them."""
 
     def __init__(self, task: Task, counter: Counter, small: Counter) -> None:
         """Remembers which scene stands in for which.
@@ -87,15 +87,15 @@ class Shown:
         Args:
             task: the questions.
             counter: of the model.
-            small: the same for smaller pictures, see `without_floor`.
+            small: the same for smaller images, see `without_floor`.
         """
         first = {sample.scene: sample for sample in reversed(task.samples)}
         scenes = sorted(first)
         self._other = {scene: first[after] for scene, after in zip(scenes, scenes[1:] + scenes[:1], strict=True)}
         self._counter, self._small = counter, small
 
-    def picture(self, sample: LabelledSample, which: Picture, share: float) -> Image.Image:
-        """A picture for a question: its own, a grey one of that size, the next scene's, or its own made smaller."""
+    def image(self, sample: LabelledSample, which: ImageChoice, share: float) -> Image.Image:
+        """An image for a question: its own, a grey one of that size, the next scene's, or its own made smaller."""
         if which == "wrong":
             return self._other[sample.scene].load()
         own = sample.load()
@@ -106,10 +106,10 @@ class Shown:
             return own.resize(self._small.size_for(own.size, wanted), Image.Resampling.BICUBIC)
         return own
 
-    def pictures(self, samples: Sequence[LabelledSample], which: Picture, share: float) -> list[Image.Image]:
-        """As `picture`, each scene's made once."""
+    def images(self, samples: Sequence[LabelledSample], which: ImageChoice, share: float) -> list[Image.Image]:
+        """As `image`, each scene's made once."""
         made: dict[int, Image.Image] = {}
         for sample in samples:
             if sample.scene not in made:
-                made[sample.scene] = self.picture(sample, which, share)
+                made[sample.scene] = self.image(sample, which, share)
         return [made[sample.scene] for sample in samples]
