@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 import trio
@@ -147,3 +147,26 @@ def test_a_class_made_inside_a_function_works() -> None:
     assert Local(side="right").side == "right"
     with pytest.raises(trio.SpecError, match="side"):
         Local(side="up")
+
+
+def test_a_part_is_validated_inside_another_model() -> None:
+    """Its own constructor is what runs there too, so that the error is the one that it gives alone."""
+
+    class Leaf(Part):
+        """A part.
+
+        Parameters:
+            size: at least one
+        """
+
+        size: Annotated[int, Field(ge=1)] = 1
+
+    class Holder(BaseModel):
+        leaf: Leaf = Leaf()
+
+    assert Holder.model_validate({"leaf": {"size": 3}}).leaf == Leaf(size=3)
+    assert Holder(leaf=Leaf(size=2)).model_copy(deep=True).leaf.size == 2
+    assert Holder.model_validate_json('{"leaf": {"size": 4}}').leaf.size == 4
+    with pytest.raises(trio.SpecError, match=r"Leaf: size: found 0.*Allowed parameters: size \(int\)"):
+        Holder.model_validate({"leaf": {"size": 0}})
+    assert "__pydantic_base_init__" not in vars(Part.__init__)

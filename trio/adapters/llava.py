@@ -37,7 +37,7 @@ class LlavaAdapter(Adapter):
         tower = tower_shape(config.vision_config)
         whole = getattr(config, "vision_feature_select_strategy", "full") == "full"  # "default" leaves the first out
         if tower.crop_patches is not None:
-            tokens = tower.crop_patches + tower.cls_tokens - int(not whole)
+            tokens = tower.crop_patches + tower.prefix - int(not whole)
             tower = tower.model_copy(update={"crop_tokens": tokens})
         return model_shape(config, projector=((features, hidden), (hidden, hidden)), tower=tower)
 

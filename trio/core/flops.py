@@ -11,12 +11,14 @@ from .shape import ModelShape
 
 __all__ = [
     "attend",
+    "feature_width",
     "head_flops",
     "keys_flops",
     "last_row_flops",
     "probe_flops",
     "product",
     "projector_flops",
+    "reprojected_flops",
     "rows_flops",
     "similarity_flops",
 ]
@@ -35,6 +37,24 @@ def attend(pairs: int, width: int) -> int:
 def projector_flops(shape: ModelShape, tokens: int) -> int:
     """The projector (or Qwen's merger) on `tokens` visual tokens."""
     return sum(product(tokens, inputs, outputs) for inputs, outputs in shape.projector)
+
+
+def feature_width(shape: ModelShape) -> int:
+    """Width of features in a compressor's space "tower"; the decoder's where the projector mixes patches."""
+    return shape.projector[0][0] if _apart(shape) and shape.projector else shape.hidden
+
+
+def reprojected_flops(shape: ModelShape, tokens: int) -> int:
+    """The projector on tokens that a compressor made; 0 where it mixes patches, so that it runs before."""
+    return projector_flops(shape, tokens) if _apart(shape) else 0
+
+
+def _apart(shape: ModelShape) -> bool:
+    """Whether the projector takes each patch by itself, so that features can be changed in front of it."""
+    tower = shape.tower
+    if tower is None or tower.patches_per_token > 1:
+        return False
+    return tower.crop_tokens is None or tower.crop_patches is None or tower.crop_tokens >= tower.crop_patches
 
 
 def rows_flops(shape: ModelShape, rows: int) -> int:

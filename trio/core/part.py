@@ -122,9 +122,6 @@ class Part(BaseModel):
         """
         return {}
 
-    # Says that this __init__ only calls pydantic's own, so that a part nested in another model is validated as usual.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function attribute that pydantic reads
-
 
 def explain(label: str, cls: type[Any], error: ValidationError) -> str:
     """One paragraph that says which parameters of the part `label` are wrong, and which are allowed."""

@@ -25,7 +25,8 @@ class TowerShape(_Shape):
         hidden: width.
         intermediate: width of the feed-forward layer.
         patch_values: numbers in one patch, e.g. 3 * 14 * 14 (times the frames of a temporal patch).
-        cls_tokens: tokens beside the patches in the encoder's sequence (CLIP: 1).
+        cls_tokens: class tokens in the encoder's sequence (CLIP: 1).
+        registers: other tokens beside the patches.
         gated: the feed-forward layer has a gate, so three matrices in place of two.
         pooling_head: SigLIP's attention-pooling head, which runs although a language model reads no pooled output.
         crop_patches: patches of one crop where every crop has the same size (CLIP, SigLIP); None where the number of
@@ -34,6 +35,7 @@ class TowerShape(_Shape):
         patches_per_token: patches that become one visual token; only without `crop_patches` (Qwen: 2 * 2).
         window: patches in one attention window; None where every layer attends to all patches.
         full_attention_layers: layers without windows; only with `window`.
+        heads: attention heads of a layer; None: not known, so that what compares keys by head is not counted.
     """
 
     layers: Positive
@@ -41,6 +43,7 @@ class TowerShape(_Shape):
     intermediate: Positive
     patch_values: Positive
     cls_tokens: Annotated[int, Field(ge=0)] = 0
+    registers: Annotated[int, Field(ge=0)] = 0
     gated: bool = False
     pooling_head: bool = False
     crop_patches: Positive | None = None
@@ -48,6 +51,12 @@ class TowerShape(_Shape):
     patches_per_token: Positive = 1
     window: Positive | None = None
     full_attention_layers: Annotated[int, Field(ge=0)] = 0
+    heads: Positive | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Rows of each crop that are no patches."""
+        return self.cls_tokens + self.registers
 
     def crops(self, tokens: int) -> tuple[int, int]:
         """(crops, patches of each) that give `tokens` visual tokens; a part of a crop is computed as a whole one."""

@@ -44,12 +44,19 @@ __all__ = [
 Attention = Literal["dense", "causal"]
 
 
-def tower_flops(tower: TowerShape | None, tokens: int) -> int:
-    """The vision tower on one image that gives `tokens` visual tokens: patch embedding, all layers, pooling head."""
+def tower_flops(tower: TowerShape | None, tokens: int, merged: Sequence[tuple[int, int]] = ()) -> int:
+    """The vision tower on one image that gives `tokens` visual tokens: patch embedding, all layers, pooling head.
+
+    Args:
+        tower: the tower; None costs nothing.
+        tokens: visual tokens.
+        merged: the rows of each of the first layers, at its attention and at its feed-forward layer, where tokens are
+            merged between the two (`trio.cost.encoder.rows_by_layer`).
+    """
     if tower is None:
         return 0
     crops, patches = tower.crops(tokens)
-    rows, width = patches + tower.cls_tokens, tower.hidden
+    rows, width = patches + tower.prefix, tower.hidden
     matrices = 3 if tower.gated else 2
     layer = 4 * product(rows, width, width) + matrices * product(rows, width, tower.intermediate)
     windowed = tower.layers - tower.full_attention_layers if tower.window else 0
@@ -58,6 +65,9 @@ def tower_flops(tower: TowerShape | None, tokens: int) -> int:
     if tower.pooling_head:  # one learnt query over all rows, then a feed-forward layer on it
         total += 2 * product(1, width, width) + 2 * product(rows, width, width) + attend(rows, width)
         total += 2 * product(1, width, tower.intermediate)
+    for attending, following in merged:
+        total -= 4 * product(rows - attending, width, width) + attend(rows**2 - attending**2, width)
+        total -= matrices * product(rows - following, width, tower.intermediate)
     return crops * total
 
 

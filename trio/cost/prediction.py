@@ -20,7 +20,7 @@ from ..selectors.base import SELECTORS
 from ..spec import PipelineSpec, load_spec
 from ..spec.schedule import Schedule, resolve
 from . import flops
-from .encoder import reading_flops
+from .encoder import reading_flops, rows_by_layer
 from .flops import Attention
 
 __all__ = ["Cost", "CostPrediction", "FlopsByPart", "of_report", "predict"]
@@ -30,7 +30,7 @@ class FlopsByPart(Record):
     """FLOPs of one prompt (one multiply-add is 2).
 
     Attributes:
-        tower: vision tower on all images.
+        tower: vision tower on all images; less where a compressor merges tokens inside it.
         projector: projector on all visual tokens.
         prefill: decoder layers on the prompt, and the output head on its last row.
         compression: what a compressor reads off the tower and its own work.
@@ -107,7 +107,7 @@ class CostPrediction(Record):
 
     @property
     def language_reduction(self) -> float:
-        """The same without tower and projector, which no pipeline makes cheaper."""
+        """The same without tower, projector and compression."""
         return self.full.flops.language / self.compressed.flops.language
 
     @property
@@ -345,11 +345,12 @@ def _cost(
         unknown = f"the selector {parts.selector.name!r} {_SILENT}"
         groups = ((tokens, before, after) for before, after in stage.groups if before)
         selection += sum(_part(selector, shape, group, unknown, notes) for group in groups)
+    tower, compression = _encoder_side(sample, spec, shape, notes)
     return Cost(
         flops=FlopsByPart(
-            tower=sum(flops.tower_flops(shape.tower, image) for image in sample.images),
+            tower=tower,
             projector=sum(flops.projector_flops(shape, image) for image in sample.images),
-            compression=_compression(sample, spec, shape, notes),
+            compression=compression,
             prefill=flops.prefill_flops(shape, rows, attention=attention),
             scoring=scoring,
             selection=selection,
@@ -361,17 +362,24 @@ def _cost(
     )
 
 
-def _compression(sample: _Sample, spec: PipelineSpec, shape: ModelShape, notes: dict[str, None]) -> int:
-    """What the compressor reads and computes for the images that lose tokens."""
+def _encoder_side(sample: _Sample, spec: PipelineSpec, shape: ModelShape, notes: dict[str, None]) -> tuple[int, int]:
+    """The tower on all images, and what a compressor reads and computes for those that lose tokens."""
     reduced = [(n, k) for n, k in zip(sample.images, sample.entering, strict=True) if k < n]
+    whole = sum(flops.tower_flops(shape.tower, image) for image in sample.images)
     if spec.compressor is None or not reduced:
-        return 0
-    part = COMPRESSORS.build(spec.compressor)
-    unknown = f"of the compressor {spec.compressor.name!r} only what it reads off the tower is counted"
-    total = sum(_part(part, shape, (tokens, tokens, kept), unknown, notes) for tokens, kept in reduced)
+        return whole, 0
+    part, name = COMPRESSORS.build(spec.compressor), spec.compressor.name
+    unknown = f"of the compressor {name!r} only what it reads off the tower is counted"
+    own = sum(_part(part, shape, (tokens, tokens, kept), unknown, notes) for tokens, kept in reduced)
     if shape.tower is None:
-        return total
-    return total + sum(reading_flops(shape.tower, tokens, part.reads()) for tokens, _ in reduced)
+        return 0, own
+    signals, keep = part.reads(), resolve(spec, shape.layers).compressed_count
+    own += sum(reading_flops(shape.tower, tokens, signals, keep) for tokens, _ in reduced)
+    merged = rows_by_layer(shape.tower, signals, keep)
+    if merged and shape.tower.heads is None:
+        notes[f"how the compressor {name!r} compares keys is not counted: the tower's heads are not known"] = None
+    # An image that loses nothing is merged like the others: the tower does not know the prompts yet.
+    return sum(flops.tower_flops(shape.tower, image, merged) for image in sample.images), own
 
 
 _SILENT = "says nothing of its cost (a method `flops`), so it is not counted"

@@ -56,7 +56,14 @@ def published_shape(name: str) -> ModelShape:
 
 
 _VIT_L_336 = TowerShape(
-    layers=24, hidden=1024, intermediate=4096, patch_values=3 * 14 * 14, cls_tokens=1, crop_patches=576, crop_tokens=576
+    layers=24,
+    hidden=1024,
+    intermediate=4096,
+    patch_values=3 * 14 * 14,
+    cls_tokens=1,
+    crop_patches=576,
+    crop_tokens=576,
+    heads=16,
 )
 
 PUBLISHED: Mapping[str, ModelShape] = {
@@ -108,6 +115,7 @@ PUBLISHED: Mapping[str, ModelShape] = {
                 patches_per_token=4,
                 window=64,
                 full_attention_layers=4,
+                heads=16,
             ),
         ),
     )

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from ...core.flops import feature_width, product, reprojected_flops
+from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
 from ...selectors.nms import unit_length
 from ..reading.merge import leaders_lead, merge, patches_only, ranking
@@ -71,6 +73,13 @@ class PruMerge(Compressor):
         leaders, order = centres.sort()
         into = torch.where(nearest < 0, -1, order.argsort()[nearest.clamp_min(0)])
         return merge(tokens, leaders, leaders_lead(into, leaders), features[order].to(tokens.features.dtype))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Keys of the centres against all keys, one sum over all tokens for each token left, and these projected."""
+        centres = max(1, keep - self.rest)
+        width = shape.hidden if shape.tower is None else shape.tower.hidden
+        sums = product(keep, visual, feature_width(shape))
+        return product(centres, width, visual) + sums + reprojected_flops(shape, keep)
 
 
 def outliers(attention: torch.Tensor) -> int:

@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ...core.flops import feature_width, product, reprojected_flops
+from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
 from ..reading.matching import match
 from ..reading.merge import merge, patches_only
@@ -51,6 +53,28 @@ class ToMe(Compressor):
             out = merge(out, order.values, rank[matching.into[0]])
         signals = {**out.signals, signal: torch.arange(out.tokens, device=into.device)}
         return replace(out, signals=signals)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """What follows the tower: merging by features down to the number, and the tokens projected once more.
+
+        An upper bound: groups of one token are not projected again. Merging inside the tower belongs to what `reads`
+        names. Without `r` the tower leaves the number itself (except of images in several tiles, whose numbers differ).
+        """
+        left, total = keep if self.r is None else self._left(shape, visual), 0
+        while left > keep:
+            total += product((left + 1) // 2, feature_width(shape), left // 2)
+            left -= min(left - keep, left // 2)
+        return total + reprojected_flops(shape, keep)
+
+    def _left(self, shape: ModelShape, visual: int) -> int:
+        """Tokens that the tower leaves of an image where `r` go in each block."""
+        if shape.tower is None or self.r is None:
+            return visual
+        crops, patches = shape.tower.crops(visual)
+        blocks = self.layer % shape.tower.layers + 1
+        for _ in range(blocks):
+            patches = max(1, patches - min(self.r, patches // 2))
+        return crops * patches
 
 
 def grouped(groups: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

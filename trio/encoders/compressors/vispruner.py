@@ -7,6 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ...core.flops import feature_width, product
+from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
 from ...selectors.nms import unit_length
 from ..reading.merge import keep, patches_only, ranking
@@ -43,6 +45,16 @@ class VisPruner(Compressor):
         important = int(k * self.important)
         diverse = distinct(unit_length(tokens.features), order[important:], k - important, self.remove)
         return keep(tokens, torch.cat([order[:important], diverse]).sort().values)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """Similarities of one half of the tokens left with the other, each time that some are removed."""
+        important = int(keep * self.important)
+        diverse, left, total = keep - important, visual - important, 0
+        while diverse and left > diverse:
+            half = (left + 1) // 2
+            total += product(half, feature_width(shape), left - half)
+            left -= min(self.remove, left - diverse, half)
+        return total
 
 
 def distinct(unit: torch.Tensor, tokens: torch.Tensor, k: int, remove: int) -> torch.Tensor:

@@ -117,7 +117,8 @@ class Tower(ABC):
         """What a tower of such a configuration computes, without weights; `crop_tokens` are the model's to say.
 
         Args:
-            config: of the tower, its type one of `model_types`.
+            config: of the tower, its type one of `model_types`; where a library's models have no configuration
+                (`model_types` is empty) the module itself.
 
         Raises:
             UnsupportedModelError: a number is missing, or this kind of tower is not described.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from ...core.configs import grid_of, patch_values, read
+from ...core.shape import TowerShape
 from .base import TOWERS, is_a
 from .projected import ProjectedTower
 
@@ -15,6 +19,27 @@ class Dinov2Tower(ProjectedTower):
     has_cls = True
     blocks_path = "encoder.layer"
     merge_paths = ("norm2", "mlp")
+    model_types = frozenset({"dinov2", "dinov2_with_registers"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: registers beside the class token, a feed-forward layer in two forms; all images of
+        the configuration's size.
+        """
+        rows, columns = grid_of(config)
+        width = read(config, "hidden_size")
+        inner, gated = int(width * config.mlp_ratio), bool(config.use_swiglu_ffn)
+        return TowerShape(
+            layers=read(config, "num_hidden_layers"),
+            hidden=width,
+            intermediate=(int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner,
+            patch_values=patch_values(config),
+            cls_tokens=1,
+            registers=getattr(config, "num_register_tokens", 0),
+            gated=gated,
+            crop_patches=rows * columns,
+            heads=getattr(config, "num_attention_heads", None),
+        )
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -40,11 +40,17 @@ def tower_for(module: nn.Module | Tower) -> Tower:
 
 
 def tower_shape(config: Any) -> TowerShape:
-    """What a tower of a configuration computes, as the class says that is registered for its `model_type`.
+    """What a tower computes, as the class says that is registered for its `model_type`.
+
+    Args:
+        config: the tower's configuration, or a module that `tower_for` takes (on the device `meta` will do).
 
     Raises:
         UnsupportedModelError: no class describes it, or a number is missing.
     """
+    if isinstance(config, nn.Module):
+        tower = tower_for(config)
+        return tower.cost_shape(tower.module.config if tower.model_types else tower.module)
     kind = str(getattr(config, "model_type", ""))
     known = _towers()
     for cls in known:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.shape import TowerShape
 from .base import TOWERS, Heads, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
+from .weights import shape_of_weights
 
 
 @TOWERS.register("open-clip")
@@ -30,6 +32,14 @@ class OpenClipTower(Tower):
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module is open_clip's `VisionTransformer`."""
         return is_a(module, "open_clip.transformer.VisionTransformer")
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: of a module, by its weights; pooling and its projection are left out."""
+        tower = cls(config)
+        rows, columns = pair(config.grid_size)
+        heads = int(tower.attention(0).num_heads)  # type: ignore[arg-type]  # an int attribute
+        return shape_of_weights(tower, config.conv1, "mlp", heads=heads, patches=rows * columns)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -37,6 +37,7 @@ class ProjectedTower(Tower):
             hidden=read(config, "hidden_size"),
             intermediate=read(config, "intermediate_size"),
             patch_values=patch_values(config),
+            heads=getattr(config, "num_attention_heads", None),
             cls_tokens=cls.prefix,
             crop_patches=rows * columns,
         )

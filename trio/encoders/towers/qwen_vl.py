@@ -57,6 +57,7 @@ class QwenTower(Tower):
             hidden=width,
             intermediate=int(width * ratio) if ratio else read(config, "intermediate_size"),
             patch_values=patch_values(config) * temporal,
+            heads=getattr(config, "num_heads", None),
             gated=full is not None,
             patches_per_token=config.spatial_merge_size**2,
             window=None if full is None else (config.window_size // patch[0]) * (config.window_size // patch[1]),

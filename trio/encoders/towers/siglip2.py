@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.configs import patch_values, read
+from ...core.shape import TowerShape
 from ...errors import InputError
 from .base import TOWERS, Layout, is_a
 from .projected import ProjectedTower
@@ -20,7 +22,20 @@ _ARGUMENTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
 class Siglip2Tower(ProjectedTower):
     """`Siglip2VisionModel` of transformers: no class token; what stands at padding is left out of every signal."""
 
+    model_types = frozenset({"siglip2_vision_model"})
     merging_reason = "it pads pictures of different sizes, and its masks cannot follow merged tokens"
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: images of any size, without the padding, with the pooling head."""
+        return TowerShape(
+            layers=read(config, "num_hidden_layers"),
+            hidden=read(config, "hidden_size"),
+            intermediate=read(config, "intermediate_size"),
+            patch_values=patch_values(config),
+            pooling_head=bool(getattr(config, "vision_use_head", True)),
+            heads=getattr(config, "num_attention_heads", None),
+        )
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

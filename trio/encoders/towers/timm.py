@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...core.shape import TowerShape
 from .base import TOWERS, Heads, Tower, is_a, pixel_grid, pixels_of
 from .open_clip import bias_argument, listen_to_norms
+from .weights import shape_of_weights
 
 _KNOWN = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
@@ -26,6 +28,14 @@ class TimmTower(Tower):
     def matches(cls, module: nn.Module) -> bool:
         """Whether the module is timm's `VisionTransformer`."""
         return is_a(module, "timm.models.vision_transformer.VisionTransformer")
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> TowerShape:
+        """See `Tower.cost_shape`: of a module, by its weights; pooling is left out, as in `run`."""
+        tower, embed = cls(config), config.patch_embed
+        patches, attention = None if config.dynamic_img_size else int(embed.num_patches), tower.attention(0)
+        heads = int(attention.num_heads)  # type: ignore[arg-type]  # an int attribute
+        return shape_of_weights(tower, embed, "mlp", heads=heads, patches=patches)
 
     def __init__(self, module: nn.Module) -> None:
         """Binds the tower; see `Tower`."""
