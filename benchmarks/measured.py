@@ -1,7 +1,8 @@
 """What the commands print, in the pages that explain them, from committed results.
 
 ``python -m benchmarks.measured`` puts the tables of `trio fidelity` and `trio tune` into docs/fidelity.md and
-docs/tune.md, and what half precision changes into docs/testing.md. The pages say how the results were made.
+docs/tune.md, draws the plot of the search beside the latter, and puts what half precision changes into docs/testing.md.
+The pages say how the results were made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def fidelity(out: Console) -> None:
 
 
 def tune(out: Console) -> None:
-    """What `trio tune` prints; its image goes beside the page."""
+    """What `trio tune` prints; `main` draws its plot beside the page."""
     from trio.cli.tune import print_report
     from trio.measure.tuning import TuningReport
 
@@ -38,6 +39,14 @@ def testing(out: Console) -> None:
     from benchmarks.half import RESULT, table
 
     out.print(table(json.loads(RESULT.read_text())))
+
+
+def plot(file: Path) -> None:
+    """Draws the plot of `trio tune`."""
+    from trio.measure.tuning import TuningReport
+    from trio.measure.tuning.plot import draw
+
+    draw(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), file)
 
 
 PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity, "tune": tune, "testing": testing}
@@ -65,6 +74,7 @@ def main() -> None:
         if begin not in text:
             raise SystemExit(f"docs/{name}.md: the line {begin!r} is missing; put it and {end!r} where it should stand")
         page.write_text(text[: text.index(begin)] + block(name) + text[text.index(end) + len(end) :])
+    plot(ROOT / "docs" / "tune-tiny-llava.png")
 
 
 if __name__ == "__main__":

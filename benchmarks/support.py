@@ -34,6 +34,7 @@ FEATURES = [
 ]
 NAMES = {
     "llava": "LLaVA-1.5",
+    "llava-seed1": "LLaVA-1.5, another seed",
     "llava-next": "LLaVA-NeXT",
     "llava-onevision": "LLaVA-OneVision",
     "qwen2-vl": "Qwen2-VL",
