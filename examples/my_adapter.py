@@ -14,7 +14,7 @@ from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 import trio
 from trio.adapters import tiny
-from trio.adapters.base import Layout
+from trio.adapters.base import PromptLayout
 from trio.adapters.placeholders import images_by_count
 from trio.core.tokens import ImageTokens
 
@@ -33,7 +33,7 @@ class VipLlavaAdapter(trio.Adapter):
         """A small copy of a ViP-LLaVA's configuration, for releases of transformers that were not tested."""
         return tiny.llava(config)
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Every image takes the same number of placeholders: the tower's grid, without the class token."""
         config: Any = self.model.config
         side = config.vision_config.image_size // config.vision_config.patch_size

@@ -205,9 +205,9 @@ def test_check(model: Path) -> None:
 
 def test_check_fails_with_exit_code_1(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trio import testing
-    from trio.testing import Check, Results
+    from trio.testing import Check, CheckResults
 
-    failed = Results("x", (Check("identity", "logits", False, "they differ by 3"),))
+    failed = CheckResults("x", (Check("identity", "logits", False, "they differ by 3"),))
     monkeypatch.setattr(testing, "check_adapter", lambda *args, **kwargs: failed)
     result = trio_("check", model)
     assert result.exit_code == 1

@@ -17,7 +17,7 @@ from trio.core.tokens import ImageTokens
 from trio.measure import evaluation
 from trio.measure.evaluation import rows as rows_module
 from trio.measure.evaluation.answers import AnswerFiles, RowAnswer
-from trio.measure.evaluation.floors import Oracle, UniformGrid, oracle_order, spread_order
+from trio.measure.evaluation.floors import Oracle, UniformGridScorer, oracle_order, spread_order
 from trio.measure.evaluation.images import Counter, Shown, without_floor
 from trio.measure.evaluation.protocol import named_specs, weights
 from trio.measure.evaluation.results import EvaluationResults
@@ -249,7 +249,7 @@ def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None
     inputs = runner.inputs([([sample.load()], sample.question)], "own")
     kept = {}
     for keep in (4, 16, 64):
-        stage = trio.Stage(after_layer=0, keep=keep, scorer=UniformGrid(), selector="top-k")
+        stage = trio.Stage(after_layer=0, keep=keep, scorer=UniformGridScorer(), selector="top-k")
         pipeline = trio.Pipeline(loaded[0], stages=[stage])
         runner.generate(inputs, [sample], pipeline, 1)
         kept[keep] = pipeline.report.samples[0].stages[0].groups[0].indices

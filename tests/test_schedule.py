@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trio.errors import BudgetError, InputError, SpecError
 from trio.spec import PipelineSpec, load_spec
-from trio.spec.schedule import Schedule, resolve
+from trio.spec.schedule import ResolvedSchedule, resolve
 
 
 def spec(*stages: tuple[Any, Any], **more: Any) -> PipelineSpec:
@@ -95,7 +95,7 @@ def test_shares_of_the_depth_round_down(after: Any, layers: int, layer: int) -> 
 def test_layers_that_cannot_be(stages: Any, layers: int, says: str) -> None:
     with pytest.raises(SpecError, match=says) as caught:
         resolve(spec(*stages), layers)
-    assert caught.value.place.endswith("after_layer")
+    assert caught.value.spec_path.endswith("after_layer")
 
 
 def test_a_model_has_layers() -> None:
@@ -257,7 +257,7 @@ KEEP = st.one_of(
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> tuple[Schedule, int]:
+def schedules(draw: st.DrawFn) -> tuple[ResolvedSchedule, int]:
     """A resolved spec that may mix everything, and a number of tokens."""
     layers = draw(st.integers(1, 60))
     depths = sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1, max_size=5)))
@@ -278,7 +278,7 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, int]:
 
 
 @given(schedules())
-def test_properties_of_any_schedule(drawn: tuple[Schedule, int]) -> None:
+def test_properties_of_any_schedule(drawn: tuple[ResolvedSchedule, int]) -> None:
     schedule, started = drawn
     try:
         counts = schedule.counts(started)

@@ -406,7 +406,7 @@ def test_every_field_and_failure(place: tuple[str | int, ...], failure: str) -> 
     with pytest.raises(SpecError) as caught:
         load_spec(data, check_parts=False)
     assert wanted in str(caught.value)
-    assert caught.value.place
+    assert caught.value.spec_path
 
 
 @pytest.mark.parametrize(

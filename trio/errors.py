@@ -31,14 +31,14 @@ class SpecError(TrioError):
     """A spec, or a parameter of a part, is wrong.
 
     Attributes:
-        place: where in the spec, for example `stages[1].keep`; empty for the whole file.
+        spec_path: where in the spec, for example `stages[1].keep`; empty for the whole file.
         line: 1-based line in the file that the spec came from, or None.
     """
 
-    def __init__(self, message: str, *, place: str = "", line: int | None = None) -> None:
-        """Keep the message, and the place and line for tools that point at them."""
+    def __init__(self, message: str, *, spec_path: str = "", line: int | None = None) -> None:
+        """Keep the message, and the spec path and line for tools that point at them."""
         super().__init__(message)
-        self.place = place
+        self.spec_path = spec_path
         self.line = line
 
 

@@ -182,19 +182,20 @@ class Registry(Generic[T]):
 
     def _load_plugin(self, name: str, offers: list[metadata.EntryPoint]) -> type[T]:
         if len(offers) > 1:
-            owners = " and ".join(_distribution(point) for point in offers)
-            raise PluginError(f"{self.kind} {name!r} is offered by {owners}; uninstall all but one of them.")
+            distributions = " and ".join(_distribution(point) for point in offers)
+            raise PluginError(f"{self.kind} {name!r} is offered by {distributions}; uninstall all but one of them.")
         (point,) = offers
-        owner = _distribution(point)
-        self._loading_plugin = owner
+        distribution = _distribution(point)
+        self._loading_plugin = distribution
         try:
             loaded = point.load()
             if self._parts.get(name) is None:
                 self._add(name, (), loaded)
         except Exception as error:
             raise PluginError(
-                f"the plugin {owner} offers the {self.kind} {name!r} as {point.value}, but loading it failed with "
-                f"{type(error).__name__}: {error}. Update or uninstall {owner}; everything else works without it."
+                f"the plugin {distribution} offers the {self.kind} {name!r} as {point.value}, but loading it "
+                f"failed with {type(error).__name__}: {error}. Update or uninstall {distribution}; everything else "
+                "works without it."
             ) from error
         finally:
             self._loading_plugin = None

@@ -102,7 +102,7 @@ def measured(results: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
 
 
 @dataclass(frozen=True)
-class Line:
+class PublishedLine:
     """A number of the table beside the measured one, which is None where that benchmark was not run."""
 
     column: str
@@ -111,7 +111,7 @@ class Line:
     remark: str = ""
 
 
-def compare(scores: Mapping[str, tuple[float, str]], row: tuple[str, str]) -> list[Line]:
+def compare(scores: Mapping[str, tuple[float, str]], row: tuple[str, str]) -> list[PublishedLine]:
     """A published row beside measured scores.
 
     Args:
@@ -125,7 +125,7 @@ def compare(scores: Mapping[str, tuple[float, str]], row: tuple[str, str]) -> li
     if row not in table:
         listed = "; ".join(f"{setting}/{method}" for setting, method in table)
         raise InputError(f"row: the table has no {'/'.join(row)!r}; it has {listed}.")
-    return [Line(name, table[row][name], *scores.get(name, (None, ""))) for name in SOURCES]
+    return [PublishedLine(name, table[row][name], *scores.get(name, (None, ""))) for name in SOURCES]
 
 
 def average_percent(scores: Mapping[str, float], full: Mapping[str, float], columns: Sequence[str]) -> float:

@@ -160,7 +160,8 @@ def main(
     split: Annotated[str, typer.Option(help="test, validation or novel.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions in a batch.")] = 32,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers as JSON to this file, too.")] = None,
 ) -> None:
     """Accuracy by type of question, with the image and with a blank one."""
     if split not in ("test", "validation", "novel"):
@@ -171,6 +172,13 @@ def main(
     asked = examples(split, seed, scenes, varied=varied)  # type: ignore[arg-type]
     full, unseen = (summary(asked, _right(model, processor, part, batch_size)) for part in (asked, blank(asked)))
 
+    content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "varied": varied}
+    text = json.dumps(content | {"full": full, "blank": unseen}, indent=2)
+    if out is not None:
+        out.write_text(text + "\n")
+    if as_json:
+        typer.echo(text)
+        return
     table = Table(title=f"{folder.name}: {scenes} scenes of the split {split}, seed {seed}")
     for column in ("type", "n", "full", "95%", "blank", "95%", "sees"):
         table.add_column(column, justify="left" if column == "type" else "right", no_wrap=True)
@@ -183,10 +191,6 @@ def main(
     console = Console()
     console.print(table)
     console.print("full: with the image; blank: with a grey one; sees: lower end of full minus blank, in points")
-    if json_file is not None:
-        content = {"model": folder.name, "split": split, "seed": seed, "scenes": scenes, "varied": varied}
-        content |= {"full": full, "blank": unseen}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

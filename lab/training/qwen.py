@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from lab.training.language import Branches, Grown, Trainee
 from lab.training.loop import console
 from lab.training.recipes import Recipe
-from lab.training.tower import IGNORE, Eyes, Heads, dense_labels, pixels, tower_output
+from lab.training.tower import IGNORE, DenseHeads, Eyes, dense_labels, pixels, tower_output
 from lab.training.vocabulary import QWEN, build_tokenizer
 from trio import zoo
 from trio.measure.shapesvqa.scenes import Scene, Split, draw_scene
@@ -226,7 +226,7 @@ def _see(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 EYES = Eyes(
     lambda model: (model.model.visual, list(model.model.visual.blocks)),
-    lambda recipe: Heads(recipe.width, None),
+    lambda recipe: DenseHeads(recipe.width, None),
     _see,
 )
 

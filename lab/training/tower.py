@@ -84,7 +84,7 @@ PatchData = Callable[[Recipe, Split, int, int, int], Dataset[dict[str, Tensor]]]
 """Scenes with dense labels: of recipe, split, seed, number of the first scene, and how many."""
 
 
-class Heads(nn.Module):
+class DenseHeads(nn.Module):
     """Linear readers of the tower's features."""
 
     def __init__(self, width: int, grid: tuple[int, int] | None) -> None:
@@ -152,9 +152,9 @@ def clip_tower(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     return tower, list(tower.encoder.layers)
 
 
-def clip_heads(recipe: Recipe) -> Heads:
+def clip_heads(recipe: Recipe) -> DenseHeads:
     """Readers of its features."""
-    return Heads(recipe.tower_width, (recipe.size[1] // recipe.patch, recipe.size[0] // recipe.patch))
+    return DenseHeads(recipe.tower_width, (recipe.size[1] // recipe.patch, recipe.size[0] // recipe.patch))
 
 
 def train_tower(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from lab.training.evaluate import answers, answers_by_scene, any_size, blank, prompt, summary
+from lab.training.evaluate import answers, answers_by_scene, any_size, blank, main, prompt, summary
 from trio import zoo
 from trio.errors import UnknownNameError
 from trio.measure.shapesvqa.examples import examples
@@ -229,3 +230,13 @@ def test_the_folder_names_no_machine() -> None:
     for name in zoo.names():
         for file in Path(zoo.path(name)).glob("*.json"):
             assert "/tmp" not in file.read_text() and "/work" not in file.read_text()
+
+
+def test_the_evaluation_prints_json_and_writes_it_where_asked(tmp_path, capsys):
+    main("tiny-llava", scenes=1, as_json=True, out=tmp_path / "numbers.json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "numbers.json").read_text())
+    assert printed["scenes"] == 1 and printed["full"].keys() == printed["blank"].keys()
+    assert 0 < printed["full"]["overall"]["questions"] == printed["blank"]["overall"]["questions"]
+    main("tiny-llava", scenes=1)
+    assert "full: with the image" in capsys.readouterr().out

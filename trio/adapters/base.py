@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..core import upstream
-from ..core.backbone import Backbone, Layout, TinyModel
+from ..core.backbone import Backbone, PromptLayout, TinyModel
 from ..core.patches import PatchMap
 from ..core.probe import LayerInputs, Past, Probe, Rows
 from ..core.prompts import InputsFactory
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..core.tokens import Signal
     from ..encoders.reading.reader import Reader
 
-__all__ = ["ADAPTERS", "Adapter", "Layout", "Positions"]
+__all__ = ["ADAPTERS", "Adapter", "Positions", "PromptLayout"]
 
 Positions = Literal["compact", "original"]
 
@@ -102,7 +102,7 @@ class Adapter(Backbone):
         return self.model.get_submodule(self.projector_path)
 
     @abstractmethod
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Where the visual tokens of a call of `multimodal` stand.
 
         Args:

@@ -16,7 +16,7 @@ from ..core.tokens import ImageTokens
 from ..core.upstream import encoder_outputs
 from ..errors import InputError, UnsupportedModelError
 from . import tiny
-from .base import ADAPTERS, Adapter, Layout, Positions
+from .base import ADAPTERS, Adapter, Positions, PromptLayout
 from .generic_costs import SHAPES
 from .placeholders import image_rows, images_by_count, images_by_features, unplaced
 
@@ -104,7 +104,7 @@ class GenericAdapter(Adapter):
         pixels = any(name.startswith("pixel_values") and value is not None for name, value in call.items())
         return pixels or bool(encoder_outputs(call))
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """As many placeholders for each image as the encoder gave it rows of features.
 
         Idefics and SmolVLM return a sample's images as one tensor, but give all images the same number of rows.

@@ -15,7 +15,7 @@ from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
 from ..encoders.towers.find import tower_shape
 from . import tiny
-from .base import ADAPTERS, Layout
+from .base import ADAPTERS, PromptLayout
 from .llava import LlavaAdapter
 from .placeholders import runs_of_tiles
 from .tiny_inputs import BREAK, END, TinyInputs, noise
@@ -71,7 +71,7 @@ class InternVLAdapter(LlavaAdapter):
 
         return isinstance(model, InternVLForConditionalGeneration)
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Every tile takes the same number of placeholders."""
         config: Any = self.model.config
         rows, columns = (int(patches * config.downsample_ratio) for patches in self._patches)

@@ -15,7 +15,7 @@ from ..core.tokens import CLS, ImageTokens
 from ..encoders.towers.find import tower_shape
 from ..errors import UnsupportedModelError
 from . import tiny
-from .base import ADAPTERS, Adapter, Layout
+from .base import ADAPTERS, Adapter, PromptLayout
 from .placeholders import images_by_count
 
 
@@ -53,7 +53,7 @@ class LlavaAdapter(Adapter):
 
         return isinstance(model, LlavaForConditionalGeneration)
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Each image takes as many placeholders as its grid has patches (and one for the class token if kept)."""
         config: Any = self.model.config
         return images_by_count(input_ids, config.image_token_id, self._image_tokens())

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.patches import PatchMap
 from ..core.tokens import ImageTokens
 from . import tiny
-from .base import ADAPTERS, Layout
+from .base import ADAPTERS, PromptLayout
 from .llava import LlavaAdapter
 from .placeholders import encoded_argument, images_in_order
 from .tiles import tiled_image, tiled_patches
@@ -39,7 +39,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
         return isinstance(model, LlavaNextForConditionalGeneration)
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Grids follow from the sizes of the images, which only the encoder method sees."""
         config: Any = self.model.config
         vision = config.vision_config

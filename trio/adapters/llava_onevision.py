@@ -12,7 +12,7 @@ from torch import nn
 from ..core.patches import PatchMap
 from ..core.tokens import NEWLINE, ImageTokens
 from . import tiny
-from .base import ADAPTERS, Layout
+from .base import ADAPTERS, PromptLayout
 from .llava import LlavaAdapter
 from .placeholders import encoded_argument, images_in_order
 from .tiles import tiled_image, tiled_patches
@@ -43,7 +43,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
 
         return isinstance(model, LlavaOnevisionForConditionalGeneration)
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Grids follow from the sizes of the images and the number of frames, which only the encoders see."""
         config: Any = self.model.config
         streams: dict[int, list[ImageTokens]] = {}

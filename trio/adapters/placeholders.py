@@ -11,10 +11,10 @@ import torch
 from ..core.backbone import FEATURE_COUNTS
 from ..core.tokens import ImageTokens
 from ..errors import InputError
-from .base import Layout
+from .base import PromptLayout
 
 
-def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> Layout:
+def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) -> PromptLayout:
     """Splits placeholders into images that all take the same number of tokens.
 
     Args:
@@ -36,12 +36,12 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
                 "pass whole images in one forward"
             )
         samples.append((image,) * count)
-    return Layout(visual, tuple(samples))
+    return PromptLayout(visual, tuple(samples))
 
 
 def images_in_order(
     input_ids: torch.Tensor, streams: Mapping[int, Sequence[ImageTokens]], modalities: Mapping[int, str] | None = None
-) -> Layout:
+) -> PromptLayout:
     """Hands images of known sizes out to the placeholders, in the order of the batch.
 
     Beam search repeats every sample, and its images with it, after they were encoded: where a stream fits the
@@ -86,7 +86,7 @@ def images_in_order(
                     "prompt may be cut, or images and samples are in different orders: pass whole images"
                 )
     rows = [sorted(row, key=_column) for row in found]
-    return Layout(
+    return PromptLayout(
         visual,
         tuple(tuple(image for _, image, _ in row) for row in rows),
         tuple(tuple(modality for _, _, modality in row) for row in rows),
@@ -97,7 +97,7 @@ def _column(entry: tuple[int, ImageTokens, str]) -> int:
     return entry[0]
 
 
-def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> Layout:
+def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> PromptLayout:
     """Takes every unbroken run of placeholders for one image, made of tiles with the same number of tokens.
 
     Args:
@@ -124,12 +124,12 @@ def runs_of_tiles(input_ids: torch.Tensor, token_id: int, tile: ImageTokens) -> 
             # How several tiles lie on the image is known to the processor only.
             images.append(tile if count == 1 else replace(ImageTokens.join([tile] * count), placed=False))
         samples.append(tuple(images))
-    return Layout(visual, tuple(samples))
+    return PromptLayout(visual, tuple(samples))
 
 
 def images_by_features(
     input_ids: torch.Tensor, placeholders: Mapping[str, int], encoded: Mapping[str, Mapping[str, Any]]
-) -> Layout:
+) -> PromptLayout:
     """Hands out images that have as many tokens as the encoder gave each of them; their grids are a single row.
 
     Args:

@@ -15,7 +15,7 @@ from ..core.tokens import ImageTokens
 from ..encoders.towers.find import tower_shape
 from ..errors import UnsupportedModelError
 from . import tiny
-from .base import ADAPTERS, Adapter, Layout, Positions
+from .base import ADAPTERS, Adapter, Positions, PromptLayout
 from .placeholders import encoded_argument, images_in_order
 
 
@@ -57,7 +57,7 @@ class QwenVLAdapter(Adapter):
 
         return isinstance(model, (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration))
 
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Grids come with the pixels: time, height and width in patches, which only the encoders see."""
         config: Any = self.model.config
         streams = {

@@ -9,7 +9,7 @@ import typer
 from .common import Device, DType, DTypeName, Json, ModelArgument
 
 if TYPE_CHECKING:
-    from ..testing import Results
+    from ..testing import CheckResults
 
 
 def check(
@@ -50,7 +50,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _print(model: str, results: Results) -> None:
+def _print(model: str, results: CheckResults) -> None:
     import textwrap
 
     from rich.table import Table

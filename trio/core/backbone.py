@@ -37,7 +37,7 @@ class TinyModel:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptLayout:
     """Where the visual tokens of a call stand.
 
     Attributes:
@@ -113,7 +113,7 @@ class Backbone(ABC):
         """Whether a call brings images."""
 
     @abstractmethod
-    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> Layout:
+    def layout(self, input_ids: torch.Tensor, encoded: Mapping[str, Mapping[str, Any]]) -> PromptLayout:
         """Where visual tokens stand."""
 
     @abstractmethod

@@ -13,13 +13,13 @@ __all__ = ["read_plain", "replace_file", "sync_folder"]
 
 
 def read_plain(
-    file: Path, place: str, remedy: str, *, most: int | None = None, error: type[TrioError] = InputError
+    file: Path, label: str, remedy: str, *, most: int | None = None, error: type[TrioError] = InputError
 ) -> bytes:
     """The bytes of a plain file; a pipe, a device or a folder is never opened.
 
     Args:
         file: what to read.
-        place: what the message calls it.
+        label: what the message calls it.
         remedy: how the message ends.
         most: bytes that it may have; None: any number.
         error: what is raised.
@@ -30,13 +30,13 @@ def read_plain(
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             what = "a folder" if file.is_dir() else "a pipe, a socket or a device"
-            raise error(f"{place}: cannot be read ({what}, not a plain file); {remedy}")
+            raise error(f"{label}: cannot be read ({what}, not a plain file); {remedy}")
         with file.open("rb") as opened:
             data = opened.read(-1 if most is None else most + 1)
     except (OSError, ValueError) as problem:  # ValueError: a path with a zero byte
-        raise error(f"{place}: cannot be read ({getattr(problem, 'strerror', None) or problem}); {remedy}") from problem
+        raise error(f"{label}: cannot be read ({getattr(problem, 'strerror', None) or problem}); {remedy}") from problem
     if most is not None and len(data) > most:
-        raise error(f"{place}: larger than {most} bytes; {remedy}")
+        raise error(f"{label}: larger than {most} bytes; {remedy}")
     return data
 
 

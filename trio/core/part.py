@@ -128,14 +128,14 @@ def explain(label: str, cls: type[Any], error: ValidationError) -> str:
     known = {name: type_name(info.annotation) for name, info in getattr(cls, "model_fields", {}).items()}
     sentences = []
     for problem in error.errors():
-        place = ".".join(str(step) for step in problem["loc"])
+        parameter_path = ".".join(str(step) for step in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            sentences.append(f"unknown parameter {place!r}. {did_you_mean(place, known)}".strip())
+            sentences.append(f"unknown parameter {parameter_path!r}. {did_you_mean(parameter_path, known)}".strip())
         elif problem["type"] == "missing":
-            sentences.append(f"the parameter {place!r} is missing; give it.")
+            sentences.append(f"the parameter {parameter_path!r} is missing; give it.")
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            sentences.append(f"{place + ': ' if place else ''}found {problem['input']!r}; {text}.")
+            sentences.append(f"{parameter_path + ': ' if parameter_path else ''}found {problem['input']!r}; {text}.")
     allowed = ", ".join(f"{name} ({kind})" for name, kind in known.items()) or "none: it has no parameters"
     return f"{label}: {' '.join(sentences)} Allowed parameters: {allowed}."
 

@@ -28,13 +28,13 @@ class Document(Record):
         """Reads `to_json`'s text back.
 
         Raises:
-            InputError: the text is no such record; the message has the first place that is wrong.
+            InputError: the text is no such record; the message has the first field that is wrong.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first, count = error.errors(include_url=False)[0], error.error_count()
-            place = ".".join(map(str, first["loc"]))
+            field_path = ".".join(map(str, first["loc"]))
             more = f" and {count - 1} more" if count > 1 else ""
-            where = f"{cls.__name__}, {visible(place)}" if place else cls.__name__
+            where = f"{cls.__name__}, {visible(field_path)}" if field_path else cls.__name__
             raise InputError(f"{where}: {first['msg']}{more}; give what `to_json` of this version wrote.") from error

@@ -18,7 +18,7 @@ from ..report import CompressionReport, SampleReport
 from ..scorers.base import SCORERS
 from ..selectors.base import SELECTORS
 from ..spec import PipelineSpec, load_spec
-from ..spec.schedule import Schedule, resolve
+from ..spec.schedule import ResolvedSchedule, resolve
 from . import flops
 from .encoder import reading_flops, rows_by_layer
 from .flops import Attention
@@ -255,7 +255,7 @@ def _of_sample(sample: SampleReport, tokens: Sequence[int], spec: PipelineSpec) 
     return _Sample(tuple(image.tokens for image in sample.images), tokens[0] - first, entered, stages)
 
 
-def _walk(schedule: Schedule, images: tuple[int, ...], text: int, compressed: Sequence[int] | None) -> _Sample:
+def _walk(schedule: ResolvedSchedule, images: tuple[int, ...], text: int, compressed: Sequence[int] | None) -> _Sample:
     """What the schedule does to one sample; a count for the whole sample is shared in proportion between its images."""
     current = list(images)
     if schedule.compressor is not None and schedule.compressor_group() == "sample":

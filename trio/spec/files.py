@@ -75,12 +75,12 @@ def _check_root(root: yaml.Node | None, origin: str) -> None:
         )
     version = next((value for key, value in root.value if key.value == "version"), None)
     if version is None:
-        raise SpecError(f"{origin}, line 1, version: missing; add `version: 1`.", place="version", line=1)
+        raise SpecError(f"{origin}, line 1, version: missing; add `version: 1`.", spec_path="version", line=1)
     if version.value != "1":
         line = version.start_mark.line + 1
         raise SpecError(
             f"{origin}, line {line}, version: found another one than 1; a spec of this format says `version: 1`.",
-            place="version",
+            spec_path="version",
             line=line,
         )
 
@@ -101,14 +101,14 @@ def _yaml_error(error: Exception, origin: str, text: str) -> SpecError:
 
 def _map_lines(
     node: yaml.Node,
-    place: tuple[str | int, ...],
+    spec_path: tuple[str | int, ...],
     lines: dict[tuple[str | int, ...], int],
     origin: str,
     above: tuple[int, ...],
 ) -> None:
     """Fill in the 1-based line of every key and item; refuse duplicate keys and aliases into themselves."""
     here = node.start_mark.line + 1
-    lines.setdefault(place, here)
+    lines.setdefault(spec_path, here)
     if id(node) in above:
         raise SpecError(f"{origin}, line {here}: an alias refers to itself; write the values out.", line=here)
     if len(above) > MAX_DEPTH or len(lines) > MAX_VALUES:  # aliases multiply what the reader counted once
@@ -122,13 +122,13 @@ def _map_lines(
             name = str(key.value)
             if name in seen:
                 raise SpecError(
-                    f"{origin}, line {line}, {path((*place, name))}: the key is there twice; remove one.",
-                    place=path((*place, name)),
+                    f"{origin}, line {line}, {path((*spec_path, name))}: the key is there twice; remove one.",
+                    spec_path=path((*spec_path, name)),
                     line=line,
                 )
             seen.add(name)
-            lines[(*place, name)] = line
-            _map_lines(value, (*place, name), lines, origin, (*above, id(node)))
+            lines[(*spec_path, name)] = line
+            _map_lines(value, (*spec_path, name), lines, origin, (*above, id(node)))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _map_lines(item, (*place, index), lines, origin, (*above, id(node)))
+            _map_lines(item, (*spec_path, index), lines, origin, (*above, id(node)))

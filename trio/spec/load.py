@@ -30,7 +30,7 @@ def load_spec(source: str | Path | Mapping[str, Any] | PipelineSpec, *, check_pa
 
     Raises:
         UnknownNameError: no shipped spec and no part has the name.
-        SpecError: the file cannot be read or the spec is wrong; the message names the place and the line.
+        SpecError: the file cannot be read or the spec is wrong; the message names the spec path and the line.
         InputError: `source` is nothing that a spec can be read from.
     """
     origin = ""
@@ -55,9 +55,9 @@ def load_spec(source: str | Path | Mapping[str, Any] | PipelineSpec, *, check_pa
         try:
             spec.check_parts()
         except TrioError as error:
-            place = str(error).partition(":")[0]
+            spec_path = str(error).partition(":")[0]
             inner = error.__cause__ if isinstance(error.__cause__, TrioError) else error
-            raise at(inner, place, line_of(steps(place), lines), origin) from error
+            raise at(inner, spec_path, line_of(steps(spec_path), lines), origin) from error
     return spec
 
 

@@ -1,4 +1,4 @@
-"""The messages of spec errors: places such as `stages[1].keep`, and pydantic's problems as sentences."""
+"""The messages of spec errors: paths such as `stages[1].keep`, and pydantic's problems as sentences."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Lines = Mapping[tuple[str | int, ...], int]
 
 
 class Wrong(ValueError):
-    """A problem found by our own validators: a complete sentence, and optionally the place below the model."""
+    """A problem found by our own validators: a complete sentence, and optionally the path below the model."""
 
-    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
+    def __init__(self, message: str, spec_path: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
-        self.place = place
+        self.spec_path = spec_path
 
 
-def path(place: Sequence[str | int]) -> str:
-    """A place as text: ("stages", 1, "keep") -> "stages[1].keep"."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+def path(spec_path: Sequence[str | int]) -> str:
+    """A path as text: ("stages", 1, "keep") -> "stages[1].keep"."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in spec_path)
     return text.removeprefix(".")
 
 
@@ -39,27 +39,27 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _place(problem: Any, root: type[BaseModel]) -> tuple[tuple[str | int, ...], str]:
+def _problem_at(problem: Any, root: type[BaseModel]) -> tuple[tuple[str | int, ...], str]:
     """Where a pydantic problem is, and what it says."""
-    place: tuple[str | int, ...] = tuple(problem["loc"])
+    spec_path: tuple[str | int, ...] = tuple(problem["loc"])
     error = problem.get("ctx", {}).get("error")
     if isinstance(error, Wrong):
-        return place + error.place, str(error)
-    model, field = _field(root, place)
+        return spec_path + error.spec_path, str(error)
+    model, field = _field(root, spec_path)
     if problem["type"] == "extra_forbidden":
         known = list(model.model_fields)
-        key = str(place[-1])
-        return place, f"unknown key {key!r}. {did_you_mean(key, known)}Allowed: {', '.join(known)}."
+        key = str(spec_path[-1])
+        return spec_path, f"unknown key {key!r}. {did_you_mean(key, known)}Allowed: {', '.join(known)}."
     help_ = f" Allowed: {field}." if field else ""
     if problem["type"] == "missing":
-        return place, f"missing; add it.{help_}"
-    return place, f"found {short(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}.{help_}"
+        return spec_path, f"missing; add it.{help_}"
+    return spec_path, f"found {short(problem['input'])}; {problem['msg'][0].lower()}{problem['msg'][1:]}.{help_}"
 
 
-def _field(root: type[BaseModel], place: Sequence[str | int]) -> tuple[type[BaseModel], str]:
-    """The model that holds the last step of a place, and that field's description."""
+def _field(root: type[BaseModel], spec_path: Sequence[str | int]) -> tuple[type[BaseModel], str]:
+    """The model that holds the last step of a path, and that field's description."""
     model = root
-    names = [step for step in place if isinstance(step, str)]
+    names = [step for step in spec_path if isinstance(step, str)]
     for name in names[:-1]:
         info = model.model_fields.get(name)
         inner = [] if info is None else [info.annotation, *get_args(info.annotation)]
@@ -74,41 +74,41 @@ def translate(
     origin: str = "",
     lines: Mapping[tuple[str | int, ...], int] | None = None,
 ) -> SpecError:
-    """Pydantic's problems with `root` as one `SpecError`, a sentence each, with file, line and place."""
+    """Pydantic's problems with `root` as one `SpecError`, a sentence each, with file, line and spec path."""
     sentences: list[str] = []
     first: tuple[str, int | None] | None = None
     # A misspelt key is also a missing one: say the misspelling first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     for problem in problems[:MAX_PROBLEMS]:
-        place, text = _place(problem, root)
-        line = line_of(place, lines)
-        where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(place)) if part)
+        spec_path, text = _problem_at(problem, root)
+        line = line_of(spec_path, lines)
+        where = ", ".join(part for part in (origin, f"line {line}" if line else "", path(spec_path)) if part)
         sentences.append(f"{where}: {text}" if where else text)
-        first = first or (path(place), line)
+        first = first or (path(spec_path), line)
     if len(problems) > MAX_PROBLEMS:
         sentences.append(f"And {len(problems) - MAX_PROBLEMS} more.")
-    place_text, line = first or ("", None)
-    return SpecError(" ".join(sentences), place=place_text, line=line)
+    first_path, line = first or ("", None)
+    return SpecError(" ".join(sentences), spec_path=first_path, line=line)
 
 
-def line_of(place: Sequence[str | int], lines: Lines | None) -> int | None:
-    """The line of a place, or of the nearest place around it that has one."""
+def line_of(spec_path: Sequence[str | int], lines: Lines | None) -> int | None:
+    """The line of a spec path, or of the nearest one around it that has a line."""
     if lines is None:
         return None
-    for size in range(len(place), 0, -1):
-        found = lines.get(tuple(place[:size]))
+    for size in range(len(spec_path), 0, -1):
+        found = lines.get(tuple(spec_path[:size]))
         if found is not None:
             return found
     return lines.get(())
 
 
-def at(error: TrioError, place: str, line: int | None = None, origin: str = "") -> TrioError:
-    """The same error with its place (and line and file) in front."""
-    where = ", ".join(part for part in (origin, f"line {line}" if line else "", place) if part)
+def at(error: TrioError, spec_path: str, line: int | None = None, origin: str = "") -> TrioError:
+    """The same error with its spec path (and line and file) in front."""
+    where = ", ".join(part for part in (origin, f"line {line}" if line else "", spec_path) if part)
     message = f"{where}: {error}" if where else str(error)
-    return SpecError(message, place=place, line=line) if isinstance(error, SpecError) else type(error)(message)
+    return SpecError(message, spec_path=spec_path, line=line) if isinstance(error, SpecError) else type(error)(message)
 
 
-def steps(place: str) -> tuple[str | int, ...]:
+def steps(spec_path: str) -> tuple[str | int, ...]:
     """The inverse of `path`: "stages[1].keep" -> ("stages", 1, "keep")."""
-    return tuple(int(step) if step.isdigit() else step for step in re.findall(r"\w+", place))
+    return tuple(int(step) if step.isdigit() else step for step in re.findall(r"\w+", spec_path))

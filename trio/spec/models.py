@@ -447,7 +447,7 @@ class PipelineSpec(_Model):
         return self
 
     def reductions(self) -> Iterator[tuple[str, CompressorSpec | StageSpec]]:
-        """The compressor, where there is one, and the stages, each with its place in the spec."""
+        """The compressor, where there is one, and the stages, each with its path in the spec."""
         if self.compressor is not None:
             yield "compressor", self.compressor
         for index, stage in enumerate(self.stages):
@@ -462,11 +462,11 @@ class PipelineSpec(_Model):
             SpecError: a parameter is unknown, missing or wrong.
         """
 
-        def made(place: str, kind: str, part: PartSpec) -> None:
+        def made(spec_path: str, kind: str, part: PartSpec) -> None:
             try:
                 registry_of(kind).build(part)
             except TrioError as error:
-                raise at(error, place) from error
+                raise at(error, spec_path) from error
 
         if self.compressor is not None:
             made("compressor", "compressor", self.compressor)
@@ -528,15 +528,15 @@ class PipelineSpec(_Model):
         return json_schema(cls, parts=parts)
 
 
-def _named(obj: Any, kind: str, place: str) -> dict[str, Any]:
+def _named(obj: Any, kind: str, spec_path: str) -> dict[str, Any]:
     """An object as the mapping that makes an equal one by name."""
     cls = obj if isinstance(obj, type) else type(obj)
     name = registry_of(kind).name_of(cls)
     if name is None:
         raise SpecError(
-            f"{place}: {cls.__qualname__} is not registered and cannot be written by name; decorate it with "
+            f"{spec_path}: {cls.__qualname__} is not registered and cannot be written by name; decorate it with "
             f'@trio.{kind.upper()}S.register("...") first.',
-            place=place,
+            spec_path=spec_path,
         )
     params = {} if isinstance(obj, type) else obj.model_dump(exclude_defaults=True)
     return {"name": name, **params}

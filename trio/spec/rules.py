@@ -78,7 +78,7 @@ def check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> 
         (("compressor",), compressor.keep if compressor else None)
     ]
     listed += [(("stages", index), stage.keep) for index, stage in enumerate(stages)]
-    for place, keep in listed:
+    for spec_path, keep in listed:
         if keep is None or keep.auto or keep.of == "current":
             continue
         value = keep.count if keep.count is not None else cast("Fraction", keep.fraction)
@@ -89,9 +89,9 @@ def check_growth(compressor: CompressorSpec | None, stages: list[StageSpec]) -> 
                 f"found {keep.model_dump()!r}, more than {before[0]} leaves; counts cannot grow. Keep fewer here "
                 "or "
                 "more there.",
-                (*place, "keep"),
+                (*spec_path, "keep"),
             )
-        seen[key] = (path(place) if place[0] == "stages" else "the compressor", value)
+        seen[key] = (path(spec_path) if spec_path[0] == "stages" else "the compressor", value)
 
 
 def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:
@@ -101,42 +101,43 @@ def check_budget(budget: Budget | None, compressor: CompressorSpec | None, stage
     ]
     if compressor is not None:
         keeps.insert(0, (("compressor", "keep"), compressor.keep))
-    for place, keep in keeps:
+    for spec_path, keep in keeps:
         if keep is None or not keep.auto:
             continue
         if budget is None:
             raise Wrong(
                 "found auto without a budget; add for example `budget: {average: 64}`, or write a count or a share.",
-                place,
+                spec_path,
             )
         if compressor is not None and compressor.keep is None:
             raise Wrong(
                 "found auto, but the compressor decides its own count, so nothing can be solved; give compressor.keep.",
-                place,
+                spec_path,
             )
         beside = next((other.per for _, other in keeps if other is not None and other.per != "image"), None)
         if beside is not None:
             raise Wrong(
-                f"found auto beside `per: {beside}`; auto is solved for each image. Write a count or a share.", place
+                f"found auto beside `per: {beside}`; auto is solved for each image. Write a count or a share.",
+                spec_path,
             )
     if budget is None:
         return
     if not stages and compressor is not None and compressor.keep is None:
         raise Wrong("the only reduction decides its own count, so the budget means nothing; remove it.", ("budget",))
     average = budget.average
-    for place, keep in keeps:
+    for spec_path, keep in keeps:
         if keep is None or keep.auto or keep.per != "image" or keep.of == "current":
             continue
         value = keep.fraction if budget.fraction is not None else keep.count
         limit = budget.fraction if budget.fraction is not None else average
         tolerance = Fraction(1, 1000) if budget.fraction is not None else 0.5
-        last, first = place == keeps[-1][0], place[0] == "compressor"
+        last, first = spec_path == keeps[-1][0], spec_path[0] == "compressor"
         if value is None:
             continue
         low, high = value > limit + tolerance, value < limit - tolerance  # type: ignore[operator]  # both share or both count
         if (last and low) or (first and high):
             raise Wrong(
-                f"an average of {average!r} contradicts {path(place)}: {keep.model_dump()!r}, which leaves "
+                f"an average of {average!r} contradicts {path(spec_path)}: {keep.model_dump()!r}, which leaves "
                 f"{'more' if low else 'fewer'} in every layer; change one of them.",
                 ("budget", "average"),
             )

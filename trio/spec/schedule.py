@@ -22,7 +22,7 @@ from ..errors import BudgetError, InputError, SpecError
 from . import Group, Keep, PipelineSpec
 from .rules import parse_share
 
-__all__ = ["Schedule", "resolve"]
+__all__ = ["ResolvedSchedule", "resolve"]
 
 MAX_ERROR = Fraction(1, 2)  # tokens by which a solved average may miss its target
 SHARE_ERROR = Fraction(2, 1000)  # by which the average of written shares may miss a stated one: 1.2 tokens of 576
@@ -33,13 +33,13 @@ class Reduction:
     """One place where tokens go: the compressor (before layer 0) or a stage.
 
     Attributes:
-        place: where it stands in the spec, for messages.
+        spec_path: where it stands in the spec, for messages.
         layer: decoder layers already run when it acts.
         keep: how many tokens it keeps; None for a compressor that decides its own count.
         strict: whether fewer tokens than the count are an error.
     """
 
-    place: str
+    spec_path: str
     layer: int
     keep: KeepRule | None
     strict: bool
@@ -61,7 +61,7 @@ class KeepRule:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ResolvedSchedule:
     """A spec resolved for a depth.
 
     Attributes:
@@ -105,7 +105,7 @@ class Schedule:
             BudgetError: fewer tokens reach the stage than it is to keep, and the spec says `if_fewer: error`; or a
                 budget cannot be met for `started` tokens.
         """
-        return self._kept(self.stages[stage], self._solved(started).get(self.stages[stage].place), started, current)
+        return self._kept(self.stages[stage], self._solved(started).get(self.stages[stage].spec_path), started, current)
 
     def compressed_count(self, started: int) -> int | None:
         """Tokens that the compressor leaves of `started`; None where it decides its own count; `started` without one.
@@ -117,7 +117,7 @@ class Schedule:
             return started
         if self.compressor.keep is None:
             return None
-        return self._kept(self.compressor, self._solved(started).get(self.compressor.place), started, started)
+        return self._kept(self.compressor, self._solved(started).get(self.compressor.spec_path), started, started)
 
     def stage_counts(self, started: int, *, compressed: int | None = None) -> tuple[int, ...]:
         """Tokens that each stage leaves of one image that starts with `started`.
@@ -204,7 +204,7 @@ class Schedule:
             return 0
         if wanted > current and rule.strict:
             raise BudgetError(
-                f"{rule.place}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the "
+                f"{rule.spec_path}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the "
                 "spec says "
                 "if_fewer: error. Use a larger image, a lower count, or if_fewer: keep-all."
             )
@@ -231,13 +231,13 @@ def _say(target: int | float | Fraction) -> str:
 # The solver ----------------------------------------------------------------------------------------------------------
 
 
-def _weights(schedule: Schedule) -> list[int]:
+def _weights(schedule: ResolvedSchedule) -> list[int]:
     """Layers that run after each reduction and before the next one; the first entry is for what comes before all."""
     edges = [0, *(rule.layer for rule in schedule._all()), schedule.num_layers]
     return [after - before for before, after in pairwise(edges)]
 
 
-def _real_total(schedule: Schedule, started: Fraction, fraction: Fraction | float) -> float:
+def _real_total(schedule: ResolvedSchedule, started: Fraction, fraction: Fraction | float) -> float:
     """Token-layers of one image where every auto reduction keeps `fraction`, without rounding."""
     current: float = float(started)
     weights = _weights(schedule)
@@ -256,7 +256,7 @@ def _real_total(schedule: Schedule, started: Fraction, fraction: Fraction | floa
     return total
 
 
-def _whole(schedule: Schedule, started: int, chosen: list[int | None]) -> tuple[list[int], int]:
+def _whole(schedule: ResolvedSchedule, started: int, chosen: list[int | None]) -> tuple[list[int], int]:
     """Counts after each reduction, and token-layers, for whole numbers; `chosen` holds the auto counts."""
     current, weights = started, _weights(schedule)
     total, counts = weights[0] * started, []
@@ -269,8 +269,8 @@ def _whole(schedule: Schedule, started: int, chosen: list[int | None]) -> tuple[
 
 
 @lru_cache(maxsize=4096)
-def _solve(schedule: Schedule, started: int) -> dict[str, int]:
-    """The counts of the auto reductions for an image of `started` tokens, by place; callers must not change it."""
+def _solve(schedule: ResolvedSchedule, started: int) -> dict[str, int]:
+    """The counts of the auto reductions for an image of `started` tokens, by spec path; callers must not change it."""
     assert schedule.target is not None  # auto without a budget is refused in the spec
     layers = schedule.num_layers
     average = schedule.target * started if isinstance(schedule.target, Fraction) else Fraction(schedule.target)
@@ -299,10 +299,10 @@ def _solve(schedule: Schedule, started: int) -> dict[str, int]:
             share = float(keep.share or 0) * (current if keep.of_current else started)
             current = min(current, float(keep.count) if keep.count is not None else share)
     chosen = _polish(schedule, started, chosen, goal)
-    return {rule.place: count for rule, count in zip(rules, chosen, strict=True) if count is not None}
+    return {rule.spec_path: count for rule, count in zip(rules, chosen, strict=True) if count is not None}
 
 
-def _polish(schedule: Schedule, started: int, chosen: list[int | None], goal: Fraction) -> list[int | None]:
+def _polish(schedule: ResolvedSchedule, started: int, chosen: list[int | None], goal: Fraction) -> list[int | None]:
     """Move single auto counts by one while that brings the average nearer and it is more than half a token off."""
     best = list(chosen)
     error = abs(_whole(schedule, started, best)[1] - goal)
@@ -321,7 +321,7 @@ def _polish(schedule: Schedule, started: int, chosen: list[int | None], goal: Fr
     return best
 
 
-def _unreachable(schedule: Schedule, started: int, least: float, most: float) -> BudgetError:
+def _unreachable(schedule: ResolvedSchedule, started: int, least: float, most: float) -> BudgetError:
     assert schedule.target is not None  # only called for a stated budget
     return BudgetError(
         f"budget.average: {_say(schedule.target)} cannot be met for an image of {started} tokens on "
@@ -334,7 +334,7 @@ def _unreachable(schedule: Schedule, started: int, least: float, most: float) ->
 # From a spec ---------------------------------------------------------------------------------------------------------
 
 
-def resolve(spec: PipelineSpec, num_layers: int) -> Schedule:
+def resolve(spec: PipelineSpec, num_layers: int) -> ResolvedSchedule:
     """Resolve a spec for a language model of `num_layers` decoder layers.
 
     Raises:
@@ -345,17 +345,17 @@ def resolve(spec: PipelineSpec, num_layers: int) -> Schedule:
         raise InputError(f"num_layers: found {num_layers}; a language model has at least one decoder layer.")
     stages: list[Reduction] = []
     for index, stage in enumerate(spec.stages):
-        place = f"stages[{index}]"
-        layer = _layer(stage.after_layer, num_layers, place)
+        spec_path = f"stages[{index}]"
+        layer = _layer(stage.after_layer, num_layers, spec_path)
         if stages and layer <= stages[-1].layer:
             meet = "two stages cannot act at one layer" if layer == stages[-1].layer else "the stages are out of order"
             raise SpecError(
-                f"{place}.after_layer: {stage.after_layer!r} is layer {layer} of {num_layers}, and {stages[-1].place} "
-                f"({spec.stages[index - 1].after_layer!r}) is layer {stages[-1].layer}; {meet}. Move one of them, or "
-                "leave one out for a model of this depth.",
-                place=f"{place}.after_layer",
+                f"{spec_path}.after_layer: {stage.after_layer!r} is layer {layer} of {num_layers}, and "
+                f"{stages[-1].spec_path} ({spec.stages[index - 1].after_layer!r}) is layer {stages[-1].layer}; "
+                f"{meet}. Move one of them, or leave one out for a model of this depth.",
+                spec_path=f"{spec_path}.after_layer",
             )
-        stages.append(Reduction(place, layer, _rule(stage.keep), stage.if_fewer == "error"))
+        stages.append(Reduction(spec_path, layer, _rule(stage.keep), stage.if_fewer == "error"))
     compressor = None
     if spec.compressor is not None:
         keep = _rule(spec.compressor.keep) if spec.compressor.keep is not None else None
@@ -364,21 +364,20 @@ def resolve(spec: PipelineSpec, num_layers: int) -> Schedule:
     if spec.budget is not None and target is None:
         average = spec.budget.average
         assert not isinstance(average, str)  # a share has a fraction
-        schedule = Schedule(num_layers, tuple(s.layer for s in stages), compressor, tuple(stages), average)
+        schedule = ResolvedSchedule(num_layers, tuple(s.layer for s in stages), compressor, tuple(stages), average)
     else:
-        schedule = Schedule(num_layers, tuple(s.layer for s in stages), compressor, tuple(stages), target)
+        schedule = ResolvedSchedule(num_layers, tuple(s.layer for s in stages), compressor, tuple(stages), target)
     _check_any_size(schedule)
     return schedule
 
 
-def _layer(after: int | str, num_layers: int, place: str) -> int:
+def _layer(after: int | str, num_layers: int, spec_path: str) -> int:
     layer = after if isinstance(after, int) else int(parse_share(after) * num_layers)
     if layer >= num_layers:
         raise SpecError(
-            f"{place}.after_layer: found {after!r}, but the model has {num_layers} decoder layers, so nothing would "
-            "run "
-            f'after it; allowed are 0 to {num_layers - 1}, or a share of the depth such as "50%".',
-            place=f"{place}.after_layer",
+            f"{spec_path}.after_layer: found {after!r}, but the model has {num_layers} decoder layers, so nothing "
+            f'would run after it; allowed are 0 to {num_layers - 1}, or a share of the depth such as "50%".',
+            spec_path=f"{spec_path}.after_layer",
         )
     return layer
 
@@ -387,7 +386,7 @@ def _rule(keep: Keep) -> KeepRule:
     return KeepRule(keep.count, keep.fraction, keep.of == "current", keep.per)
 
 
-def _check_any_size(schedule: Schedule) -> None:
+def _check_any_size(schedule: ResolvedSchedule) -> None:
     """Refuse what is wrong for every image: shares of shares, and counts behind a fixed number of tokens."""
     rules = schedule._all()
     if schedule.target is None or any(r.keep is None or r.keep.per != "image" for r in rules):
@@ -409,7 +408,7 @@ def _check_any_size(schedule: Schedule) -> None:
             )
 
 
-def _check_range(schedule: Schedule, started: int, wanted: float, slack: float) -> None:
+def _check_range(schedule: ResolvedSchedule, started: int, wanted: float, slack: float) -> None:
     least, most = (_real_total(schedule, Fraction(started), f) / schedule.num_layers for f in (0.0, 1.0))
     if least - slack <= wanted <= most + slack:
         return

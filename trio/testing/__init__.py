@@ -9,7 +9,7 @@ from .adapters import check_adapter
 from .compressors import check_compressor
 from .inputs import ProcessorInputs
 from .promises import PROMISES
-from .results import Check, Results
+from .results import Check, CheckResults
 from .scorers import check_scorer
 from .selectors import check_selector
 from .tiny import TokenInputs, tiny_llava
@@ -18,10 +18,10 @@ from .towers import check_tower
 __all__ = [
     "PROMISES",
     "Check",
+    "CheckResults",
     "InputsFactory",
     "ProcessorInputs",
     "Prompt",
-    "Results",
     "TokenInputs",
     "check_adapter",
     "check_compressor",

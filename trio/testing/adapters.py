@@ -17,7 +17,7 @@ from ..spec import CompressorSpec
 from .bench import AT_INPUT, TWO_STAGES, Bench, Setting
 from .inputs import as_factory
 from .promises import PROMISES
-from .results import Check, Results, run_cases
+from .results import Check, CheckResults, run_cases
 
 #: Largest difference of logits, relative to the largest logit.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -35,7 +35,7 @@ def check_adapter(
     adapter: Adapter | None = None,
     raise_on_failure: bool = True,
     on_check: Callable[[Check], None] | None = None,
-) -> Results:
+) -> CheckResults:
     """Checks the promises of the runtime on a model, and so the adapter that serves it.
 
     The model is run a few hundred times on prompts of a few words with up to two images. It is as before afterwards.
@@ -86,7 +86,7 @@ def check_adapter(
             checks.append(check)
             if on_check is not None:
                 on_check(check)
-    results = Results(f"{type(found.model).__name__} ({type(found).__name__})", tuple(checks))
+    results = CheckResults(f"{type(found.model).__name__} ({type(found).__name__})", tuple(checks))
     return results.raise_if_failed() if raise_on_failure else results
 
 

@@ -11,10 +11,10 @@ import torch
 
 from ..core.tokens import CLS, KINDS, MERGED, PATCH, ImageTokens, Signal, VisualTokens
 from ..encoders.compressors.base import COMPRESSORS, Compressor
-from .results import Case, Results, require, run_cases
+from .results import Case, CheckResults, require, run_cases
 
 
-def check_compressor(compressor: Compressor | type[Compressor] | str, *, raise_on_failure: bool = True) -> Results:
+def check_compressor(compressor: Compressor | type[Compressor] | str, *, raise_on_failure: bool = True) -> CheckResults:
     """Checks a compressor: counts, order, the record of what went where, determinism, precision, two in a row.
 
     It gets random features and the signals that it declares, on square, ragged and one-row grids and on a tile.
@@ -30,7 +30,7 @@ def check_compressor(compressor: Compressor | type[Compressor] | str, *, raise_o
         AssertionError: a check does not hold.
     """
     part: Compressor = COMPRESSORS.build(compressor)
-    results = Results(f"compressor {part!r}", tuple(run_cases("compressor", _Suite(part).cases())))
+    results = CheckResults(f"compressor {part!r}", tuple(run_cases("compressor", _Suite(part).cases())))
     return results.raise_if_failed() if raise_on_failure else results
 
 

@@ -33,7 +33,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Results:
+class CheckResults:
     """The checks of a suite, in order.
 
     Attributes:
@@ -54,7 +54,7 @@ class Results:
         """The checks that did not pass."""
         return tuple(check for check in self.checks if not check.passed)
 
-    def raise_if_failed(self) -> Results:
+    def raise_if_failed(self) -> CheckResults:
         """The results themselves.
 
         Raises:

@@ -17,7 +17,7 @@ from ..scorers.base import SCORERS, Scorer
 from ..spec import StageSpec
 from .bench import END, ONE, RAGGED, TWO
 from .inputs import as_factory
-from .results import Case, Results, require, run_cases
+from .results import Case, CheckResults, require, run_cases
 from .tiny import TokenInputs, tiny_llava
 
 #: Largest difference of a sample's saliencies alone and in a batch, relative to its largest one.
@@ -30,7 +30,7 @@ def check_scorer(
     model: Any = None,
     inputs: InputsFactory | Any = None,
     raise_on_failure: bool = True,
-) -> Results:
+) -> CheckResults:
     """Checks a scorer: shapes, padding, determinism, batches, and that it leaves alone what it only reads.
 
     Args:
@@ -48,7 +48,7 @@ def check_scorer(
     part: Scorer = SCORERS.build(scorer)
     factory = TokenInputs() if inputs is None else as_factory(inputs)
     suite = _Suite(part, tiny_llava() if model is None else model, factory, own_model=model is None)
-    results = Results(f"scorer {part!r}", tuple(run_cases("scorer", suite.cases())))
+    results = CheckResults(f"scorer {part!r}", tuple(run_cases("scorer", suite.cases())))
     return results.raise_if_failed() if raise_on_failure else results
 
 

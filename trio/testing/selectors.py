@@ -12,10 +12,10 @@ import torch
 from ..core.context import SelectionContext, TokenOrigins
 from ..core.tokens import PATCH
 from ..selectors.base import SELECTORS, Selector
-from .results import Case, Results, require, run_cases
+from .results import Case, CheckResults, require, run_cases
 
 
-def check_selector(selector: Selector | type[Selector] | str, *, raise_on_failure: bool = True) -> Results:
+def check_selector(selector: Selector | type[Selector] | str, *, raise_on_failure: bool = True) -> CheckResults:
     """Checks a selector: counts, order, determinism, batches, and features of every degenerate kind.
 
     Args:
@@ -29,7 +29,7 @@ def check_selector(selector: Selector | type[Selector] | str, *, raise_on_failur
         AssertionError: a check does not hold.
     """
     part: Selector = SELECTORS.build(selector)
-    results = Results(f"selector {part!r}", tuple(run_cases("selector", _Suite(part).cases())))
+    results = CheckResults(f"selector {part!r}", tuple(run_cases("selector", _Suite(part).cases())))
     return results.raise_if_failed() if raise_on_failure else results
 
 

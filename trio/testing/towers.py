@@ -15,13 +15,13 @@ from ..encoders.towers import Heads, Layout, Tower, tower_for
 from ..encoders.towers.base import hidden_of
 from ..errors import UnsupportedModelError
 from .attention import WholeAttention
-from .results import Case, Results, require, run_cases
+from .results import Case, CheckResults, require, run_cases
 
 Images = torch.Tensor | Mapping[str, Any]
 TOLERANCE = 1e-5
 
 
-def check_tower(tower: nn.Module | Tower, images: Images, *, raise_on_failure: bool = True) -> Results:
+def check_tower(tower: nn.Module | Tower, images: Images, *, raise_on_failure: bool = True) -> CheckResults:
     """Checks a kind of tower on a module of it: signals, order, hooks, batches, merging.
 
     Args:
@@ -38,7 +38,7 @@ def check_tower(tower: nn.Module | Tower, images: Images, *, raise_on_failure: b
         UnsupportedModelError: no registered tower takes the module.
     """
     found = tower_for(tower)
-    results = Results(f"tower {type(found).__name__}", tuple(run_cases("tower", _Suite(found, images).cases())))
+    results = CheckResults(f"tower {type(found).__name__}", tuple(run_cases("tower", _Suite(found, images).cases())))
     return results.raise_if_failed() if raise_on_failure else results
 
 

@@ -18,10 +18,10 @@ from ...errors import InputError
 from ...scorers.base import Scorer
 from .task import LabelledSample
 
-__all__ = ["Oracle", "UniformGrid"]
+__all__ = ["Oracle", "UniformGridScorer"]
 
 
-class UniformGrid(Scorer):
+class UniformGridScorer(Scorer):
     """A floor that looks at nothing but places: tokens spread evenly over the image.
 
     Saliency falls with the rank in a farthest-point order of the grid, so that any k best ones are spread evenly. The

@@ -11,7 +11,7 @@ from ...errors import InputError, TrioError
 from ...pipeline import Pipeline
 from ...spec import CompressorSpec, Keep, PartSpec, PipelineSpec, StageSpec
 from ...spec.schedule import resolve
-from .floors import Oracle, UniformGrid
+from .floors import Oracle, UniformGridScorer
 
 __all__ = ["SEEDS", "ControlSchedule", "EvaluationRow", "none_name", "plan"]
 
@@ -223,7 +223,7 @@ def _controls(model: Any, schedule: ControlSchedule, maps: bool, smallest: float
         return EvaluationRow(name, f"{control}, {label}", control, label, spec, **more)
 
     rows = [_lower_resolution(model, schedule, smallest, row)]
-    rows.append(row("uniform", f"uniform, {label}", schedule.with_parts("uniform", UniformGrid())))
+    rows.append(row("uniform", f"uniform, {label}", schedule.with_parts("uniform", UniformGridScorer())))
     for seed in SEEDS:
         spec = schedule.with_parts("random", {"name": "random", "seed": seed})
         rows.append(row("random", f"random {seed}, {label}", spec))
