@@ -16,12 +16,24 @@ import trio
 from trio.adapters import tiny
 from trio.adapters.base import PromptLayout
 from trio.adapters.placeholders import images_by_count
+from trio.core.configs import model_shape
+from trio.core.shape import ModelShape
 from trio.core.tokens import ImageTokens
+from trio.encoders.towers import tower_shape
 
 
 @trio.ADAPTERS.register("vip-llava")
 class VipLlavaAdapter(trio.Adapter):
     """`VipLlavaForConditionalGeneration`: each image is one grid of patches, in raster order."""
+
+    model_types = frozenset({"vipllava"})
+
+    @classmethod
+    def cost_shape(cls, config: Any) -> ModelShape:
+        """Two matrices, on the features of several layers of the tower."""
+        tower, hidden = tower_shape(config.vision_config), config.text_config.hidden_size
+        features = tower.hidden * len(config.vision_feature_layers)
+        return model_shape(config, projector=((features, hidden), (hidden, hidden)), tower=tower)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:

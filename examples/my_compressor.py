@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import trio
+from trio.core.flops import reprojected_flops
+from trio.core.part import Categorical, Choice
+from trio.core.shape import ModelShape
 from trio.core.tokens import Signal, VisualTokens
 from trio.encoders.reading.merge import leaders_lead, merge, patches_only, ranking
 
@@ -31,6 +36,15 @@ class TopAndRest(trio.Compressor):
         leaders, rank = ranking(attention)[:k].sort()  # in raster order
         rest = rank.argmax()  # the last of the k gathers what is not among them
         return merge(tokens, leaders, leaders_lead(rest.expand(tokens.tokens), leaders))
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """See `Compressor.flops`; the one average passes the projector, and what is read is counted already."""
+        return reprojected_flops(shape, 1)
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """See `Compressor.search_space`."""
+        return {"layer": Categorical((-2, -1))}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 import trio
+from trio.core.part import Choice, FloatRange
 from trio.core.probe import rows_at_end
+from trio.core.shape import ModelShape
 
 
 @trio.SCORERS.register("contrast")
@@ -37,6 +40,15 @@ class Contrast(trio.Scorer):
         unlike = 1 - F.cosine_similarity(hidden, average[:, None], dim=-1)
         alike = F.cosine_similarity(hidden, prompt, dim=-1)
         return ctx.at_visual((1 - self.prompt_weight) * unlike + self.prompt_weight * alike)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """See `Scorer.flops`; cosines with one vector are sums, of which none is counted."""
+        return 0
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """See `Scorer.search_space`."""
+        return {"prompt_weight": FloatRange(0.0, 1.0)}
 
 
 def main() -> None:

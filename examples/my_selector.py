@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
@@ -12,6 +13,8 @@ from pydantic import Field
 
 import trio
 from trio.core.ops import first_k, ranking
+from trio.core.part import Choice, IntRange
+from trio.core.shape import ModelShape
 
 
 @trio.SELECTORS.register("cells")
@@ -34,6 +37,15 @@ class Cells(trio.Selector):
         cell = ((ctx.origins.image * self.cells + row) * self.cells + column).gather(1, order)
         turn = turn_in_cell(cell).masked_fill(~ctx.valid.gather(1, order), order.shape[1])
         return first_k(order.gather(1, turn.sort(dim=1, stable=True).indices), ctx.k)
+
+    def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
+        """See `Selector.flops`; sorting is not counted."""
+        return 0
+
+    @classmethod
+    def search_space(cls) -> Mapping[str, Choice]:
+        """See `Selector.search_space`."""
+        return {"cells": IntRange(2, 8)}
 
 
 def turn_in_cell(cell: torch.Tensor) -> torch.Tensor:

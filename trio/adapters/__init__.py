@@ -1,6 +1,5 @@
-"""Adapters: one family of models a file."""
+"""Adapters: one family of models a file, found by the registry `trio.ADAPTERS` at the first look-up."""
 
-from . import generic, internvl, llava, llava_next, llava_onevision, qwen_vl
 from .find import adapter_for, families
 
-__all__ = ["adapter_for", "families", "generic", "internvl", "llava", "llava_next", "llava_onevision", "qwen_vl"]
+__all__ = ["adapter_for", "families"]

@@ -80,7 +80,7 @@ class TokenOrigins:
 
     Attributes:
         row: float32 ``(G, N)``, the middle of the token as a share of the image's height, 0 at the top; nan where that
-            is not known (a class token, InternVL's tiles, models that only the generic adapter serves).
+            is not known (a class token, tiles whose arrangement is not told, models of the generic adapter alone).
         column: float32 ``(G, N)``, likewise as a share of the image's width, 0 at the left.
         image: int64 ``(G, N)``, the number of the image among those of the sample.
         frame: int64 ``(G, N)``, the frame of a video; of a tiled image 0 is the whole image and 1 the tiles.

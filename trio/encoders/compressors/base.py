@@ -19,7 +19,7 @@ class Compressor(Part, ABC):
     """
 
     #: Where features are taken and merged: as they leave the tower, or as they enter the language model. Families whose
-    #: projector mixes patches (Qwen, InternVL) have the second alone, and give it in both cases.
+    #: projector mixes patches have the second alone, and give it in both cases.
     space: ClassVar[Space] = "tower"
     #: True where the method decides the number itself; `compress` is then called with k = n.
     decides_count: ClassVar[bool] = False
