@@ -7,6 +7,7 @@ LOWEST := .venv-lowest
 PREVIOUS := .venv-previous
 LMMS := .venv-lmms
 ALIAS := .venv-alias
+ALONE := .venv-wheel
 DOCS := .venv-docs
 PYTEST_ARGS ?= -n auto --dist worksteal
 export HF_HUB_OFFLINE = 1
@@ -18,7 +19,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check lowest previous versions lmms-eval alias docs format clean
+.PHONY: demo test quick check lowest previous versions lmms-eval wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -55,6 +56,15 @@ versions: $(VENV)/.dev
 lmms-eval: $(LMMS)/.installed
 	$(LMMS)/bin/python -c 'import lmms_eval, transformers as t; assert t.__version__.startswith("5."), t.__version__'
 	$(LMMS)/bin/python -m pytest tests/integrations
+
+# The wheel, installed alone with what it names into a fresh environment, runs the demo.
+wheel: $(VENV)/.dev
+	rm -rf $(ALONE) dist/trio_vlm-*.whl
+	$(BIN)/python -m hatchling build -t wheel -d dist
+	test "$$(wc -c < dist/trio_vlm-*.whl)" -lt 7000000
+	$(BIN)/python -m venv $(ALONE)
+	$(ALONE)/bin/python -m pip install --quiet dist/trio_vlm-*.whl
+	cd $(ALONE) && bin/trio run --force
 
 # The same sources under the import name trio_vlm, in dist/, tested in an environment that has the async library trio.
 alias: $(ALIAS)/.installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -148,6 +149,9 @@ def test_one_version() -> None:
     assert f"version: {trio.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert "version" not in ZOO and trio_vlm_zoo.__version__ == trio.__version__
     assert PROJECT["optional-dependencies"]["zoo"] == [f"trio-vlm-zoo=={trio.__version__}"]
+    sections = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sections[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(trio.__version__)} - \d{{4}}-\d\d-\d\d", sections[1])
 
 
 def test_the_second_name_changes_nothing_but_names() -> None:
