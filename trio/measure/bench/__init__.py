@@ -1,0 +1,27 @@
+"""The benchmark behind `trio bench`: a model of true shape or the user's own, full beside compressed, by the clock."""
+
+from .architectures import ARCHITECTURES, Architecture, architecture
+from .build import build, config_of
+from .machine import Machine, describe
+from .measure import Settings, measure
+from .prompts import ImagePrompts, NoisePrompts, Prompts
+from .report import BenchReport, BenchRow, Target, Verdict
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BenchReport",
+    "BenchRow",
+    "ImagePrompts",
+    "Machine",
+    "NoisePrompts",
+    "Prompts",
+    "Settings",
+    "Target",
+    "Verdict",
+    "architecture",
+    "build",
+    "config_of",
+    "describe",
+    "measure",
+]
