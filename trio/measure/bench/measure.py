@@ -31,7 +31,7 @@ class Settings:
         steps: decode steps behind each prefill.
         rounds: rounds that are kept, at most.
         seconds: after which no further round starts.
-        controls: also the pipeline that keeps all, the cheap alternatives and the short cache.
+        controls: also the pipeline that keeps all, the cheap alternatives and the short cache, and the targets judged.
         details: phases and memory of each way, in runs of their own.
         search: where a spec loses, look for the smallest image, batch and budget where it wins.
     """
@@ -116,7 +116,7 @@ def measure(
         steps=chosen.steps,
         rows=rows,
         verdicts=verdicts,
-        targets=judge(rows, batch=chosen.batch, accelerator=model.device.type != "cpu"),
+        targets=judge(rows, batch=chosen.batch, accelerator=model.device.type != "cpu") if chosen.controls else [],
         command=command,
     )
 
