@@ -67,7 +67,7 @@ wheel: $(VENV)/.dev
 	test "$$(wc -c < dist/trio_vlm-*.whl)" -lt 7000000
 	$(BIN)/python -m venv $(ALONE)
 	$(ALONE)/bin/python -m pip install --quiet dist/trio_vlm-*.whl
-	cd $(ALONE) && bin/trio run --force
+	cd $(ALONE) && bin/trio run
 
 # The same sources under the import name trio_vlm, in dist/, tested in an environment that has the async library trio.
 alias: $(ALIAS)/.installed
