@@ -131,7 +131,6 @@ def parts() -> Iterator[dict[str, Any]]:
         yield from at_budget(f"nms, {threshold}", stages=two_stages(selector={"name": "nms", "threshold": threshold}))
     selector: dict[str, Any] = {"name": "nms", "threshold": 0.8, "centre": True}
     yield from at_budget("nms, centred", stages=two_stages(selector=selector))
-    yield from at_budget("nms, quantile 0.9", stages=two_stages(selector={"name": "nms", "quantile": 0.9}))
     yield from at_budget("three stages", stages=three_stages())
     yield from at_input("one stage, at the input")
     yield from at_budget("renumbered positions", stages=two_stages(), positions="compact")

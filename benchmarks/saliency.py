@@ -27,9 +27,10 @@ import trio
 from lab.training.evaluate import any_size, prompt
 from trio import zoo
 from trio.adapters import adapter_for
+from trio.core.ops import unit_length
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.statistics import Estimate
-from trio.selectors.nms import centred, unit_length
+from trio.selectors.nms import centred
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "saliency.md"

@@ -138,7 +138,7 @@ def test_scoring_and_selection_by_hand() -> None:
         return 2 * (keys_values + rest) + 3 * attention
 
     assert made.compressed.flops.scoring == probe(12) + probe(7)
-    assert made.compressed.flops.selection == 2 * 4 * 9 * 7 + 2 * 2 * 4 * 7
+    assert made.compressed.flops.selection == 2 * 9 * 9 * 7 + 2 * 4 * 4 * 7
     fastv = predict(spec((1, 4), parts={"scorer": "fastv", "selector": "top-k"}), SMALL, images=(9,), text_tokens=3)
     assert fastv.compressed.flops.scoring == 2 * 12 * 7 * 10 + 2 * 7 * 20 + 2 * 12 * 20
 

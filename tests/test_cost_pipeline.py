@@ -62,7 +62,7 @@ def test_a_compressed_prefill_computes_what_was_predicted(scorer: str) -> None:
 
 
 @torch.no_grad()
-def test_nms_computes_between_the_two_bounds() -> None:
+def test_nms_of_one_block_computes_all_pairs() -> None:
     model = llava(attention="eager")
     shape = shape_of(model.config)
     totals = {}
@@ -71,9 +71,8 @@ def test_nms_computes_between_the_two_bounds() -> None:
             model(**inputs(), logits_to_keep=1)
         totals[selector] = counter.total, predict(pipeline.spec, shape, images=(GRID**2,), text_tokens=TEXT_TOKENS)
     (plain, _), (counted, made) = totals["top-k"], totals["nms"]
-    assert made.compressed.flops.selection == flops.similarity_flops(shape, 9, 16) + flops.similarity_flops(shape, 3, 9)
-    most = flops.similarity_flops(shape, 16, 16) + flops.similarity_flops(shape, 9, 9)
-    assert made.compressed.flops.selection <= counted - plain <= most
+    expected = flops.similarity_flops(shape, 16, 16) + flops.similarity_flops(shape, 9, 9)
+    assert made.compressed.flops.selection == counted - plain == expected
 
 
 @pytest.mark.parametrize(("images", "batch"), [(1, 1), (2, 1), (1, 3)])

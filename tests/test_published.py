@@ -29,6 +29,7 @@ from support.published import (
 
 import trio
 from trio.core.context import SelectionContext
+from trio.core.ops import unit_length
 from trio.core.tokens import ImageTokens, VisualTokens
 from trio.encoders.compressors.base import Compressor
 from trio.encoders.compressors.divprune import farthest
@@ -37,7 +38,7 @@ from trio.encoders.compressors.scan import Scan
 from trio.encoders.compressors.visionzip import VisionZip
 from trio.encoders.compressors.vispruner import VisPruner
 from trio.encoders.reading.matching import match
-from trio.selectors.nms import NMS, unit_length
+from trio.selectors.nms import NMS
 
 FOLDER = Path(__file__).parent / "fixtures" / "published"
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from math import hypot, isnan
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from trio.core.context import SelectionContext
-from trio.selectors.nms import NMS, suppress_at_once, suppress_in_blocks, unit_length
+from trio.core import greedy
+from trio.core.context import SelectionContext, TokenOrigins
+from trio.cost import published_shape
+from trio.selectors import nms
+from trio.selectors.nms import NMS
 from trio.selectors.soft_nms import SoftNMS
 from trio.selectors.top_k import TopK
 
@@ -104,22 +111,25 @@ def test_nms_on_degenerate_features(kind, threshold, ties):
 
 @given(st.integers(1, 90), st.integers(1, 5), st.floats(0.1, 0.99), st.integers(0, 10_000), st.data())
 @settings(max_examples=60, deadline=None)
-def test_nms_blocks_and_all_at_once_agree_and_are_greedy(n, groups, threshold, seed, data):
+def test_suppression_in_blocks_is_greedy(n, groups, threshold, seed, data):
+    """Against the fixed point of "kept unless near a better one that is kept", from all pairs."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.stack([clustered(n, seed + g) for g in range(groups)])
-    unit = unit_length(features)
+    unit = torch.nn.functional.normalize(torch.stack([clustered(n, seed + g) for g in range(groups)]), dim=-1)
     exists = torch.arange(n)[None] < torch.randint(1, n + 1, (groups, 1), generator=generator)
-    k = torch.tensor([data.draw(st.integers(0, int(e.sum()))) for e in exists])
-    thresholds = torch.full((groups,), threshold)
-    at_once = suppress_at_once(unit, exists, thresholds)
-    blocks = suppress_in_blocks(unit, exists, thresholds, k)
+    k = [data.draw(st.integers(0, int(e.sum()))) for e in exists]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nms, "BLOCK", data.draw(st.sampled_from([1, 7, 64, 256])))
+        blocks = nms.suppress(unit, exists, threshold, k)
+    near = (unit @ unit.transpose(1, 2) >= threshold).triu(1)
+    kept = exists
+    for _ in range(n):
+        kept = exists & ~(near & kept[..., None]).any(1)
     for g in range(groups):
-        first = at_once[g].nonzero().squeeze(1)[: int(k[g])]
-        assert blocks[g].nonzero().squeeze(1).tolist() == first.tolist()
+        assert blocks[g].nonzero().squeeze(1).tolist() == kept[g].nonzero().squeeze(1)[: k[g]].tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
+def test_centred_features_equal_the_naive_loop(seed):
     """Features with a large common part: at 0.8 everything is alike, without the mean it is not."""
     generator = torch.Generator().manual_seed(seed)
     sizes, k = [60, 1, 33], [20, 1, 12]
@@ -127,14 +137,9 @@ def test_centred_features_and_quantiles_equal_the_naive_loop(seed):
     saliency, features, valid = batch(groups)
     plain = chosen(NMS(), saliency, features, k, valid)
     centre = chosen(NMS(centre=True), saliency, features, k, valid)
-    quantile = chosen(NMS(quantile=0.9), saliency, features, k, valid)
-    for (values, rows), count, one, two, three in zip(groups, k, plain, centre, quantile, strict=True):
+    for (values, rows), count, one, two in zip(groups, k, plain, centre, strict=True):
         assert one == naive_nms(values, rows, count, 0.8)
         assert two == naive_nms(values, rows - rows.mean(0), count, 0.8)
-        unit = rows / rows.norm(dim=-1, keepdim=True)
-        pairs = sorted(float(unit[i] @ unit[j]) for i in range(len(rows)) for j in range(i))
-        threshold = pairs[-(-(len(pairs) - 1) * 9 // 10)] - 1e-7 if pairs else 2.0
-        assert three == naive_nms(values, rows, count, threshold)
     assert centre != plain
 
 
@@ -178,6 +183,136 @@ def test_soft_nms_equals_the_naive_loop_on_ragged_groups(weight, spread, seed):
     got = chosen(SoftNMS(weight=weight, spread=spread), *batch(groups)[:2], k, batch(groups)[2], positions)
     for (saliency, features), where, count, indices in zip(groups, positions, k, got, strict=True):
         assert indices == naive_soft_nms(saliency, features, where, count, weight, spread)
+
+
+def all_pairs(ctx: SelectionContext, group: int, weight: float, spread: float) -> list[int]:
+    """Soft-nms from all pairs in float64: the rule as it is written down, for larger sizes."""
+    n, k = ctx.counts[group], int(ctx.k[group])
+    saliency = ctx.saliency[group, :n].double().numpy()
+    rows = ctx.features[group, :n].double().numpy()
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
+    apart = np.maximum(1.0 - rows @ rows.T, 0.0)
+    y, x, image = (v[group, :n].double().numpy() for v in (ctx.origins.row, ctx.origins.column, ctx.origins.image))
+    away = np.minimum(np.nan_to_num(np.hypot(y[:, None] - y, x[:, None] - x)), 1.0)
+    apart += spread * k / n * np.where(image[:, None] != image, 1.0, away)
+    low = min(0.0, saliency.min())
+    weights = ((saliency - low) / max(saliency.max() - low, 1e-300)) ** weight
+    by_saliency = np.argsort(-saliency, kind="stable")
+    nearest, kept = np.full(n, 9.0), np.zeros(n, dtype=bool)
+    for _ in range(k):
+        score = np.where(kept, -1.0, weights * nearest)[by_saliency]
+        best = by_saliency[int((score >= score.max() - 1e-6).argmax())]
+        kept[best], nearest = True, np.minimum(nearest, apart[best])
+    return kept.nonzero()[0].tolist()
+
+
+def large(n: int, k: list[int], seed: int, *, levels: int | None = None, width: int = 16) -> SelectionContext:
+    """Ragged groups of tokens on a square image, in clusters; with `levels`, features and saliencies tie."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.stack([clustered(n, seed + g, width, n // 8) for g in range(len(k))])
+    saliency = torch.rand(len(k), n, generator=generator) ** 3
+    if levels is not None:
+        features, saliency = torch.eye(width)[features.argmax(-1)], (saliency * levels).round()
+    counts = torch.tensor([n - 37 * g for g in range(len(k))])
+    valid = torch.arange(n)[None] < counts[:, None]
+    side = int(n**0.5) + 1
+    row, column = (torch.arange(n) // side + 0.5) / side, (torch.arange(n) % side + 0.5) / side
+    zero = torch.zeros(len(k), n, dtype=torch.int64)
+    origins = TokenOrigins(row.expand(len(k), -1), column.expand(len(k), -1), zero, zero, zero)
+    ctx = SelectionContext.start(saliency.masked_fill(~valid, -torch.inf), features, torch.tensor(k), valid)
+    return replace(ctx, origins=origins)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("spread", [0.0, 0.7])
+def test_soft_nms_in_blocks_keeps_what_all_pairs_keep(weight, spread):
+    for seed in range(2):
+        ctx = large(700, [70, 200, 1, 589], seed)
+        indices, there = SoftNMS(weight=weight, spread=spread).select(ctx)
+        for g in range(4):
+            assert indices[g][there[g]].tolist() == all_pairs(ctx, g, weight, spread)
+
+
+@pytest.mark.parametrize("block", [1, 5, 128])
+def test_soft_nms_in_blocks_keeps_the_lower_one_of_equal_tokens(block, monkeypatch):
+    """Sixteen directions and four saliencies: after sixteen tokens every score is equal, zero or not."""
+    monkeypatch.setattr(greedy, "BLOCK", block)
+    for weight in (0.0, 0.25):
+        ctx = large(300, [12, 40, 100], 3, levels=3)
+        indices, there = SoftNMS(weight=weight, spread=0.0).select(ctx)
+        for g in range(3):
+            assert indices[g][there[g]].tolist() == all_pairs(ctx, g, weight, 0.0)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are not views, and remembers the largest tensor that one of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        self.largest = max(self.largest, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize(("n", "k"), [(576, 64), (576, 192), (2880, 320), (2880, 960)])
+def test_selectors_launch_a_bounded_number_of_operators(n, k, monkeypatch):
+    """At most 40 and 15 a round of k / 32 + 8 rounds, whatever the groups; waits: one a round."""
+    for groups in (1, 4):
+        ctx = large(n, [k] * groups, 0, width=64)
+        for selector, module, step in ((SoftNMS(), greedy, "_within"), (NMS(), nms, "_survivors")):
+            rounds, inner = [], getattr(module, step)
+            monkeypatch.setattr(module, step, lambda *given, r=rounds, f=inner: r.append(1) or f(*given))
+            with Operators() as operators:
+                selector.select(ctx)
+            monkeypatch.undo()
+            assert len(rounds) <= k / 32 + 8
+            assert operators.count <= 40 + 15 * (k / 32 + 8)
+
+
+@pytest.mark.parametrize("selector", [SoftNMS(), NMS()])
+def test_selectors_compute_about_the_products_that_they_say(selector):
+    """Within a half, where not all tokens fit into one block; `nms` fewer where it runs out of tokens that differ."""
+    shape = published_shape("llava-next-7b").model_copy(update={"hidden": 64})
+    for n, k in ((576, 64), (2880, 320), (2880, 960)):
+        with FlopCounterMode(display=False) as counter:
+            selector.select(large(n, [k], 0, width=64))
+        said = selector.flops(shape, tokens=n + 60, visual=n, keep=k)
+        assert (0.5 if isinstance(selector, SoftNMS) else 0.1) < counter.get_total_flops() / said < 1.5
+
+
+def test_selectors_never_hold_all_pairs():
+    n, width = 6000, 16
+    ctx = large(n, [100], 0, width=width)
+    for selector in (SoftNMS(), NMS(), NMS(threshold=-1.0), NMS(threshold=1.01)):
+        with Operators() as operators:
+            selector.select(ctx)
+        assert operators.largest <= 2 * nms.BLOCK * n < n * n / 10
+
+
+def test_similarities_are_exact_where_the_process_allows_less():
+    allowed = torch.get_float32_matmul_precision()
+    ctx = large(300, [40], 1)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "bmm" in str(func):
+                seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with Watch():
+            for selector in (SoftNMS(), NMS()):
+                selector.select(ctx)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+    assert seen and set(seen) == {"highest"}
 
 
 def test_soft_nms_keeps_what_looks_alike_where_it_is_far_apart():

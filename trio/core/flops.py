@@ -11,6 +11,7 @@ from .shape import ModelShape
 
 __all__ = [
     "attend",
+    "blocked_flops",
     "feature_width",
     "head_flops",
     "keys_flops",
@@ -98,3 +99,14 @@ def last_row_flops(shape: ModelShape, tokens: int) -> int:
 def similarity_flops(shape: ModelShape, rows: int, columns: int) -> int:
     """Similarities of the hidden states of `rows` tokens with those of `columns` tokens."""
     return product(rows, shape.hidden, columns)
+
+
+def blocked_flops(shape: ModelShape, keep: int, tokens: int, *, block: int, rounds: int) -> int:
+    """Similarities of a greedy selection in blocks: of the kept tokens with all, and inside a block a round.
+
+    The number of rounds depends on the features, so that this is an estimate; where all tokens fit into one block it is
+    exact.
+    """
+    if tokens <= block:
+        return similarity_flops(shape, tokens, tokens)
+    return similarity_flops(shape, keep, tokens) + rounds * similarity_flops(shape, block, block)

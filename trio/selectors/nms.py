@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
+from torch.nn.functional import pad
 
 from ..core.context import SelectionContext
-from ..core.flops import similarity_flops
-from ..core.ops import first_k, ranking
+from ..core.flops import blocked_flops
+from ..core.greedy import exact_products
+from ..core.ops import first_k, kept_first, ranking, take_rows, unit_length
 from ..core.part import Choice, FloatRange
 from ..core.shape import ModelShape
+from ..core.transfer import upload
 from .base import SELECTORS, Selector
 
-#: Candidates compared with all tokens at a time where similarities are computed in blocks.
-BLOCK = 64
+#: Candidates that are compared with each other in a round.
+BLOCK = 256
 
 
 @SELECTORS.register("nms")
@@ -32,53 +37,29 @@ class NMS(Selector):
             is suppressed (top-k); at -1 everything is.
         centre: subtract the mean of the group's features before similarities are taken (not in the paper): hidden
             states of deep layers share a large common part, which makes all of them look alike.
-        quantile: in place of `threshold` (not in the paper): of all pairs of a group, the share that is less similar
-            than what counts as a duplicate, so that the suppression is as strong at every depth.
     """
 
     threshold: Annotated[float, Field(ge=-1.0, le=1.01)] = 0.8
     centre: bool = False
-    quantile: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
     def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
-        saliency, features, valid = ctx.saliency, ctx.features, ctx.valid
-        order = ranking(saliency, valid)
-        unit = unit_length(centred(features, valid) if self.centre else features)
-        if self.quantile is None:
-            threshold = torch.full_like(saliency[:, 0], self.threshold, dtype=torch.float32)
-        else:
-            threshold = similarity_quantile(unit, valid, self.quantile)
-        unit = unit.gather(1, order[..., None].expand_as(unit))
-        exists = valid.gather(1, order)
-        if features.device.type == "cpu":
-            kept = suppress_in_blocks(unit, exists, threshold, ctx.k)
-        else:
-            kept = suppress_at_once(unit, exists, threshold)
+        order = ranking(ctx.saliency, ctx.valid)
+        exists = ctx.valid.gather(1, order)
+        unit = unit_length(centred(ctx.features, ctx.valid) if self.centre else ctx.features)
+        with exact_products():
+            kept = suppress(take_rows(unit, order), exists, self.threshold, ctx.k.tolist())
         # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
-        rank = torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
-        return first_k(order.gather(1, rank), ctx.k)
+        return first_k(order.gather(1, kept_first(kept, exists)), ctx.k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
-        """Similarities of the kept tokens with all, the lower bound.
-
-        Suppressed candidates need no rows of their own, but computing in blocks computes some of them; the upper bound
-        is that of all pairs.
-        """
-        return similarity_flops(shape, keep, visual)
+        """Similarities of the kept tokens with all, and of one block of candidates: about, see `blocked_flops`."""
+        return blocked_flops(shape, keep, visual, block=BLOCK, rounds=1)
 
     @classmethod
     def search_space(cls) -> Mapping[str, Choice]:
         """Thresholds from half alike on."""
         return {"threshold": FloatRange(0.5, 1.0)}
-
-
-def unit_length(features: torch.Tensor) -> torch.Tensor:
-    """Features ``(G, N, D)`` at length 1, float32; zeros stay zeros, huge and tiny ones neither overflow nor vanish."""
-    features = features.float()
-    features = features / features.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    norms: torch.Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return features / norms.clamp_min(1e-12)
 
 
 def centred(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -89,92 +70,68 @@ def centred(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return features - mean
 
 
-def similarity_quantile(unit: torch.Tensor, valid: torch.Tensor, quantile: float) -> torch.Tensor:
-    """The similarity that a share of all pairs of different tokens lies below.
+def suppress(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: Sequence[int]) -> torch.Tensor:
+    """Greedy suppression in blocks: the next candidates among each other, then the kept ones against all.
 
-    Args:
-        unit: float32 ``(G, N, D)`` of length 1 (or 0).
-        valid: bool ``(G, N)``.
-        quantile: the share, 0 to 1.
-
-    Returns:
-        float32 ``(G,)``; of the values that occur the nearest one above. 2 where a group has no pair.
-    """
-    found = []
-    for rows, there in zip(unit, valid, strict=True):
-        n = rows.shape[0]
-        pair = (there[:, None] & there).triu(1)
-        ordered = (rows @ rows.T).masked_fill(~pair, 2.0).flatten().sort().values
-        last = (pair.sum() - 1).clamp_min(0)
-        place = (last * quantile).ceil().long()
-        found.append(torch.where(pair.any(), ordered.gather(0, place[None])[0], 2.0) if n else rows.new_tensor(2.0))
-    return torch.stack(found) if found else unit.new_zeros(0)
-
-
-def suppress_in_blocks(
-    unit: torch.Tensor, exists: torch.Tensor, threshold: torch.Tensor, k: torch.Tensor
-) -> torch.Tensor:
-    """Greedy suppression that computes only the similarities of the next candidates, and stops at k.
+    That takes O(k N + N m) time for blocks of m, O(N) memory beyond one block, and one wait for the device a block.
 
     Args:
         unit: float32 ``(G, N, D)`` of length 1 (or 0), best first.
         exists: bool ``(G, N)``.
-        threshold: float32 ``(G,)``, see `NMS`.
-        k: int64 ``(G,)`` on the CPU; the answer is exact for the first k that are kept, later ones are left out.
+        threshold: see `NMS`.
+        k: the answer is exact for the first k that are kept, later ones are left out.
 
     Returns:
         bool ``(G, N)``, True at kept tokens.
     """
-    groups = [_suppress_one(unit[g], exists[g], float(threshold[g]), int(k[g])) for g in range(unit.shape[0])]
-    return torch.stack(groups) if groups else exists.clone()
-
-
-def _suppress_one(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: int) -> torch.Tensor:
-    kept = torch.zeros_like(exists)
-    alive = exists.clone()
-    count = 0
-    while count < k:
-        candidates = alive.nonzero().squeeze(1)[:BLOCK]
-        if not len(candidates):
+    tokens = unit.shape[1]
+    size = min(BLOCK, tokens)
+    # One column more: padding has a place there.
+    closed, kept = pad(~exists, (0, 1), value=True), pad(torch.zeros_like(exists), (0, 1))
+    remaining = np.asarray(k, dtype=np.int64)
+    while size and remaining.any():
+        block = closed.to(torch.int8).sort(dim=1, stable=True).indices[:, :size]
+        rows = take_rows(unit, block)
+        near = torch.bmm(rows, rows.transpose(1, 2)) >= threshold
+        packed = torch.cat([block[..., None].int(), closed.gather(1, block)[..., None], near], 2)
+        chosen, counts = _survivors(packed.cpu().numpy(), remaining)
+        if not counts.any():
             break
-        near = unit[candidates] @ unit.T >= threshold
-        among = near[:, candidates]
-        # Within the block a candidate survives if no earlier survivor is near it.
-        survivors: list[int] = []
-        dead = torch.zeros(len(candidates), dtype=torch.bool)
-        for i in range(len(candidates)):
-            if count == k:
-                break
-            if not dead[i]:
-                survivors.append(i)
-                dead |= among[i]
-                count += 1
-        kept[candidates[survivors]] = True
-        alive[candidates] = False
-        alive &= ~near[survivors].any(0)
-    return kept
+        remaining = np.where(counts > 0, remaining - counts, 0)
+        # Padding repeats the first choice, which suppresses the same; behind the last token it marks nothing.
+        padding, first = chosen < 0, chosen[:, :1].clip(0)
+        picked = np.stack([np.where(padding, first, chosen), np.where(padding, tokens, chosen)])
+        repeated, marked = upload(torch.from_numpy(picked), unit.device)
+        kept.scatter_(1, marked, True)
+        if size == tokens:  # nothing is outside the block
+            break
+        if remaining.any():
+            closed[:, :tokens] |= (torch.bmm(take_rows(unit, repeated), unit.transpose(1, 2)) >= threshold).any(1)
+            closed.scatter_(1, block, True)
+    return kept[:, :tokens]
 
 
-def suppress_at_once(unit: torch.Tensor, exists: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """Greedy suppression from all similarities, for accelerators: the fixed point of "kept unless near a kept one".
-
-    A token's fate depends on better tokens only, so repeating the rule settles at least one more token each time and
-    the fixed point is the greedy answer; it is reached after the longest chain of suppressions, in practice a few.
+def _survivors(packed: NDArray[np.int32], remaining: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Follows the rule inside the blocks of all groups.
 
     Args:
-        unit: float32 ``(G, N, D)`` of length 1 (or 0), best first.
-        exists: bool ``(G, N)``.
-        threshold: float32 ``(G,)``, see `NMS`.
+        packed: ``(G, m, 2 + m)``: for each candidate, best first, its index, whether it is closed, and whether it
+            is near to each other one.
+        remaining: int64 ``(G,)``, tokens still to be kept.
 
     Returns:
-        bool ``(G, N)``, True at kept tokens.
+        Tokens kept, int64 ``(G, p)`` in order with -1 behind them, and how many, int64 ``(G,)``.
     """
-    near = (unit @ unit.transpose(1, 2) >= threshold[:, None, None]).triu(1)  # [g, i, j]: the better i would suppress j
-    kept = exists
-    for _ in range(unit.shape[1]):
-        suppressed = (near & kept[..., None]).any(1)
-        settled = exists & ~suppressed
-        if torch.equal(settled, kept):
+    token, dead, near = packed[..., 0], packed[..., 1] > 0, packed[..., 2:] > 0
+    group, going = np.arange(len(packed)), remaining > 0
+    chosen: list[NDArray[np.int32]] = []
+    while True:
+        slot = dead.argmin(1)  # the first one that is open
+        going = going & ~dead[group, slot] & (len(chosen) < remaining)
+        if not going.any():
             break
-        kept = settled
-    return kept
+        chosen.append(np.where(going, token[group, slot], np.int32(-1)))
+        dead = dead | near[group, slot]
+        dead[group, slot] = True  # a feature of zeros is not near itself
+    tokens = np.stack(chosen, 1).astype(np.int64) if chosen else np.full((len(packed), 0), -1)
+    return tokens, (tokens >= 0).sum(1)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 
 from ..core.context import SelectionContext
-from ..core.flops import similarity_flops
-from ..core.ops import first_k, ranking
+from ..core.flops import blocked_flops
+from ..core.greedy import BLOCK, exact_products, most_distant
+from ..core.ops import first_k, kept_first, ranking, take_rows, unit_length
 from ..core.part import Choice, FloatRange
 from ..core.shape import ModelShape
+from ..core.transfer import upload
 from .base import SELECTORS, Selector
-from .nms import unit_length
 
 
 @SELECTORS.register("soft-nms")
@@ -48,22 +49,32 @@ class SoftNMS(Selector):
 
     def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Selector.select`."""
-        order, k = ranking(ctx.saliency, ctx.valid), ctx.k
+        order = ranking(ctx.saliency, ctx.valid)
         exists = ctx.valid.gather(1, order)
-        unit = unit_length(ctx.features)
-        unit = unit.gather(1, order[..., None].expand_as(unit))
-        distance = (unit @ unit.transpose(1, 2)).neg_().add_(1.0).clamp_min_(0.0)  # rounding may bring it below 0
-        if self.spread:
-            where = (axis.gather(1, order) for axis in (ctx.origins.row, ctx.origins.column, ctx.origins.image))
-            share = k.to(exists.device) / exists.sum(1).clamp_min(1)
-            distance += distance_on_image(*where).mul_((self.spread * share)[:, None, None])
+        unit = take_rows(unit_length(ctx.features), order)
         weights = relative(ctx.saliency.gather(1, order), exists) ** self.weight
-        most = min(int(k.max()), order.shape[1]) if k.numel() else 0
-        return first_k(order.gather(1, visit(distance, weights, exists, most)), k)
+        origins = ctx.origins
+        where = torch.stack([x.gather(1, order).float() for x in (origins.row, origins.column, origins.image)], 2)
+        share = upload(ctx.k, exists.device) / exists.sum(1).clamp_min(1)
+        spread = (self.spread * share)[:, None, None]
+        one = torch.ones_like(spread)
+
+        def distances(index: torch.Tensor, to: Literal["all", "among"]) -> torch.Tensor:
+            rows = take_rows(unit, index)
+            distance = torch.baddbmm(one, rows, (rows if to == "among" else unit).transpose(1, 2), alpha=-1.0)
+            distance.clamp_min_(0.0)  # rounding may bring it below 0
+            if self.spread:
+                places = take_rows(where, index)
+                distance.addcmul_(distance_on_image(places, places if to == "among" else where), spread)
+            return distance
+
+        with exact_products():
+            kept = most_distant(weights, exists, ctx.k.tolist(), distances)
+        return first_k(order.gather(1, kept_first(kept, exists)), ctx.k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
-        """Similarities of all pairs."""
-        return similarity_flops(shape, visual, visual)
+        """Similarities of the kept tokens with all, and of the candidates of each round: about, see `blocked_flops`."""
+        return blocked_flops(shape, keep, visual, block=BLOCK, rounds=1 + keep // 64)
 
     @classmethod
     def search_space(cls) -> Mapping[str, Choice]:
@@ -79,42 +90,15 @@ def relative(saliency: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
     return values / values.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def distance_on_image(row: torch.Tensor, column: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Distances ``(G, N, N)`` between tokens ``(G, N)``, see `TokenOrigins`, in sides of the image.
+def distance_on_image(where: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Distances float32 ``(G, m, n)`` between tokens ``(G, m, 3)`` and others ``(G, n, 3)``, in sides of the image.
 
     At most 1, and 1 between different images; 0 where a position is not known. The distance on the image alone, so
     that the same position in two frames of a video is one position.
-    """
-    away = row[:, :, None] - row[:, None]  # in place from here: large images make these tensors large
-    away.hypot_(column[:, :, None] - column[:, None]).clamp_max_(1.0)
-    return away.masked_fill_(image[:, :, None] != image[:, None], 1.0).nan_to_num_(0.0)
-
-
-def visit(distance: torch.Tensor, weights: torch.Tensor, exists: torch.Tensor, most: int) -> torch.Tensor:
-    """The order in which tokens are kept.
 
     Args:
-        distance: float32 ``(G, N, N)``, 0 or more, between tokens with the best first.
-        weights: float32 ``(G, N)``, 0 to 1, falling.
-        exists: bool ``(G, N)``.
-        most: steps to take, at most N.
-
-    Returns:
-        int64 ``(G, N)``: the `most` kept first, in the order of the greedy rule, then the others by saliency, those
-        that exist before those that do not.
+        where: row and column as of `TokenOrigins`, and the image's number, all float32.
+        others: likewise.
     """
-    n = exists.shape[1]
-    near = torch.full_like(weights, 2.0**32)  # farther than any token can be: the first one kept is the best
-    gone, picks = ~exists, []
-    for _ in range(most):  # few operations a step: on an accelerator each one is a launch
-        score = (weights * near).masked_fill(gone, -1.0)
-        chosen = score.argmax(1, keepdim=True)
-        picks.append(chosen)
-        gone = gone.scatter(1, chosen, True)
-        near = torch.minimum(near, distance.gather(1, chosen[..., None].expand(-1, 1, n)).squeeze(1))
-    rank = torch.where(exists, n, n + 1)
-    if picks:
-        step = torch.arange(most, device=rank.device).expand(len(rank), -1)
-        real = step < exists.sum(1, keepdim=True)  # a group that has run out picks something gone
-        rank = rank.scatter_reduce(1, torch.cat(picks, 1), torch.where(real, step, n + 1), reduce="amin")
-    return rank.sort(dim=1, stable=True).indices
+    row, column, image = (where[..., None] - others.transpose(1, 2)[:, None]).abs_().unbind(2)
+    return torch.fmax(row.hypot(column), image).clamp_max_(1.0)  # of nan and a number, `fmax` gives the number

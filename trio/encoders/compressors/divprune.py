@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 
 from ...core.flops import similarity_flops
+from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.tokens import VisualTokens
-from ...selectors.nms import unit_length
 from ..reading.merge import keep, patches_only
 from .base import COMPRESSORS, Compressor, Space
 

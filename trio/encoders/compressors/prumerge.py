@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from ...core.flops import feature_width, product, reprojected_flops
+from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.tokens import Signal, VisualTokens
-from ...selectors.nms import unit_length
 from ..reading.merge import leaders_lead, merge, patches_only, ranking
 from .base import COMPRESSORS, Compressor
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...selectors.nms import unit_length
+from ...core.ops import unit_length
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from ...core.ops import unit_length
 from ...core.tokens import CLS, MERGED, ImageTokens, VisualTokens
-from ...selectors.nms import unit_length
 from ..compressors.base import Compressor
 
 C = TypeVar("C", bound=Compressor)
