@@ -145,11 +145,11 @@ def __getattr__(name: str) -> Any:
     target = _LAZY.get(name)
     if target is not None:
         module, _, attribute = target.partition(":")
-        found = importlib.import_module(module, __name__)
+        source = importlib.import_module(module, __name__)
         if not globals().get("_conflict_checked"):
             globals()["_conflict_checked"] = True
             _warn_of_conflict()
-        value = getattr(found, attribute) if attribute else found
+        value = getattr(source, attribute) if attribute else source
         globals()[name] = value
         return value
     if name.startswith("__"):  # what the import system and inspect ask every module for

@@ -238,14 +238,14 @@ class Pipeline:
         return ADAPTERS.name_of(type(self.adapter)) or type(self.adapter).__name__
 
     def _numbering(self) -> Literal["compact", "original"]:
-        wanted = self.adapter.default_positions if self.spec.positions == "auto" else self.spec.positions
-        if wanted not in self.adapter.allowed_positions:
+        numbering = self.adapter.default_positions if self.spec.positions == "auto" else self.spec.positions
+        if numbering not in self.adapter.allowed_positions:
             allowed = " or ".join(sorted(self.adapter.allowed_positions))
             raise UnsupportedModelError(
-                f"positions: {wanted!r} does not work on {type(self.adapter.model).__name__}, whose positions have "
+                f"positions: {numbering!r} does not work on {type(self.adapter.model).__name__}, whose positions have "
                 f"rows and columns; use {allowed}"
             )
-        return wanted
+        return numbering
 
     def _bind(self, index: int, stage: StageSpec) -> BoundStage:
         scorer: Scorer = SCORERS.build(stage.scorer)

@@ -150,12 +150,12 @@ class Registry(Generic[T]):
                 raise
 
     def _entry_points(self) -> dict[str, list[metadata.EntryPoint]]:
-        found: dict[str, list[metadata.EntryPoint]] = {}
+        by_name: dict[str, list[metadata.EntryPoint]] = {}
         for point in metadata.entry_points(group=self.group):
-            offers = found.setdefault(point.name, [])
+            offers = by_name.setdefault(point.name, [])
             if all((point.value, _distribution(point)) != (other.value, _distribution(other)) for other in offers):
                 offers.append(point)
-        return found
+        return by_name
 
     def get(self, name: str) -> type[T]:
         """The class registered under `name` or one of its aliases.
@@ -165,12 +165,12 @@ class Registry(Generic[T]):
             PluginError: the name is a plugin's, and the plugin is broken.
         """
         with self._lock:
-            found = self._parts.get(self._aliases.get(name, name))
-            if found is None:
+            part = self._parts.get(self._aliases.get(name, name))
+            if part is None:
                 self._load_builtins()
-                found = self._parts.get(self._aliases.get(name, name))
-            if found is not None:
-                return found
+                part = self._parts.get(self._aliases.get(name, name))
+            if part is not None:
+                return part
             offers = self._entry_points().get(name)
             if offers:
                 return self._load_plugin(name, offers)
@@ -324,5 +324,5 @@ def registry_of(kind: str) -> Registry[Any]:
     if kind not in HOMES:
         raise InputError(f"registry: there is no kind {kind!r} of parts; the kinds are {', '.join(HOMES)}.")
     module, name = HOMES[kind]
-    found: Registry[Any] = getattr(importlib.import_module(module, __package__), name)
-    return found
+    registry: Registry[Any] = getattr(importlib.import_module(module, __package__), name)
+    return registry

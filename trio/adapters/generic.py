@@ -219,8 +219,8 @@ def _pixels(multimodal: nn.Module, methods: Iterable[str]) -> tuple[str, ...]:
 def _one_of(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     for name in names:
         if hasattr(module, name):
-            found: nn.Module = getattr(module, name)
-            return found
+            inner: nn.Module = getattr(module, name)
+            return inner
     raise UnsupportedModelError(f"model: {type(module).__name__} has no {what} under {' or '.join(names)}")
 
 

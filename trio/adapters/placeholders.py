@@ -27,11 +27,11 @@ def images_by_count(input_ids: torch.Tensor, token_id: int, image: ImageTokens) 
     """
     visual = input_ids == token_id
     samples = []
-    for sample, found in enumerate(visual.sum(1).tolist()):
-        count, rest = divmod(found, image.tokens)
+    for sample, placeholders in enumerate(visual.sum(1).tolist()):
+        count, rest = divmod(placeholders, image.tokens)
         if rest:
             raise InputError(
-                f"sample {sample}: found {found} image placeholders, but each image takes {image.tokens}; "
+                f"sample {sample}: found {placeholders} image placeholders, but each image takes {image.tokens}; "
                 "the prompt may be cut within an image (a chunked prefill, a truncated tokenisation): "
                 "pass whole images in one forward"
             )
@@ -56,20 +56,20 @@ def images_in_order(
         InputError: the placeholders do not fit the images.
     """
     visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    found: list[list[tuple[int, ImageTokens, str]]] = [[] for _ in range(input_ids.shape[0])]
+    by_sample: list[list[tuple[int, ImageTokens, str]]] = [[] for _ in range(input_ids.shape[0])]
     for token_id, stream in streams.items():
         modality = "image" if modalities is None else modalities[token_id]
         here = input_ids == token_id
         visual |= here
-        given, wanted = sum(image.tokens for image in stream), int(here.sum())
-        if wanted == 0 and given == 0:
+        given, placeholders = sum(image.tokens for image in stream), int(here.sum())
+        if placeholders == 0 and given == 0:
             continue
-        repeats, rest = divmod(wanted, given) if given else (0, wanted)
+        repeats, rest = divmod(placeholders, given) if given else (0, placeholders)
         if rest or not repeats or input_ids.shape[0] % max(repeats, 1):
             raise InputError(
-                f"placeholders: the batch has {wanted} with id {token_id}, the encoded images give {given} tokens; "
-                "the prompt may be cut within an image, or its features were computed while the pipeline was not "
-                "attached: pass pixels, and whole images in one forward"
+                f"placeholders: the batch has {placeholders} with id {token_id}, the encoded images give {given} "
+                "tokens; the prompt may be cut within an image, or its features were computed while the pipeline was "
+                "not attached: pass pixels, and whole images in one forward"
             )
         remaining = iter(stream)
         for first in range(0, input_ids.shape[0], repeats):
@@ -78,14 +78,14 @@ def images_in_order(
             while taken < len(columns):
                 image = next(remaining)
                 for row in range(first, first + repeats):
-                    found[row].append((columns[taken], image, modality))
+                    by_sample[row].append((columns[taken], image, modality))
                 taken += image.tokens
             if taken != len(columns):
                 raise InputError(
                     f"sample {first}: its {len(columns)} placeholders with id {token_id} end within an image; the "
                     "prompt may be cut, or images and samples are in different orders: pass whole images"
                 )
-    rows = [sorted(row, key=_column) for row in found]
+    rows = [sorted(row, key=_column) for row in by_sample]
     return PromptLayout(
         visual,
         tuple(tuple(image for _, image, _ in row) for row in rows),

@@ -50,8 +50,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"trio-vlm {__version__}")
         raise typer.Exit
 

@@ -42,7 +42,7 @@ def doctor(
     from .common import print_json
 
     families = _chosen(family)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "versions": _versions(),
         "newest tested transformers": NEWEST_TESTED,
         "untested": is_untested(),
@@ -51,17 +51,17 @@ def doctor(
     }
     for name in families:
         resolved, verdict = _examine(name)
-        found["found"] = found["found"] or resolved
-        found["families"][name] = verdict
+        facts["found"] = facts["found"] or resolved
+        facts["families"][name] = verdict
     if as_json:
-        print_json(found)
+        print_json(facts)
     else:
-        _print(found)
-    if any(not verdict["holds"] for verdict in found["families"].values()):
+        _print(facts)
+    if any(not verdict["holds"] for verdict in facts["families"].values()):
         raise typer.Exit(1)
 
 
-def _chosen(wanted: Sequence[str] | None) -> list[str]:
+def _chosen(names: Sequence[str] | None) -> list[str]:
     """The families to try.
 
     Raises:
@@ -71,12 +71,12 @@ def _chosen(wanted: Sequence[str] | None) -> list[str]:
     from ..errors import UnknownNameError, did_you_mean
 
     known = tiny_families()
-    for name in wanted or ():
+    for name in names or ():
         if name not in known:
             raise UnknownNameError(
                 f"--family: there is no {name!r}. {did_you_mean(name, known)}Known are {', '.join(sorted(known))}."
             )
-    return sorted(known) if not wanted else list(dict.fromkeys(wanted))
+    return sorted(known) if not names else list(dict.fromkeys(names))
 
 
 def _versions() -> dict[str, str]:
@@ -139,7 +139,7 @@ def _quiet() -> Any:
     return warnings.catch_warnings(action="ignore")
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -153,21 +153,21 @@ def _print(found: dict[str, Any]) -> None:
             table.add_row(Text(name), Text(value))
         print_table(out, table)
 
-    tested = found["newest tested transformers"]
-    note = f" (newer than {tested}, the newest tested)" if found["untested"] else ""
-    versions = {**found["versions"]}
+    tested = facts["newest tested transformers"]
+    note = f" (newer than {tested}, the newest tested)" if facts["untested"] else ""
+    versions = {**facts["versions"]}
     versions["transformers"] += note
     pairs("versions", versions)
-    pairs("found in transformers", found["found"])
+    pairs("found in transformers", facts["found"])
     table = Table(title=Text("promises on tiny random models"), title_justify="left", title_style="bold")
     for column in ("family", "model", "", "detail"):
         table.add_column(column)
-    for name, verdict in found["families"].items():
+    for name, verdict in facts["families"].items():
         holds = Text("ok", style="green") if verdict["holds"] else Text("FAILED", style="bold red")
         detail = (
             f"{len(verdict['promises'])} promises" if verdict["holds"] else f"{verdict['broken']}: {verdict['detail']}"
         )
         table.add_row(Text(name), Text(verdict["model"]), holds, Text(detail))
     print_table(out, table)
-    good = sum(verdict["holds"] for verdict in found["families"].values())
-    out.print(Text(f"the promises hold on {good} of {len(found['families'])} families"))
+    good = sum(verdict["holds"] for verdict in facts["families"].values())
+    out.print(Text(f"the promises hold on {good} of {len(facts['families'])} families"))

@@ -84,16 +84,16 @@ def evaluate(
         import torch
 
         torch.set_num_threads(threads)
-    asked = None if task is QuestionSource.shapesvqa else _jsonl(data, limit, max_new_tokens)
+    questions = None if task is QuestionSource.shapesvqa else _jsonl(data, limit, max_new_tokens)
     network, processor = load_model(model, dtype=dtype.value, device=device)
-    if asked is None:
-        asked = _shapesvqa(network, data, limit, split, seed)
+    if questions is None:
+        questions = _shapesvqa(network, data, limit, split, seed)
     try:
-        with progress_bar(f"{model}: {len(asked.samples)} questions") as progress:
+        with progress_bar(f"{model}: {len(questions.samples)} questions") as progress:
             results = run(
                 network,
                 processor,
-                asked,
+                questions,
                 specs,
                 out=out,
                 name=model,
@@ -111,7 +111,7 @@ def evaluate(
         from ..measure.evaluation.overlays import overlays
         from ..measure.evaluation.report import report_html
 
-        page = report_html(results, overlays(network, processor, asked, specs, results))
+        page = report_html(results, overlays(network, processor, questions, specs, results))
         write_text(out / "report.html", page, "--out")
         written.append("report.html")
     if as_json:

@@ -34,18 +34,18 @@ def list_parts(
     from .common import print_json
 
     kinds, pattern = _asked(what or [])
-    found = {kind: _entries(kind, pattern) for kind in kinds}
+    by_kind = {kind: _entries(kind, pattern) for kind in kinds}
     plain = pattern is not None and not any(sign in pattern for sign in "*?[")
-    if plain and not any(found.values()):
+    if plain and not any(by_kind.values()):
         _refuse(pattern or "", kinds)
     if pattern is not None and len(kinds) > 1:
-        found = {kind: entries for kind, entries in found.items() if entries}
+        by_kind = {kind: entries for kind, entries in by_kind.items() if entries}
     if as_json:
-        print_json(found)
+        print_json(by_kind)
         return
     from .tables import console
 
-    (_print_texts if plain else _print_lines)(console(), found)
+    (_print_texts if plain else _print_lines)(console(), by_kind)
 
 
 def _asked(words: list[str]) -> tuple[tuple[str, ...], str | None]:
@@ -139,11 +139,11 @@ def _models() -> list[dict[str, Any]]:
     ]
 
 
-def _print_lines(out: Console, found: Entries) -> None:
+def _print_lines(out: Console, by_kind: Entries) -> None:
     """A line an entry, cut at the width of the console."""
     from rich.text import Text
 
-    for number, (kind, entries) in enumerate(found.items()):
+    for number, (kind, entries) in enumerate(by_kind.items()):
         if number:
             out.print()
         out.print(Text(kind if entries else f"{kind}: none", style="bold"))
@@ -165,12 +165,12 @@ def _in_short(entry: dict[str, Any]) -> Text:
     return Text(f"[{entry['source']}] {entry['summary']}" if plugin else entry["summary"])
 
 
-def _print_texts(out: Console, found: Entries) -> None:
+def _print_texts(out: Console, by_kind: Entries) -> None:
     """Everything about each entry."""
     from rich.padding import Padding
     from rich.text import Text
 
-    for number, (kind, entry) in enumerate((kind, entry) for kind, entries in found.items() for entry in entries):
+    for number, (kind, entry) in enumerate((kind, entry) for kind, entries in by_kind.items() for entry in entries):
         if number:
             out.print()
         out.print(Text(f"{kind.removesuffix('s')} {entry['name']}", style="bold"))

@@ -33,8 +33,8 @@ def console() -> Console:
     out = SafeConsole(highlight=False, soft_wrap=False)
     if out.is_terminal:
         return out
-    wanted = os.environ.get("COLUMNS", "")
-    return SafeConsole(highlight=False, width=int(wanted) if wanted.isdecimal() and int(wanted) else WIDTH)
+    columns = os.environ.get("COLUMNS", "")
+    return SafeConsole(highlight=False, width=int(columns) if columns.isdecimal() and int(columns) else WIDTH)
 
 
 def print_table(out: Console, table: Table) -> None:

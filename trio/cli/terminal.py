@@ -25,5 +25,5 @@ class SafeConsole(Console):
                 yield Segment(HIDDEN.sub(_line_feed, segment.text), segment.style)
 
 
-def _line_feed(found: Any) -> str:
-    return "\n" if found[0] == "\n" else ""
+def _line_feed(match: Any) -> str:
+    return "\n" if match[0] == "\n" else ""

@@ -86,7 +86,7 @@ def tune(
     from .common import check_outputs, load_model, print_json, progress_bar, say, writable, write_text
     from .tables import console
 
-    wanted = parse_target(target)  # everything that can be wrong without the model, before it
+    bounds = parse_target(target)  # everything that can be wrong without the model, before it
     optuna()
     check_outputs({"--out": out, "--plot": plot}, force=force)
     if study is not None:
@@ -103,7 +103,7 @@ def tune(
             network,
             processor,
             samples,
-            target=wanted,
+            target=bounds,
             trials=trials,
             held_out=held_out,
             max_new_tokens=max_new_tokens,
@@ -169,12 +169,12 @@ def print_report(report: TuningReport, out: Console) -> None:
         share = f"{keep['share']} of what reaches it" if isinstance(keep, dict) else keep
         parts = f"{_part(stage['scorer'])}, {_part(stage['selector'])}"
         out.print(Text(f"  after layer {stage['after_layer']}: keeps {share} by {parts}"))
-    for found, what in ((report.search, "images of the search"), (report.unseen, "unseen images")):
-        title = f"{found.images} {what}, {found.samples} prompts"
+    for agreement, what in ((report.search, "images of the search"), (report.unseen, "unseen images")):
+        title = f"{agreement.images} {what}, {agreement.samples} prompts"
         table = Table(title=title, title_justify="left", title_style="", header_style="bold")
         for column in ("", "first token same", "answer same", "tokens", "FLOPs", "to first token"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        tuned, default = found.results
+        tuned, default = agreement.results
         rows = (tuned.spec, tuned.floor, default.spec, default.floor)
         for row, name in zip(rows, ("tuned", "  random", default.spec.name, "  random"), strict=True):
             table.add_row(

@@ -143,14 +143,14 @@ def explain(label: str, cls: type[Any], error: ValidationError) -> str:
 def described_parameters(docstring: str) -> dict[str, str]:
     """What a docstring says about each parameter, on one line each, by name."""
     section = _SECTION.search(inspect.cleandoc(docstring) + "\n")
-    found: dict[str, list[str]] = {}
+    descriptions: dict[str, list[str]] = {}
     entry: list[str] = []
     for line in textwrap.dedent(section[1] if section else "").splitlines():
         begins = _ENTRY.match(line)
         if begins:
-            entry = found.setdefault(begins[1], [])
+            entry = descriptions.setdefault(begins[1], [])
         entry.append(begins[2] if begins else line.strip())
-    return {name: " ".join(filter(None, lines)) for name, lines in found.items()}
+    return {name: " ".join(filter(None, lines)) for name, lines in descriptions.items()}
 
 
 def type_name(annotation: Any) -> str:

@@ -252,8 +252,8 @@ class LayerCall(ModelCall):
             UnsupportedModelError: the mask is missing from the call, or is not None, a tensor or a block mask.
         """
         if self.mask not in given:
-            there = ", ".join(given) or "no argument"
-            raise unsupported(f"{self.where}.forward", f"the {Role.MASK} as `{self.mask}`", f"a call with {there}")
+            arguments = ", ".join(given) or "no argument"
+            raise unsupported(f"{self.where}.forward", f"the {Role.MASK} as `{self.mask}`", f"a call with {arguments}")
         mask = given[self.mask]
         if mask is not None and not isinstance(mask, torch.Tensor) and not _is_block_mask(mask):
             raise unsupported(
@@ -416,8 +416,8 @@ def silenced() -> Iterator[None]:
 
 def uses_cache(call: ModelCall, given: Mapping[str, Any], config: Any) -> bool:
     """Whether a forward of the language model was asked to keep keys and values."""
-    asked = call.read(Role.USE_CACHE, given)
-    return bool(getattr(config, NAMES[Role.USE_CACHE][0], True) if asked is None else asked)
+    argument = call.read(Role.USE_CACHE, given)
+    return bool(getattr(config, NAMES[Role.USE_CACHE][0], True) if argument is None else argument)
 
 
 def hidden_of(output: Any, where: str) -> torch.Tensor:
@@ -489,8 +489,8 @@ def check_generation() -> None:
     """
     parameters = inspect.signature(GenerationMixin.generate).parameters
     settings = vars(GenerationConfig())  # type: ignore[no-untyped-call]  # transformers gives no types
-    gone = [name for name in (CONFIGURATION, ASSISTANT) if name not in parameters]
-    for name in [*gone, *(name for name in (LOOKUP, CHUNK, CACHE_KIND) if name not in settings)]:
+    missing = [name for name in (CONFIGURATION, ASSISTANT) if name not in parameters]
+    for name in [*missing, *(name for name in (LOOKUP, CHUNK, CACHE_KIND) if name not in settings)]:
         raise unsupported("generate", f"`{name}`", "none, so that a way of generating could not be refused")
 
 

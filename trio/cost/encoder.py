@@ -54,14 +54,14 @@ def rows_by_layer(
         return []
     patches, layers = tower.crop_patches, merging[0].layer % tower.layers + 1
     if merging[0].merges is not None:
-        wanted = max(1, patches - merging[0].merges * layers)
+        goal = max(1, patches - merging[0].merges * layers)
     else:
-        asked = None if keep is None else keep(patches)
-        wanted = patches if asked is None else min(max(1, asked), patches)
-    rows, left = [], patches
+        count = None if keep is None else keep(patches)
+        goal = patches if count is None else min(max(1, count), patches)
+    rows, remaining = [], patches
     for layer in range(layers):
-        target = patches - (patches - wanted) * (layer + 1) // layers
-        after = max(target, left - left // 2)
-        rows.append((left + tower.prefix, min(left, after) + tower.prefix))
-        left = min(left, after)
+        target = patches - (patches - goal) * (layer + 1) // layers
+        after = max(target, remaining - remaining // 2)
+        rows.append((remaining + tower.prefix, min(remaining, after) + tower.prefix))
+        remaining = min(remaining, after)
     return rows

@@ -108,12 +108,12 @@ def _compressed_to_host(record: CompressedRecord) -> CompressedRecord:
 
 
 def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageTokens, ...]) -> CompressorReport:
-    found, first = [], 0
+    reports, first = [], 0
     for number, image in enumerate(images):
         span = slice(first, first + image.tokens)
         indices = host.kept[sample, span].nonzero().squeeze(1)
         merge_map = host.merge_map[sample, span]
-        found.append(
+        reports.append(
             CompressedImage(
                 tokens_in=image.tokens,
                 asked=host.asked[sample][number],
@@ -124,7 +124,7 @@ def _compressor_report(host: CompressedRecord, sample: int, images: tuple[ImageT
             )
         )
         first += image.tokens
-    return CompressorReport(name=host.name, images=found, newlines=host.newlines[sample] if host.newlines else 0)
+    return CompressorReport(name=host.name, images=reports, newlines=host.newlines[sample] if host.newlines else 0)
 
 
 def _stage_report(

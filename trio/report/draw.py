@@ -232,8 +232,8 @@ def _steps(record: SampleReport) -> list[_Step]:
     done = record.compressor
     steps = [] if done is None else [_Step(done.name, [(n, image.origins) for n, image in enumerate(done.images)])]
     for stage in record.stages:
-        left = [(group.image, group.origins) for group in stage.groups]
-        steps.append(_Step(f"after layer {stage.after_layer}", left, stage))
+        kept = [(group.image, group.origins) for group in stage.groups]
+        steps.append(_Step(f"after layer {stage.after_layer}", kept, stage))
     return steps
 
 
@@ -284,7 +284,7 @@ def _saliency(record: SampleReport, step: _Step, number: int, frame: int) -> dic
     steps = _steps(record)
     position = steps.index(step)
     earlier = steps[position - 1] if position else None
-    found: dict[tuple[int, int], float] = {}
+    by_cell: dict[tuple[int, int], float] = {}
     assert step.stage is not None  # a compressor has no saliency
     for group in step.stage.groups:
         if group.saliency is None:
@@ -296,11 +296,11 @@ def _saliency(record: SampleReport, step: _Step, number: int, frame: int) -> dic
         places = _entered(record, earlier, group, number)
         if places is None:
             continue
-        first, wanted = places
-        for offset, (at_frame, place) in enumerate(wanted):
+        first, cells = places
+        for offset, (at_frame, place) in enumerate(cells):
             if at_frame == frame:
-                found[place] = group.saliency[first + offset]
-    return found
+                by_cell[place] = group.saliency[first + offset]
+    return by_cell
 
 
 def _entered(

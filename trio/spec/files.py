@@ -41,7 +41,7 @@ def read_spec_file(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, 
     except UnicodeDecodeError as error:
         raise SpecError(f"{origin}: not UTF-8 text (byte {error.start}); save the file as UTF-8.") from error
     is_json = file.suffix == ".json"
-    found = _json(text, origin) if is_json else None
+    mapping = _json(text, origin) if is_json else None
     try:
         # The YAML reader gives the lines of JSON too; it refuses tabs.
         root = compose(text.replace("\t", " ") if is_json else text)
@@ -49,7 +49,7 @@ def read_spec_file(file: Path, origin: str) -> tuple[Any, dict[tuple[str | int, 
         assert root is not None
         lines: dict[tuple[str | int, ...], int] = {}
         _map_lines(root, (), lines, origin, ())
-        return found if is_json else construct(root), lines
+        return mapping if is_json else construct(root), lines
     except (yaml.YAMLError, ValueError) as error:
         raise _yaml_error(error, origin, text) from error
 
@@ -69,9 +69,9 @@ def _check_root(root: yaml.Node | None, origin: str) -> None:
     """Refuse what was never a spec, without a word of what it holds."""
     if not isinstance(root, yaml.MappingNode):
         kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "text that is no mapping"}
-        found = "an empty file" if root is None else kinds[type(root)]
+        kind = "an empty file" if root is None else kinds[type(root)]
         raise SpecError(
-            f"{origin}: found {found}; a spec is a mapping of keys such as version, name and stages. {START}"
+            f"{origin}: found {kind}; a spec is a mapping of keys such as version, name and stages. {START}"
         )
     version = next((value for key, value in root.value if key.value == "version"), None)
     if version is None:

@@ -96,9 +96,9 @@ def line_of(spec_path: Sequence[str | int], lines: Lines | None) -> int | None:
     if lines is None:
         return None
     for size in range(len(spec_path), 0, -1):
-        found = lines.get(tuple(spec_path[:size]))
-        if found is not None:
-            return found
+        line = lines.get(tuple(spec_path[:size]))
+        if line is not None:
+            return line
     return lines.get(())
 
 

@@ -35,11 +35,11 @@ def check_order(stages: list[StageSpec]) -> None:
     seen: dict[type, list[tuple[int, int | Fraction]]] = {int: [], str: []}
     for index, stage in enumerate(stages):
         here = stage.after_layer
-        now = here if isinstance(here, int) else parse_share(here)
+        depth = here if isinstance(here, int) else parse_share(here)
         before = seen[type(here)]
-        if before and now <= before[-1][1]:
-            earlier, there = next(one for one in before if now <= one[1])
-            if now == there:
+        if before and depth <= before[-1][1]:
+            earlier, earlier_depth = next(one for one in before if depth <= one[1])
+            if depth == earlier_depth:
                 raise Wrong(
                     f"found {here!r}, which stages[{earlier}] has too; two stages cannot act at one layer. Move one of "
                     "them, or merge them.",
@@ -50,7 +50,7 @@ def check_order(stages: list[StageSpec]) -> None:
                 "order of the layers.",
                 ("stages", index, "after_layer"),
             )
-        before.append((index, now))
+        before.append((index, depth))
 
 
 def check_groups(compressor: CompressorSpec | None, stages: list[StageSpec]) -> None:

@@ -161,18 +161,17 @@ class ResolvedSchedule:
         """
         if self.target is None or not self.known:
             return
-        found = Fraction(sum(self.counts(started)), self.num_layers)
-        wanted = self.target * started if isinstance(self.target, Fraction) else Fraction(self.target)
+        average = Fraction(sum(self.counts(started)), self.num_layers)
+        target = self.target * started if isinstance(self.target, Fraction) else Fraction(self.target)
         slack = max(MAX_ERROR, SHARE_ERROR * started) if isinstance(self.target, Fraction) else MAX_ERROR
         if any(rule.keep is not None and rule.keep.count is None for rule in self._all()):
             slack = max(slack, Fraction(1))  # a share and a solved count keep at least one token
         small = any(r.keep is not None and r.keep.count is not None and r.keep.count >= started for r in self._all())
-        if found > wanted + slack or (found < wanted - slack and not small and wanted <= started):
+        if average > target + slack or (average < target - slack and not small and target <= started):
             raise BudgetError(
                 f"budget.average: {_say(self.target)} was promised, but an image of {started} tokens keeps "
-                f"{float(found):.2f} on average ({float(found / started):.1%}) over {self.num_layers} layers. Change "
-                "the "
-                "counts, or write `keep: auto` to have them solved."
+                f"{float(average):.2f} on average ({float(average / started):.1%}) over {self.num_layers} layers. "
+                "Change the counts, or write `keep: auto` to have them solved."
             )
 
     def _all(self) -> tuple[Reduction, ...]:
@@ -199,16 +198,16 @@ class ResolvedSchedule:
 
     def _kept(self, rule: Reduction, solved: int | None, started: int, current: int) -> int:
         assert rule.keep is not None  # callers handle compressors that decide for themselves
-        wanted = solved if rule.keep.auto else _plain(rule.keep, started, current)
-        if wanted is None:  # auto of an image without tokens
+        count = solved if rule.keep.auto else _plain(rule.keep, started, current)
+        if count is None:  # auto of an image without tokens
             return 0
-        if wanted > current and rule.strict:
+        if count > current and rule.strict:
             raise BudgetError(
-                f"{rule.spec_path}: {wanted} tokens are to be kept, but only {current} of {started} reach it, and the "
+                f"{rule.spec_path}: {count} tokens are to be kept, but only {current} of {started} reach it, and the "
                 "spec says "
                 "if_fewer: error. Use a larger image, a lower count, or if_fewer: keep-all."
             )
-        return min(wanted, current)
+        return min(count, current)
 
 
 def _plain(keep: KeepRule, started: int, current: int) -> int:
@@ -246,12 +245,12 @@ def _real_total(schedule: ResolvedSchedule, started: Fraction, fraction: Fractio
         keep = rule.keep
         assert keep is not None  # auto beside a compressor that decides for itself is refused in the spec
         if keep.auto:
-            wanted = current * float(fraction)
+            count = current * float(fraction)
         elif keep.count is not None:
-            wanted = float(keep.count)
+            count = float(keep.count)
         else:
-            wanted = float(keep.share or 0) * (current if keep.of_current else float(started))
-        current = min(current, wanted)
+            count = float(keep.share or 0) * (current if keep.of_current else float(started))
+        current = min(current, count)
         total += weight * current
     return total
 
@@ -260,9 +259,9 @@ def _whole(schedule: ResolvedSchedule, started: int, chosen: list[int | None]) -
     """Counts after each reduction, and token-layers, for whole numbers; `chosen` holds the auto counts."""
     current, weights = started, _weights(schedule)
     total, counts = weights[0] * started, []
-    for rule, weight, wanted in zip(schedule._all(), weights[1:], chosen, strict=True):
+    for rule, weight, count in zip(schedule._all(), weights[1:], chosen, strict=True):
         assert rule.keep is not None  # as in _real_total
-        current = min(current, wanted if wanted is not None else _plain(rule.keep, started, current))
+        current = min(current, count if count is not None else _plain(rule.keep, started, current))
         counts.append(current)
         total += weight * current
     return counts, total
@@ -408,9 +407,9 @@ def _check_any_size(schedule: ResolvedSchedule) -> None:
             )
 
 
-def _check_range(schedule: ResolvedSchedule, started: int, wanted: float, slack: float) -> None:
+def _check_range(schedule: ResolvedSchedule, started: int, target: float, slack: float) -> None:
     least, most = (_real_total(schedule, Fraction(started), f) / schedule.num_layers for f in (0.0, 1.0))
-    if least - slack <= wanted <= most + slack:
+    if least - slack <= target <= most + slack:
         return
     assert schedule.target is not None  # the caller looked
     share = isinstance(schedule.target, Fraction)

@@ -62,31 +62,31 @@ def check_adapter(
         InputError: a promise of that name does not exist, or `inputs` is neither a processor nor a factory.
         UnsupportedModelError: no adapter takes the model.
     """
-    wanted = list(PROMISES if promises is None else promises)
-    for name in wanted:
+    promise_names = list(PROMISES if promises is None else promises)
+    for name in promise_names:
         if name not in PROMISES:
             raise InputError(
                 f"promises: there is no {name!r}. {did_you_mean(name, PROMISES)}Allowed: {', '.join(PROMISES)}."
             )
-    found = adapter_for(model) if adapter is None else adapter
-    dtype: torch.dtype = found.model.dtype  # type: ignore[assignment]  # a property of transformers models
+    model_adapter = adapter_for(model) if adapter is None else adapter
+    dtype: torch.dtype = model_adapter.model.dtype  # type: ignore[assignment]  # a property of transformers models
     bench = Bench(
         model=model,
         factory=as_factory(inputs),
-        adapter=found,
+        adapter=model_adapter,
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
         exact=dtype in (torch.float32, torch.float64),
-        settings=_settings(found, stages) if compressor is None else _compressed(compressor, stages),
-        attention=_offered(found.model, attention),
+        settings=_settings(model_adapter, stages) if compressor is None else _compressed(compressor, stages),
+        attention=_offered(model_adapter.model, attention),
     )
     checks: list[Check] = []
-    for name in wanted:
+    for name in promise_names:
         for case in PROMISES[name](bench):
             (check,) = run_cases(name, [case])
             checks.append(check)
             if on_check is not None:
                 on_check(check)
-    results = CheckResults(f"{type(found.model).__name__} ({type(found).__name__})", tuple(checks))
+    results = CheckResults(f"{type(model_adapter.model).__name__} ({type(model_adapter).__name__})", tuple(checks))
     return results.raise_if_failed() if raise_on_failure else results
 
 

@@ -130,29 +130,29 @@ class Bench:
 
     # Comparing
 
-    def close(self, found: torch.Tensor, expected: torch.Tensor, what: str) -> float:
+    def close(self, actual: torch.Tensor, expected: torch.Tensor, what: str) -> float:
         """The largest difference relative to the largest expected logit.
 
         Raises:
             AssertionError: it is above the tolerance, or the shapes differ.
         """
-        require(found.shape == expected.shape, f"{what}: shapes {tuple(found.shape)} and {tuple(expected.shape)}")
-        require(bool(torch.isfinite(found).all()), f"{what}: logits are not finite")
-        error = relative(found, expected)
+        require(actual.shape == expected.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
+        require(bool(torch.isfinite(actual).all()), f"{what}: logits are not finite")
+        error = relative(actual, expected)
         require(
             error <= self.tolerance,
             f"{what}: logits differ by {error:.2e} of the largest, allowed {self.tolerance:.0e}",
         )
         return error
 
-    def same_tokens(self, found: Selection, expected: Selection, what: str) -> float:
+    def same_tokens(self, actual: Selection, expected: Selection, what: str) -> float:
         """The share of kept tokens that two selections have in common.
 
         Raises:
             AssertionError: it is not all of them (in half precision: of 95%, or all but two).
         """
         common = total = 0
-        for ours, theirs in zip(_images(found), _images(expected), strict=True):
+        for ours, theirs in zip(_images(actual), _images(expected), strict=True):
             require(
                 self.exact is False or len(ours) == len(theirs), f"{what}: kept {len(ours)} and {len(theirs)} tokens"
             )
@@ -221,21 +221,21 @@ class Bench:
             return self.forward(inputs)
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     largest = expected.float().abs().max().clamp_min(1e-12)
-    return float((found.float() - expected.float()).abs().max() / largest)
+    return float((actual.float() - expected.float()).abs().max() / largest)
 
 
 def kept_by_all(report: CompressionReport) -> Selection:
     """What the compressor left, as though it were a first stage, and what each stage kept."""
-    left = [
+    compressed = [
         [image.indices for image in sample.compressor.images]
         if sample.compressor is not None
         else [list(range(image.tokens)) for image in sample.images]
         for sample in report.samples
     ]
-    return [left, *report.selection()]
+    return [compressed, *report.selection()]
 
 
 def _images(selection: Selection) -> Iterator[set[int]]:

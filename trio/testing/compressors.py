@@ -112,12 +112,12 @@ class _Suite:
 
     def _compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
         """What the compressor gives, checked for form."""
-        asked = tokens.tokens if self.compressor.decides_count else k
-        out = self.compressor.compress(tokens, asked)
+        count = tokens.tokens if self.compressor.decides_count else k
+        out = self.compressor.compress(tokens, count)
         require(isinstance(out, VisualTokens), f"found {type(out).__name__}, expected VisualTokens")
         m = out.tokens
-        fits = 1 <= m <= tokens.tokens if self.compressor.decides_count else m == asked
-        require(fits, f"{m} tokens of {tokens.tokens}, asked for {asked}")
+        fits = 1 <= m <= tokens.tokens if self.compressor.decides_count else m == count
+        require(fits, f"{m} tokens of {tokens.tokens}, asked for {count}")
         self._shapes(tokens, out)
         self._order(out)
         self._record(tokens, out)
@@ -133,8 +133,8 @@ class _Suite:
             "merge_map": (out.merge_map, tuple(tokens.merge_map.shape), torch.int64),
         }
         for name, (tensor, shape, dtype) in expected.items():
-            found = f"{name} are {tensor.dtype} {tuple(tensor.shape)}"
-            require(tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{found}, expected {dtype} {shape}")
+            facts = f"{name} are {tensor.dtype} {tuple(tensor.shape)}"
+            require(tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{facts}, expected {dtype} {shape}")
             same = tensor.device == tokens.features.device
             require(same, f"{name} are on {tensor.device}, expected {tokens.features.device}")
         require(out.origins.tokens == m, f"{out.origins.tokens} origins for {m} tokens")
@@ -204,11 +204,11 @@ class _Suite:
     def _form(
         self, grid: str, kind: str = "random", *, dtype: torch.dtype = torch.float32, class_token: bool = False
     ) -> str:
-        left = []
+        counts = []
         for seed in range(3):
             tokens = _tokens(self.reads, grid, seed=seed, kind=kind, dtype=dtype, class_token=class_token)
-            left += [self._compress(tokens, k).tokens for k in _counts(tokens.tokens)]
-        return f"{left} of {tokens.tokens}"
+            counts += [self._compress(tokens, k).tokens for k in _counts(tokens.tokens)]
+        return f"{counts} of {tokens.tokens}"
 
     def _identity(self) -> str:
         for grid in GRIDS:
@@ -253,6 +253,6 @@ class _Suite:
         return "the same tokens"
 
 
-def _require_same(found: VisualTokens, expected: VisualTokens, when: str) -> None:
+def _require_same(actual: VisualTokens, expected: VisualTokens, when: str) -> None:
     for name in ("features", "sizes", "token_index", "merge_map"):
-        require(torch.equal(getattr(found, name), getattr(expected, name)), f"{when}: {name} differ")
+        require(torch.equal(getattr(actual, name), getattr(expected, name)), f"{when}: {name} differ")

@@ -106,7 +106,7 @@ def compact_logits(
     with torch.no_grad(), attention_of(adapter.language_model, "eager"):
         for sample, valid in enumerate(valid_tokens(inputs)):
             columns = valid.nonzero().squeeze(1)
-            own = {after: there[sample] for after, there in kept.items()}
+            own = {after: kept_mask[sample] for after, kept_mask in kept.items()}
             rows.append(_by_hand(adapter, hidden[sample : sample + 1].index_select(1, columns), columns, own))
     return rows
 
@@ -252,20 +252,20 @@ def _checked(adapter: Adapter, inputs: Mapping[str, Any], kept_by_layer: KeptByL
     """
     valid, layers = valid_tokens(inputs), len(adapter.layers)
     before, out = valid, {}
-    for layer, there in sorted(kept_by_layer.items()):
+    for layer, kept_mask in sorted(kept_by_layer.items()):
         if not 0 <= layer < layers:
             raise InputError(f"kept_by_layer: there is no layer {layer}; the model has layers 0 to {layers - 1}")
-        if there.dtype != torch.bool or there.shape != valid.shape:
+        if kept_mask.dtype != torch.bool or kept_mask.shape != valid.shape:
             raise InputError(
-                f"kept_by_layer[{layer}]: found {there.dtype} {tuple(there.shape)}, expected torch.bool "
+                f"kept_by_layer[{layer}]: found {kept_mask.dtype} {tuple(kept_mask.shape)}, expected torch.bool "
                 f"{tuple(valid.shape)}, as input_ids"
             )
-        there = there.to(valid.device) & valid
-        if bool((there & ~before).any()):
-            sample, column = (there & ~before).nonzero()[0].tolist()
+        kept_mask = kept_mask.to(valid.device) & valid
+        if bool((kept_mask & ~before).any()):
+            sample, column = (kept_mask & ~before).nonzero()[0].tolist()
             raise InputError(
                 f"kept_by_layer[{layer}]: sample {sample} has column {column} again, which was gone in an earlier "
                 "layer; keep it there or drop it here"
             )
-        before = out[layer] = there
+        before = out[layer] = kept_mask
     return out

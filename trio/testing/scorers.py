@@ -172,9 +172,9 @@ class _Suite:
     def _mode(self, mode: Callable[[], Any]) -> str:
         expected, _ = self._score(ONE, TWO)
         with mode():
-            found, notes = self._score(ONE, TWO)
+            actual, notes = self._score(ONE, TWO)
         require(not notes[0][1].requires_grad, "the saliencies carry a graph")
-        return _close(found, expected)
+        return _close(actual, expected)
 
     def _generate(self) -> str:
         pipeline = Pipeline(self.model, stages=[StageSpec(after_layer=2, keep=3, scorer=self.scorer, selector="top-k")])
@@ -193,9 +193,9 @@ class _Suite:
         return "float32 and finite"
 
 
-def _close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
+def _close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> str:
     worst = 0.0
-    for sample, (a, b) in enumerate(zip(found, expected, strict=True)):
+    for sample, (a, b) in enumerate(zip(actual, expected, strict=True)):
         require(a.shape == b.shape, f"sample {sample}: {tuple(a.shape)} and {tuple(b.shape)} saliencies")
         if a.numel():
             worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))

@@ -130,13 +130,13 @@ class _Suite:
         """The chosen tokens of each group, checked for form."""
         out = self.selector.select(ctx)
         require(isinstance(out, tuple) and len(out) == 2, f"found {type(out).__name__}, expected indices and valid")
-        indices, there = out
+        indices, valid = out
         require(indices.dtype == torch.int64, f"indices are {indices.dtype}, expected int64")
-        require(there.dtype == torch.bool, f"valid is {there.dtype}, expected bool")
-        require(indices.shape == there.shape, f"shapes {tuple(indices.shape)} and {tuple(there.shape)} differ")
+        require(valid.dtype == torch.bool, f"valid is {valid.dtype}, expected bool")
+        require(indices.shape == valid.shape, f"shapes {tuple(indices.shape)} and {tuple(valid.shape)} differ")
         require(indices.shape[0] == len(ctx.k), f"{indices.shape[0]} rows for {len(ctx.k)} groups")
         chosen = []
-        for group, (row, flags) in enumerate(zip(indices.tolist(), there.tolist(), strict=True)):
+        for group, (row, flags) in enumerate(zip(indices.tolist(), valid.tolist(), strict=True)):
             k, count = int(ctx.k[group]), sum(flags)
             fits = count <= k if self.selector.decides_count else count == k
             require(fits, f"group {group}: chose {count} tokens, asked for {k}")

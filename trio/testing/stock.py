@@ -73,8 +73,8 @@ def valid_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
             f"attention_mask: found {tuple(mask.shape)}, expected {tuple(ids.shape)}, as input_ids: padding is read "
             "off the processor's own mask; pass that one"
         )
-    there: torch.Tensor = mask.bool()
-    return there
+    valid: torch.Tensor = mask.bool()
+    return valid
 
 
 def placeholders(adapter: Adapter, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -65,11 +65,11 @@ def kept_columns(
                 stays[[tokens[image][index] for index in indices]] = True
                 for column, row in ends[image]:
                     stays[column] = bool(row & set(indices))
-            found = int((stays & lines[number]).sum())
-            if found != newlines:
+            rows_kept = int((stays & lines[number]).sum())
+            if rows_kept != newlines:
                 raise InputError(
-                    f"report: sample {number} has {newlines} newline tokens from layer {after} on, but {found} rows "
-                    "that still have a token; compare pipelines with newlines: with-row"
+                    f"report: sample {number} has {newlines} newline tokens from layer {after} on, but {rows_kept} "
+                    "rows that still have a token; compare pipelines with newlines: with-row"
                 )
             kept.setdefault(after, valid.clone())[number] = stays
     return dict(sorted(kept.items()))

@@ -37,8 +37,10 @@ def check_tower(tower: nn.Module | Tower, images: Images, *, raise_on_failure: b
         AssertionError: a check does not hold.
         UnsupportedModelError: no registered tower takes the module.
     """
-    found = tower_for(tower)
-    results = CheckResults(f"tower {type(found).__name__}", tuple(run_cases("tower", _Suite(found, images).cases())))
+    instance = tower_for(tower)
+    results = CheckResults(
+        f"tower {type(instance).__name__}", tuple(run_cases("tower", _Suite(instance, images).cases()))
+    )
     return results.raise_if_failed() if raise_on_failure else results
 
 
@@ -95,12 +97,12 @@ class _Suite:
 
     def _attention(self, block: int) -> str:
         watch = WholeAttention()
-        told: list[Heads] = []
+        heads: list[Heads] = []
         layouts: list[Layout] = []
         attention = self.tower.attention(block)
         handles = [
             *self.tower.listen_layout(layouts.append),
-            *self.tower.listen(block, told.append),
+            *self.tower.listen(block, heads.append),
             attention.register_forward_pre_hook(lambda *_: watch.matrices.clear()),
             attention.register_forward_hook(lambda *_: whole.extend(watch.matrices)),
         ]
@@ -111,7 +113,9 @@ class _Suite:
         finally:
             for handle in handles:
                 handle.remove()
-        require(len(told) == 1 and len(layouts) == 1, f"told {len(told)} times of queries, {len(layouts)} of a layout")
+        require(
+            len(heads) == 1 and len(layouts) == 1, f"told {len(heads)} times of queries, {len(layouts)} of a layout"
+        )
         require(bool(whole), "the attention module computed no softmax: is it the right module?")
         expected = _signal(whole, layouts[0], self.tower)
         reading = self._read()
@@ -167,8 +171,8 @@ class _Suite:
     def _inference(self) -> str:
         expected = self._read()
         with torch.inference_mode():
-            found = self._read()
-        same = all(torch.equal(found.values[one], expected.values[one]) for one in self.signals)
+            reading = self._read()
+        same = all(torch.equal(reading.values[one], expected.values[one]) for one in self.signals)
         require(same, "other signals under torch.inference_mode")
         return f"{len(self.signals)} signals"
 
@@ -190,21 +194,21 @@ class _Suite:
     def _merges(self) -> str:
         before = self._run()
         last = self.depth - 1
-        wanted = [Signal("groups", last), Signal("hidden", last)]
-        with Reader(self.tower, wanted, keep=lambda patches: max(1, patches * 2 // 3)) as reader:
+        signals = [Signal("groups", last), Signal("hidden", last)]
+        with Reader(self.tower, signals, keep=lambda patches: max(1, patches * 2 // 3)) as reader:
             after = self._run()
             reading = reader.take()
         require(after.shape == before.shape, f"the tower gives {tuple(after.shape)}, without {tuple(before.shape)}")
-        groups, rows = (reading.values[signal] for signal in wanted)
-        left, first = [], 0
+        groups, rows = (reading.values[signal] for signal in signals)
+        counts, first = [], 0
         for patches in reading.inputs:
             own, hidden = groups[first : first + patches], rows[first : first + patches]
             require(torch.equal(hidden, hidden[own]), "tokens of one group differ")
-            left.append(len(set(own.tolist())))
+            counts.append(len(set(own.tolist())))
             expected = max(1, patches * 2 // 3)
-            require(left[-1] == expected, f"{left[-1]} groups of {patches} patches, expected {expected}")
+            require(counts[-1] == expected, f"{counts[-1]} groups of {patches} patches, expected {expected}")
             first += patches
-        return f"{left} groups of {list(reading.inputs)} patches"
+        return f"{counts} groups of {list(reading.inputs)} patches"
 
     def _sizes(self) -> str:
         """Copies of a token count by themselves: a block on all rows is the reference for one on merged tokens."""
@@ -248,10 +252,10 @@ def _first(output: Any) -> torch.Tensor:
     return tensor
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    require(found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    require(actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     scale = max(1.0, float(expected.abs().max()))
-    return float((found.float() - expected.float()).abs().max()) / scale
+    return float((actual.float() - expected.float()).abs().max()) / scale
 
 
 def _singles(images: Images) -> list[Images]:
@@ -262,8 +266,8 @@ def _singles(images: Images) -> list[Images]:
         count = len(next(iter(images.values())))
         return [{name: value[i : i + 1] for name, value in images.items()} for i in range(count)]
     grids, first = images["grid_thw"], 0
-    found: list[Images] = []
+    singles: list[Images] = []
     for grid, patches in zip(grids, grids.prod(1).tolist(), strict=True):
-        found.append({"pixel_values": images["pixel_values"][first : first + patches], "grid_thw": grid[None]})
+        singles.append({"pixel_values": images["pixel_values"][first : first + patches], "grid_thw": grid[None]})
         first += patches
-    return found
+    return singles

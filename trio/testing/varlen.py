@@ -91,16 +91,16 @@ def attention(
         raise AssertionError(
             "flash convention: position ids with gaps and no mask: they would read as several packed sequences"
         )
-    there = torch.ones(batch, keys, dtype=torch.bool, device=key.device)
+    valid = torch.ones(batch, keys, dtype=torch.bool, device=key.device)
     if attention_mask is not None:
-        there = attention_mask.bool()
+        valid = attention_mask.bool()
     asking = torch.ones(batch, queries, dtype=torch.bool, device=key.device)
     if queries > 1:  # a single query is never padding, whatever the side
-        asking = there[:, keys - queries :]
-    seen = there[:, None, :].expand(batch, queries, keys)
+        asking = valid[:, keys - queries :]
+    seen = valid[:, None, :].expand(batch, queries, keys)
     if causal:
         # What is not padding is lined up at the end: the last query with the last key.
-        key_rank = there.sum(1, keepdim=True) - there.cumsum(1)
+        key_rank = valid.sum(1, keepdim=True) - valid.cumsum(1)
         query_rank = asking.sum(1, keepdim=True) - asking.cumsum(1)
         behind = key_rank[:, None, :] - query_rank[:, :, None]
         seen = seen & (behind >= 0)

@@ -90,7 +90,7 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
 
     def _log(self, tasks: list[str], answers: list[ConversationAnswer], seconds: float) -> None:
         """Speed and retention, in the log and in the ``throughput`` of the results."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         spec = self.settings.spec
         for task in [*dict.fromkeys(tasks), None]:
             of_task = [one for name, one in zip(tasks, answers, strict=True) if task in (name, None) and one.visual]
@@ -102,13 +102,13 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
                 f"trio: {spec} on {task or 'all tasks'}: {kept / n:.1f} of {visual / n:.1f} visual tokens kept on "
                 f"average over the layers ({kept / visual:.1%}), {n} answers"
             )
-            found["retention" if task is None else f"retention_{task}"] = kept / visual
+            metrics["retention" if task is None else f"retention_{task}"] = kept / visual
         tokens = sum(one.tokens for one in answers)
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics=found,
+            additional_metrics=metrics,
         )
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:

@@ -74,13 +74,13 @@ def _part(part: Mapping[str, Any], square: tuple[int, int, int] | None) -> dict[
 
 def _placed(parts: list[dict[str, Any]], placeholder: str | None) -> list[dict[str, Any]]:
     """The parts with images at their placeholders, if the text has any."""
-    found = 0 if placeholder is None else sum(p["text"].count(placeholder) for p in parts if p["type"] == "text")
-    if not found or placeholder is None:
+    placeholders = 0 if placeholder is None else sum(p["text"].count(placeholder) for p in parts if p["type"] == "text")
+    if not placeholders or placeholder is None:
         return parts
     images = [part for part in parts if part["type"] == "image"]
-    if found != len(images):
+    if placeholders != len(images):
         raise InputError(
-            f"task: a text holds {placeholder!r} {found} times, but its message has {len(images)} images; the "
+            f"task: a text holds {placeholder!r} {placeholders} times, but its message has {len(images)} images; the "
             "model would look for images that are not there. Take the sign out of the task's text."
         )
     waiting = iter(images)

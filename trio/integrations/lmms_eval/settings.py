@@ -132,7 +132,7 @@ def load(settings: Settings) -> tuple[Any, Any]:
     auto: Any = transformers  # its typing changes from version to version
     options = {"device_map": settings.device_map, "attn_implementation": settings.attn_implementation}
     pixels = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
-    asked = {name: value for name, value in pixels.items() if value is not None}
+    limits = {name: value for name, value in pixels.items() if value is not None}
     try:
         model = auto.AutoModelForImageTextToText.from_pretrained(
             source,
@@ -140,7 +140,7 @@ def load(settings: Settings) -> tuple[Any, Any]:
             revision=settings.revision or "main",
             **{name: value for name, value in options.items() if value is not None},
         )
-        processor = auto.AutoProcessor.from_pretrained(source, revision=settings.revision or "main", **asked)
+        processor = auto.AutoProcessor.from_pretrained(source, revision=settings.revision or "main", **limits)
         if device is not None:
             model = model.to(device)
     except Exception as error:  # whatever a damaged checkpoint, a wrong backend or a missing network raises
@@ -149,16 +149,16 @@ def load(settings: Settings) -> tuple[Any, Any]:
             f"{settings.dtype} and attention {settings.attn_implementation or 'by default'} ({type(error).__name__}: "
             f"{first_line(error)}); change what it names, or check that the folder is complete or the hub reachable."
         ) from error
-    check_processor(settings, processor, asked)
+    check_processor(settings, processor, limits)
     return model.eval(), processor
 
 
-def check_processor(settings: Settings, processor: Any, asked: Mapping[str, int]) -> None:
+def check_processor(settings: Settings, processor: Any, limits: Mapping[str, int]) -> None:
     """What is asked of the processor must be something that it does."""
     kind = type(processor).__name__
     images = getattr(processor, "image_processor", None)
     known = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
-    for name in asked:
+    for name in limits:
         if name not in known:
             raise InputError(
                 f"model_args: {name} means nothing to the {type(images).__name__} of {settings.pretrained!r}; only "

@@ -74,9 +74,9 @@ class AnswerFiles:
             raise InputError(f"out {str(folder)!r}: cannot be used ({error}); give another --out.") from error
 
     @staticmethod
-    def _check(found: dict[str, Any], header: Mapping[str, Any], folder: Path) -> None:
-        wanted = json.loads(json.dumps(dict(header)))
-        other = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    def _check(stored: dict[str, Any], header: Mapping[str, Any], folder: Path) -> None:
+        expected = json.loads(json.dumps(dict(header)))
+        other = sorted(key for key in expected.keys() | stored.keys() if expected.get(key) != stored.get(key))
         if other:
             raise InputError(
                 f"out {str(folder)!r}: it holds answers with other {', '.join(other)}; going on would mix two "
@@ -140,9 +140,9 @@ def _answers(lines: Sequence[Line[RowAnswer]], batch: Sequence[int]) -> bool:
 def _header(file: Path) -> dict[str, Any]:
     remedy = "give another --out."
     try:
-        found = json.loads(read_plain(file, f"header {str(file)!r}", remedy))
+        header = json.loads(read_plain(file, f"header {str(file)!r}", remedy))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        header = None
+    if not isinstance(header, dict):
         raise InputError(f"header {str(file)!r}: no JSON object; {remedy}")
-    return found
+    return header

@@ -58,11 +58,11 @@ def _curve(results: EvaluationResults, place: Place, label: str) -> str:
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
     for number, (method, rows) in enumerate(_lines(results).items()):
-        asked = not rows[0].control
+        is_spec = not rows[0].control
         title: str | None = rows[0].name if len(rows) == 1 else method
         for segment in _segments(rows):
             legend = None if title is None else title.replace("$", r"\$")  # a name is no formula
-            _segment(axes, segment, place, f"C{number % 10}", legend, asked)
+            _segment(axes, segment, place, f"C{number % 10}", legend, is_spec)
             title = None  # a legend names a method once
     for name in ("full", "no image"):
         row = results.row(name)
@@ -80,13 +80,13 @@ def _curve(results: EvaluationResults, place: Place, label: str) -> str:
 
 def _segments(rows: Sequence[RowResult]) -> list[list[RowResult]]:
     """Rows that one line joins: of a control those whose stages stand after the same layers."""
-    found: dict[str, list[RowResult]] = {}
+    segments: dict[str, list[RowResult]] = {}
     for row in rows:
-        found.setdefault(row.schedule.partition(":")[0] if row.control else "", []).append(row)
-    return list(found.values())
+        segments.setdefault(row.schedule.partition(":")[0] if row.control else "", []).append(row)
+    return list(segments.values())
 
 
-def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, label: str | None, asked: bool) -> None:
+def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, label: str | None, is_spec: bool) -> None:
     kind = COUNTED if all(COUNTED in row.accuracy for row in rows) else OVERALL
     found = [(x, row.accuracy[kind]) for row in rows if (x := place(row)) is not None]
     if not found:
@@ -99,10 +99,10 @@ def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, la
         yerr=errors,
         label=label,
         color=colour,
-        marker="o" if asked else "x",
+        marker="o" if is_spec else "x",
         markersize=5,
-        linewidth=1.6 if asked else 1.0,
-        linestyle="-" if asked else ":",
+        linewidth=1.6 if is_spec else 1.0,
+        linestyle="-" if is_spec else ":",
         capsize=2,
         elinewidth=0.8,
     )

@@ -122,16 +122,18 @@ def oracle_order(image: ImageTokens, item_map: NDArray[np.uint8], about: Sequenc
     return ranks
 
 
-def _covered(image: ImageTokens, there: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _covered(image: ImageTokens, occupied: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Share of each token's cell that a thing covers."""
-    total = np.zeros((there.shape[0] + 1, there.shape[1] + 1))
-    total[1:, 1:] = there.cumsum(0, dtype=np.float64).cumsum(1)
+    total = np.zeros((occupied.shape[0] + 1, occupied.shape[1] + 1))
+    total[1:, 1:] = occupied.cumsum(0, dtype=np.float64).cumsum(1)
     frames = image.frame.numpy().clip(max=len(image.grids) - 1)
     rows, columns = (np.array([grid[axis] for grid in image.grids])[frames] for axis in (0, 1))
     row, column = image.row.numpy(), image.column.numpy()
-    top, bottom = (np.round((row + d) * there.shape[0] / rows).astype(int).clip(0, there.shape[0]) for d in (0, 1))
+    top, bottom = (
+        np.round((row + d) * occupied.shape[0] / rows).astype(int).clip(0, occupied.shape[0]) for d in (0, 1)
+    )
     left, right = (
-        np.round((column + d) * there.shape[1] / columns).astype(int).clip(0, there.shape[1]) for d in (0, 1)
+        np.round((column + d) * occupied.shape[1] / columns).astype(int).clip(0, occupied.shape[1]) for d in (0, 1)
     )
     area = np.maximum(1, (bottom - top) * (right - left))
     inside: Any = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]

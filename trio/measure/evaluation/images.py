@@ -49,16 +49,16 @@ class Counter:
         """Visual tokens of an image that is made as small as it can be."""
         return self.of_size(_scaled(size, 1 / 256))
 
-    def size_for(self, size: tuple[int, int], wanted: float) -> tuple[int, int]:
+    def size_for(self, size: tuple[int, int], tokens: float) -> tuple[int, int]:
         """The size, in about the same proportions, at which an image has so many tokens, or next to it."""
         low, high = 1 / 256, 1.0
         for _ in range(STEPS):
             middle = (low + high) / 2
-            if self.of_size(_scaled(size, middle)) > wanted:
+            if self.of_size(_scaled(size, middle)) > tokens:
                 high = middle
             else:
                 low = middle
-        return min((_scaled(size, low), _scaled(size, high)), key=lambda one: abs(self.of_size(one) - wanted))
+        return min((_scaled(size, low), _scaled(size, high)), key=lambda one: abs(self.of_size(one) - tokens))
 
 
 def without_floor(processor: Any) -> Any:
@@ -102,8 +102,8 @@ class Shown:
         if which == "blank":
             return Image.new("RGB", own.size, GREY)
         if which == "small":
-            wanted = share * self._counter.of_size(own.size)
-            return own.resize(self._small.size_for(own.size, wanted), Image.Resampling.BICUBIC)
+            tokens = share * self._counter.of_size(own.size)
+            return own.resize(self._small.size_for(own.size, tokens), Image.Resampling.BICUBIC)
         return own
 
     def images(self, samples: Sequence[LabelledSample], which: ImageChoice, share: float) -> list[Image.Image]:

@@ -56,7 +56,7 @@ def overlays(
         results: of the evaluation, to choose questions by.
     """
     runner = Runner(model, processor, task, 1)
-    found = []
+    drawings = []
     for number in _chosen(task, [results.right[spec.name] for spec in specs]):
         sample = task.samples[number]
         inputs = runner.inputs([([sample.load()], sample.question)], "own")
@@ -71,8 +71,8 @@ def overlays(
                 png = ""
             else:
                 png = _address(drawn)
-            found.append(Overlay(sample.question, sample.answers[0], spec.name, given, png))
-    return found
+            drawings.append(Overlay(sample.question, sample.answers[0], spec.name, given, png))
+    return drawings
 
 
 def _chosen(task: Task, right: Sequence[str]) -> list[int]:

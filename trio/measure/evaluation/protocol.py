@@ -101,15 +101,15 @@ def evaluate(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    asked = {"name": task.name, "version": task.version, **task.facts, "sha256": task.fingerprint()}
-    header = {"model": facts, "task": asked, "versions": versions, "batch_size": batch_size}
+    task_facts = {"name": task.name, "version": task.version, **task.facts, "sha256": task.fingerprint()}
+    header = {"model": facts, "task": task_facts, "versions": versions, "batch_size": batch_size}
     files = AnswerFiles(Path(out), {**header, "max_new_tokens": task.max_new_tokens})
     possible = [row for row in rows if not row.refused]
     answers = runner.run(possible, files, progress)
     summary = Summary(task, rows, schedules, answers, baseline=baseline, margin=margin)
     return EvaluationResults(
         model=facts,
-        task={**asked, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
+        task={**task_facts, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
         settings={
             "batch_size": batch_size,
             "max_new_tokens": task.max_new_tokens,
@@ -170,14 +170,14 @@ def _entered(runner: Runner, spec: PipelineSpec) -> float:
     """Share of the tokens that a compressor leaves of the first images."""
     pipeline = Pipeline.from_spec(spec, runner.model)
     first = {sample.scene: sample for sample in reversed(runner.task.samples)}
-    left = full = 0
+    kept = full = 0
     for scene in sorted(first)[:LOOKED_AT]:
         inputs = runner.inputs([([first[scene].load()], first[scene].question)], "own")
         with pipeline, torch.no_grad():
             runner.model(**inputs)
         (sample,) = pipeline.report.samples
-        left, full = left + sum(image.start for image in sample.images), full + sample.visual_tokens
-    return left / full
+        kept, full = kept + sum(image.start for image in sample.images), full + sample.visual_tokens
+    return kept / full
 
 
 def _counts(task: Task) -> dict[str, int]:

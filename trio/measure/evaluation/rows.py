@@ -190,8 +190,8 @@ def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) ->
     if both[0].layers != both[1].layers:
         return False
     for times in (1, 2):  # a count and a share that agree on one size do not on the other
-        left = [resolved.stage_counts(times * started) for resolved in both]
-        if any(abs(a - b) > times for a, b in zip(*left, strict=True)):
+        counts = [resolved.stage_counts(times * started) for resolved in both]
+        if any(abs(a - b) > times for a, b in zip(*counts, strict=True)):
             return False
     return True
 

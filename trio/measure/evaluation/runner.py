@@ -66,13 +66,13 @@ class Runner:
             files: where answers are, and are written.
             progress: told the finished and all batches.
         """
-        found: dict[str, list[RowAnswer]] = {}
+        answers_by_key: dict[str, list[RowAnswer]] = {}
         done: dict[str, int] = {}
         first: dict[str, EvaluationRow] = {}  # rows that do the same are asked once
         for row in rows:
             first.setdefault(_key(row), row)
         for key, row in first.items():
-            found[key], done[key] = files.read(row.name, key, self.batches)
+            answers_by_key[key], done[key] = files.read(row.name, key, self.batches)
         finished, total = sum(done.values()), len(first) * len(self.batches)
         pipelines = {key: self.pipeline(row) for key, row in first.items() if row.spec is not None}
         for number, batch in enumerate(self.batches):
@@ -88,11 +88,11 @@ class Runner:
                     for question, text, n, average in zip(batch, texts, tokens, averages, strict=True)
                 ]
                 files.add(row.name, key, answers)
-                found[key] += answers
+                answers_by_key[key] += answers
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-        return {row.name: sorted(found[_key(row)], key=lambda answer: answer.question) for row in rows}
+        return {row.name: sorted(answers_by_key[_key(row)], key=lambda answer: answer.question) for row in rows}
 
     def pipeline(self, row: EvaluationRow) -> Pipeline:
         """The pipeline of a row."""

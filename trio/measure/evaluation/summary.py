@@ -98,7 +98,7 @@ class Summary:
 
         The two are families of their own for Holm's correction.
         """
-        found: list[Comparison] = []
+        comparisons: list[Comparison] = []
         waiting = [group for group in self._groups.values() if not group.row.control]
         while waiting:
             base = next((g for g in waiting if g.row.group == self._baseline), waiting[0])
@@ -109,9 +109,9 @@ class Summary:
                 if self._baseline is not None or abs(self._schedules[group.row.schedule].share - share) <= SAME_BUDGET
             ]
             waiting = [group for group in waiting if group not in near]
-            found += self._family([(group, base) for group in near if group is not base])
-            found += self._family([(floor, group) for group in near for floor in self._floors(group)])
-        return found
+            comparisons += self._family([(group, base) for group in near if group is not base])
+            comparisons += self._family([(floor, group) for group in near for floor in self._floors(group)])
+        return comparisons
 
     def _floors(self, group: _Group) -> list[_Group]:
         return [
@@ -169,7 +169,7 @@ class Summary:
         return [gate.kind for gate in self.gates if gate.first == first and gate.passes]
 
     def _gates(self) -> list[Gate]:
-        found = []
+        gates = []
         for first in sorted({one.first for one in self._schedules.values()}):
             random = self._random(first)
             for kind in self._task.kinds:
@@ -179,7 +179,7 @@ class Summary:
                     for name in ("full", "no image", random, none_name(first))
                 )
                 passes = full >= FULL and full - blind >= SEES and min(full - floor, full - late) >= LOSES
-                found.append(
+                gates.append(
                     Gate(
                         kind=kind,
                         first=first,
@@ -191,7 +191,7 @@ class Summary:
                         passes=passes,
                     )
                 )
-        return found
+        return gates
 
     def _random(self, first: int) -> str:
         """The random row nearest to 11%, at the same first layer where there is one."""
@@ -243,8 +243,8 @@ class Summary:
         ]
 
 
-def _percent(found: Estimate) -> Estimate:
-    return found.scaled(100, 3)
+def _percent(share: Estimate) -> Estimate:
+    return share.scaled(100, 3)
 
 
 def _plain(row: EvaluationRow) -> dict[str, Any]:

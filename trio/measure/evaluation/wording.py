@@ -23,12 +23,12 @@ def tables(results: EvaluationResults) -> list[Table]:
 def ordered(results: EvaluationResults) -> list[RowResult]:
     """Full, then each schedule's specs and controls, then what no choice of tokens can change."""
     ends = ("none", "wrong image", "no image")
-    found = [results.row("full")]
+    rows = [results.row("full")]
     for schedule in dict.fromkeys(row.schedule for row in results.rows if row.schedule):
         mine = [row for row in results.rows if row.schedule == schedule]
-        found += [row for row in mine if not row.control]
-        found += [row for control in CONTROLS for row in mine if row.control == control]
-    return found + [row for control in ends for row in results.rows if row.control == control]
+        rows += [row for row in mine if not row.control]
+        rows += [row for control in CONTROLS for row in mine if row.control == control]
+    return rows + [row for control in ends for row in results.rows if row.control == control]
 
 
 def main_table(results: EvaluationResults) -> Table:

@@ -138,12 +138,12 @@ class FidelityReport(Document):
         """A few plain lines for people."""
         lines = [f"{self.model}: {self.samples} prompts on {self.images} images, full against compressed"]
         for row in self.rows():
-            found = row.agreement
+            agreement = row.agreement
             lines.append(
                 f"  {row.name}: {row.average_kept:.1f} of {row.visual_tokens:.1f} tokens; first token the same "
-                f"{found.top1.percent()}, KL {found.kl.plain()} nats; same answer {found.exact.percent()}, edit "
-                f"similarity {found.edit.plain()}; {row.speedup.first_token:.2f}x to the first token, "
-                f"{row.speedup.answer:.2f}x to the end"
+                f"{agreement.top1.percent()}, KL {agreement.kl.plain()} nats; same answer "
+                f"{agreement.exact.percent()}, edit similarity {agreement.edit.plain()}; "
+                f"{row.speedup.first_token:.2f}x to the first token, {row.speedup.answer:.2f}x to the end"
             )
         lines += [f"  {one.spec.name} above random, points: top-1 {one.gain.top1.points()}" for one in self.results]
         lines += [f"  note: {note}" for note in self.all_notes()]

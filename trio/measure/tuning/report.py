@@ -82,12 +82,12 @@ class TuningReport(Document):
         row = self.unseen.results[0].spec
         lines = []
         for bound in parse_target(self.target.split(" and ")).bounds:
-            found = quality_of(row, bound.metric)
+            quality = quality_of(row, bound.metric)
             value = cost_of(row, bound.metric)
-            if found is None:
+            if quality is None:
                 said, shown = "met" if bound.met(value) else "missed", bound.show(value)
             else:
-                said, shown = _says(bound, found), found.percent()
+                said, shown = _says(bound, quality), quality.percent()
             lines.append(f"{bound} on {self.unseen.images} images that the search has not seen: {said}, {shown}")
         return lines
 
@@ -104,8 +104,8 @@ def _says(bound: Bound, found: Estimate) -> str:
 
 def quality_of(row: FidelityRow, metric: str) -> Estimate | None:
     """A quality of `trio.measure.tuning.target` in a row; None for a cost."""
-    found = row.agreement
-    return {"agreement": found.top1, "answers": found.exact, "similarity": found.edit}.get(metric)
+    agreement = row.agreement
+    return {"agreement": agreement.top1, "answers": agreement.exact, "similarity": agreement.edit}.get(metric)
 
 
 def cost_of(row: FidelityRow, metric: str) -> float:

@@ -165,7 +165,7 @@ class Space:
             parts[kind] = name
             for parameter in built.search_space() or {}:
                 parts[_key(kind, name, parameter)] = getattr(built, parameter)
-        found = []
+        starts = []
         for average in STARTS:
             schedule = resolve(load_spec({**default.to_dict(), "budget": {"average": average}}), self.layers)
             kept = schedule.stage_counts(tokens)
@@ -176,8 +176,8 @@ class Space:
             params |= {"stages": len(kept), **parts}
             params |= {f"layer.{i}": layer for i, layer in enumerate(schedule.layers)}
             params |= {f"keep.{i}": min(max(share, LEAST), MOST) for i, share in enumerate(shares)}
-            found.append(params)
-        return found
+            starts.append(params)
+        return starts
 
 
 def _key(kind: str, name: str, parameter: str) -> str:

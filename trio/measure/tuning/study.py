@@ -125,15 +125,15 @@ class Study:
             try:
                 spec = space.draw(trial)
                 trial.set_user_attr("spec", spec.to_dict())
-                found = judge(spec)
+                judged = judge(spec)
             except TrioError as error:
                 trial.set_user_attr("refused", f"{type(error).__name__}: {str(error).partition(':')[0]}")
                 self._study.tell(trial, state=states.PRUNED)
                 continue
-            trial.set_user_attr("values", dict(found.values))
-            trial.set_user_attr("errors", dict(found.errors))
-            trial.set_user_attr("kl", found.kl)
-            self._study.tell(trial, [found.values[quality], found.values["flops"]])
+            trial.set_user_attr("values", dict(judged.values))
+            trial.set_user_attr("errors", dict(judged.errors))
+            trial.set_user_attr("kl", judged.kl)
+            self._study.tell(trial, [judged.values[quality], judged.values["flops"]])
 
     def _sampler_of(self, done: int, starts: list[dict[str, Any]]) -> Any:
         """A fresh sampler for each trial, so that what it draws depends on the trials before it and on nothing else."""
@@ -163,8 +163,8 @@ class Study:
             if "refused" in facts:
                 refused[facts["refused"]] = refused.get(facts["refused"], 0) + 1
             else:
-                found = {key: facts[key] for key in ("values", "errors", "kl", "spec")}
-                candidates.append(Candidate(trial=number, **found))
+                fields = {key: facts[key] for key in ("values", "errors", "kl", "spec")}
+                candidates.append(Candidate(trial=number, **fields))
         return Tried(candidates, refused)
 
 

@@ -83,24 +83,24 @@ class Judge:
             TrioError: it does not fit the model.
         """
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
-        tokens, found = Tokens(), list[Likeness]()
+        tokens, likenesses = Tokens(), list[Likeness]()
         for inputs, full in zip(self._inputs, self._full, strict=True):
             other = self._answerer(inputs, pipeline)
             assert other.report is not None  # a pipeline was given
             tokens.add(other.report, spec, self._shape)
-            found += compare(full.logits, other.logits, full.texts, other.texts)
+            likenesses += compare(full.logits, other.logits, full.texts, other.texts)
         share = tokens.kept / tokens.visual if tokens.visual else 1.0
         qualities = {
-            "agreement": [float(one.top1) for one in found],
-            "answers": [float(one.exact) for one in found],
-            "similarity": [one.edit for one in found],
+            "agreement": [float(one.top1) for one in likenesses],
+            "answers": [float(one.exact) for one in likenesses],
+            "similarity": [one.edit for one in likenesses],
         }
         values = {metric: fmean(each) for metric, each in qualities.items()}
         errors = {metric: standard_error(each, self._images) for metric, each in qualities.items()}
         values |= {"tokens": share, "flops": share if tokens.flops_share is None else tokens.flops_share}
         if self._timed:
             values["speed"] = self._speed(pipeline)
-        return Found(values, errors, fmean(one.kl for one in found))
+        return Found(values, errors, fmean(one.kl for one in likenesses))
 
     def _speed(self, pipeline: Pipeline) -> float:
         inputs = self._inputs[0]

@@ -181,8 +181,8 @@ def _own_cache(bench: Bench) -> str:
     return "2 caches, bitwise as with generate's own"
 
 
-def _caching(asked: bool) -> dict[str, Any]:
-    return keywords({Role.USE_CACHE: asked})
+def _caching(use_cache: bool) -> dict[str, Any]:
+    return keywords({Role.USE_CACHE: use_cache})
 
 
 def _by_hand(bench: Bench) -> str:

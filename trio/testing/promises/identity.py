@@ -61,13 +61,13 @@ def _text(bench: Bench) -> str:
     return bitwise(torch.stack(ours.logits), torch.stack(stock.logits))
 
 
-def bitwise(found: torch.Tensor, expected: torch.Tensor) -> str:
+def bitwise(actual: torch.Tensor, expected: torch.Tensor) -> str:
     """Says that two tensors are equal bit by bit.
 
     Raises:
         AssertionError: they are not.
     """
-    require(found.shape == expected.shape, f"shapes {tuple(found.shape)} and {tuple(expected.shape)}")
-    different = int((found != expected).sum())
-    require(different == 0, f"{different} of {found.numel()} logits are not bitwise the stock model's")
-    return f"{found.numel()} logits bitwise equal"
+    require(actual.shape == expected.shape, f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}")
+    different = int((actual != expected).sum())
+    require(different == 0, f"{different} of {actual.numel()} logits are not bitwise the stock model's")
+    return f"{actual.numel()} logits bitwise equal"

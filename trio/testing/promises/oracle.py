@@ -96,8 +96,8 @@ def agreement(bench: Bench, run: Compressed) -> str:
         worst = max(worst, strict.close(own, logits[:count], f"sample {sample}, prefill"))
         for step in range(steps):
             assert run.steps is not None
-            found, right = run.steps[sample, step], logits[count - 1 + step]
-            worst = max(worst, strict.close(found, right, f"sample {sample}, step {step} of generation"))
+            actual, right = run.steps[sample, step], logits[count - 1 + step]
+            worst = max(worst, strict.close(actual, right, f"sample {sample}, step {step} of generation"))
     form = "renumbered, layer by layer" if run.compact else "hidden as keys"
     return f"{sum(rows)} rows of logits and {steps} steps, {form}, largest error {worst:.1e}"
 
@@ -118,4 +118,4 @@ def oracle(bench: Bench, run: Compressed) -> list[torch.Tensor]:
     if run.compact:
         return compact_logits(model, adapter, whole, kept, features=features)
     logits = masked_logits(model, adapter, whole, kept, features=features)
-    return [row[there] for row, there in zip(logits, kept[max(kept)], strict=True)]
+    return [row[mask] for row, mask in zip(logits, kept[max(kept)], strict=True)]
