@@ -119,7 +119,8 @@ def test_vispruner(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", cases("divprune"))
 def test_divprune(case: dict[str, Any]) -> None:
     """In the order in which tokens are chosen."""
-    assert farthest(features_of(case["seed"], case["n"]), case["k"]).tolist() == case["chosen"]
+    every = torch.ones(1, case["n"], dtype=torch.bool)
+    assert farthest(features_of(case["seed"], case["n"])[None], every, case["k"])[0].tolist() == case["chosen"]
 
 
 @pytest.mark.parametrize("case", cases("prumerge"))
@@ -134,7 +135,9 @@ def test_prumerge(case: dict[str, Any]) -> None:
     assert sorted({*case["centres"], rest}) == places
     others = [index for index in range(PATCHES) if index not in case["centres"]]
     assert rest == max(others, key=lambda index: float(attention[index]))
-    clusters, _ = neighbourhoods(unit_length(keys), torch.tensor(case["centres"]), 32)
+    centres, every = torch.tensor([case["centres"]]), torch.ones(1, PATCHES, dtype=torch.bool)
+    exist = torch.ones_like(centres, dtype=torch.bool)
+    (clusters,), _ = neighbourhoods(unit_length(keys[None]), every, centres, exist, [32])
     for row, place in zip(out.features, places, strict=True):
         held = row.nonzero().squeeze(1).tolist()
         if place == rest:

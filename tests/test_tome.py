@@ -236,13 +236,15 @@ def test_compress_leaves_a_token_for_each_group():
 
 
 def test_groups_are_split_where_there_are_too_few():
-    groups = torch.tensor([0, 0, 2, 0, 2, 5, 0])
-    leaders, into = grouped(groups, 3)
-    assert leaders.tolist() == [0, 2, 5] and into.tolist() == [0, 0, 1, 0, 1, 2, 0]
-    leaders, into = grouped(groups, 5)
-    assert leaders.tolist() == [0, 1, 2, 3, 5] and into.tolist() == [0, 1, 2, 3, 2, 4, 0]
-    leaders, into = grouped(groups, 7)
-    assert leaders.tolist() == list(range(7)) == into.tolist()
+    groups = torch.tensor([[0, 0, 2, 0, 2, 5, 0], [0, 1, 1, 1, 9, 9, 9]])
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    for k, leaders, into in (
+        (3, [[0, 2, 5], [0, 1, 2]], [[0, 0, 1, 0, 1, 2, 0], [0, 1, 2, 1, -1, -1, -1]]),
+        (5, [[0, 1, 2, 3, 5], [0, 1, 2]], [[0, 1, 2, 3, 2, 4, 0], [0, 1, 2, 1, -1, -1, -1]]),
+        (7, [[*range(7)], [0, 1, 2]], [[*range(7)], [0, 1, 2, 1, -1, -1, -1]]),
+    ):
+        leads, places = grouped(groups, valid, [k, 3])
+        assert [row.nonzero().squeeze(1).tolist() for row in leads] == leaders and places.tolist() == into
 
 
 def test_merging_after_the_tower_goes_on_by_the_features():

@@ -8,15 +8,20 @@ would: embeddings, masks, positions, caches and features that come later shrink 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from ..core.backbone import Backbone
 from ..core.hooking import Owner
-from ..core.tokens import CLS, PATCH, ImageTokens, Signal, VisualTokens
+from ..core.token_batch import TokenBatch, batches, first
+from ..core.tokens import CLS, PATCH, ImageTokens, Signal
+from ..core.transfer import upload
 from ..errors import InputError, UnsupportedModelError
 from .encoded import EncodedImage, match_images
 from .forward import Prefill
@@ -87,15 +92,23 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Compressed:
-    """What a compressor left of a piece.
+    """What a compressor left of some pieces, G of them.
 
     Attributes:
-        tokens: the m tokens left.
-        slots: int64 ``(m,)``, the tokens of the piece in whose columns they are written, in rising order.
-        rewritten: int64, those of the m whose features are not the ones that stand in their column already.
+        pieces: their numbers among all.
+        tokens: the tokens left.
+        index: int64 ``(G, N)``, for each token of a piece its number among the sample's; what follows is padding.
+        samples: int64 ``(G, 1)``, in the batch.
+        slots: int64 ``(G, M)`` on the CPU, the tokens of the piece in whose columns they are written, in rising order;
+            behind them N.
+        rewritten: int64 on the CPU, those of the G x M whose features are not the ones that stand in their column
+            already.
     """
 
-    tokens: VisualTokens
+    pieces: tuple[int, ...]
+    tokens: TokenBatch
+    index: torch.Tensor
+    samples: torch.Tensor
     slots: torch.Tensor
     rewritten: torch.Tensor
 
@@ -168,72 +181,90 @@ class EncoderSide:
         pieces = self._plan(prefill)
         if all(piece.stays_whole for piece in pieces):
             return None
-        compressed = [
-            None if piece.stays_whole or piece.k == 0 else self._compress(piece, prefill, hidden) for piece in pieces
-        ]
-        return self._write_back(prefill, hidden, pieces, compressed)
+        return self._write_back(prefill, hidden, pieces, self._compress(pieces, prefill, hidden))
 
     def _plan(self, prefill: Prefill) -> list[_Piece]:
         """The pieces of all images in order, with the number of tokens to leave of each."""
         pieces = []
-        for sample, row in enumerate(self._sources(prefill)):
-            first = 0
-            for number, (source, parts) in enumerate(zip(row, self._shares(row), strict=True)):
+        rows = self._sources(prefill)
+        attention = self._attention(rows) if self._bound.split == "saliency" else {}
+        for sample, row in enumerate(rows):
+            start = 0
+            for number, (source, parts) in enumerate(zip(row, self._shares(row, attention), strict=True)):
                 pieces += [
-                    _Piece(sample, number, tile, source, members, first, k) for tile, (members, k) in enumerate(parts)
+                    _Piece(sample, number, tile, source, members, start, k) for tile, (members, k) in enumerate(parts)
                 ]
-                first += source.image.tokens
+                start += source.image.tokens
         return pieces
 
-    def _compress(self, piece: _Piece, prefill: Prefill, hidden: torch.Tensor) -> _Compressed:
-        """Runs the compressor on one piece."""
-        seed = zlib.crc32(f"{prefill.seeds[piece.sample]}/{piece.number}/{piece.tile}".encode())
-        columns = _columns(piece, prefill)
-        tokens = self._tokens(piece.source, piece.members, hidden[piece.sample, columns], seed)
-        size = len(piece.members)
-        out = self._bound.compressor.compress(tokens, size if piece.k is None else piece.k)
-        slots, shifted = _slots(out, size)
-        rewritten = torch.arange(out.tokens) if shifted else (out.origins.kind != PATCH).nonzero().squeeze(1)
-        return _Compressed(out, slots, rewritten.to(hidden.device))
+    def _compress(self, pieces: Sequence[_Piece], prefill: Prefill, hidden: torch.Tensor) -> list[_Compressed]:
+        """Runs the compressor on all pieces that lose tokens: together where they come from one kind of encoding."""
+        by_reading: dict[tuple[int, int], list[int]] = {}
+        for at, piece in enumerate(pieces):
+            if not piece.stays_whole and piece.k != 0:
+                patches = piece.source.patches
+                kind = (id(piece.source.reading), 0 if patches is None else patches.patches.shape[1])
+                by_reading.setdefault(kind, []).append(at)
+        compressed = []
+        for group in by_reading.values():
+            for members in batches([len(pieces[at].members) for at in group], hidden.shape[-1]):
+                numbers = tuple(group[at] for at in members)
+                compressed.append(self._compress_batch(numbers, [pieces[at] for at in numbers], prefill, hidden))
+        return compressed
+
+    def _compress_batch(
+        self, numbers: tuple[int, ...], pieces: Sequence[_Piece], prefill: Prefill, hidden: torch.Tensor
+    ) -> _Compressed:
+        index = upload(_padded([piece.first + piece.members for piece in pieces]), hidden.device)
+        samples = upload([piece.sample for piece in pieces], hidden.device)[:, None]
+        features, signals, class_tokens = self._read(pieces, hidden.device)
+        if features is None:
+            features = hidden[samples, prefill.state.visual_index[samples, index]]
+        batch = TokenBatch.start(
+            features,
+            [piece.source.image.select(piece.members) for piece in pieces],
+            signals,
+            class_tokens=class_tokens,
+            seeds=[
+                zlib.crc32(f"{prefill.seeds[piece.sample]}/{piece.number}/{piece.tile}".encode()) for piece in pieces
+            ],
+        )
+        sizes = [len(piece.members) for piece in pieces]
+        k = [size if piece.k is None else piece.k for size, piece in zip(sizes, pieces, strict=True)]
+        tokens = self._bound.compressor.compress_batch(batch, k)
+        return _Compressed(numbers, tokens, index, samples, *_slots(tokens, sizes))
 
     def _write_back(
-        self,
-        prefill: Prefill,
-        hidden: torch.Tensor,
-        pieces: Sequence[_Piece],
-        compressed: Sequence[_Compressed | None],
+        self, prefill: Prefill, hidden: torch.Tensor, pieces: Sequence[_Piece], compressed: Sequence[_Compressed]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts what is left into the hidden states, the prefill's state and its record; see `run`."""
-        record, device = prefill.record, hidden.device
-        keep = torch.zeros(prefill.state.token_index.shape, dtype=torch.bool, device=device)
-        merge_map = torch.full(keep.shape, -1, dtype=torch.int64, device=device)
-        images = [list(row) for row in record.images]
+        record, shape = prefill.record, prefill.state.token_index.shape
+        kept, merge_map = _whole(pieces, shape, hidden.device)
         features: list[torch.Tensor] = []
         columns: list[torch.Tensor] = []
-        for piece, result in zip(pieces, compressed, strict=True):
-            index = (piece.first + piece.members).to(device)
-            if result is None:
-                if piece.stays_whole:
-                    keep[piece.sample, index], merge_map[piece.sample, index] = True, index
-                continue
-            out, slots = result.tokens, index[result.slots]
-            keep[piece.sample, slots] = True
-            merge_map[piece.sample, index] = torch.where(out.merge_map < 0, -1, slots[out.merge_map.clamp_min(0)])
-            if len(result.rewritten):
-                features.append(out.features[result.rewritten])
-                column = _columns(piece, prefill)[result.slots[result.rewritten]]
-                columns.append(piece.sample * hidden.shape[1] + column)
-            image = images[piece.sample][piece.number]
-            images[piece.sample][piece.number] = _replaced(image, piece.members[result.slots.cpu()], out.origins)
+        for part in compressed:
+            slots = upload(part.slots, hidden.device)
+            _mark(part, slots, kept, merge_map, shape[1])
+            if len(part.rewritten):
+                rewritten = upload(part.rewritten, hidden.device)
+                features.append(part.tokens.features.flatten(0, 1)[rewritten])
+                column = part.samples * hidden.shape[1] + prefill.state.visual_index[part.samples, part.index]
+                columns.append(column.gather(1, slots.clamp_max(column.shape[1] - 1)).flatten()[rewritten])
         if features:
             visible = self._visible(torch.cat(features)).to(hidden)
             hidden = hidden.flatten(0, 1).index_put((torch.cat(columns),), visible).view_as(hidden)
         counts, asked = _counts(record.images, pieces, compressed)
-        record.images = tuple(map(tuple, images))
+        record.images = _written(record.images, pieces, compressed)
+        keep = kept[:-1].view(shape)
         prefill.state, remaining = drop(prefill.state, keep, counts)
         newlines = prefill.state.newlines
         record.compressed = CompressedRecord(
-            self._bound.name, keep, merge_map, counts, asked, () if newlines is None else newlines.counts
+            self._bound.name,
+            keep,
+            merge_map[:-1].view(shape),
+            counts,
+            asked,
+            () if newlines is None else newlines.counts,
         )
         return hidden, remaining
 
@@ -264,7 +295,29 @@ class EncoderSide:
     def _reading_of(self, image: EncodedImage) -> Reading | None:
         return None if image.modality is None else self._readings.get(image.modality)
 
-    def _shares(self, row: Sequence[_Source]) -> list[list[tuple[torch.Tensor, int | None]]]:
+    def _attention(self, rows: Sequence[Sequence[_Source]]) -> dict[int, torch.Tensor]:
+        """Of the images with tiles, by `id`: float32 on the CPU, the attention of each token of the whole image.
+
+        All are looked at together: one wait for the device an encoding.
+        """
+        by_reading: dict[int, list[_Source]] = {}
+        for source in (source for row in rows for source in row):
+            if source.reading is not None and source.patches is not None and len(source.pieces()) > 2:
+                by_reading.setdefault(id(source.reading), []).append(source)
+        attention: dict[int, torch.Tensor] = {}
+        for sources in by_reading.values():
+            reading = sources[0].reading
+            assert reading is not None  # looked at above
+            values = reading.values[SPLIT_SIGNAL]
+            index = [_patches(source, source.pieces()[0]) for source in sources]
+            own = values[upload(torch.cat([one.flatten() for one in index]), values.device)].float().cpu()
+            for source, one, part in zip(sources, index, torch.split(own, [one.numel() for one in index]), strict=True):
+                attention[id(source)] = part.view(one.shape).mean(1)
+        return attention
+
+    def _shares(
+        self, row: Sequence[_Source], attention: Mapping[int, torch.Tensor]
+    ) -> list[list[tuple[torch.Tensor, int | None]]]:
         """For each image its pieces, and how many tokens of each are kept."""
         pieces = [source.pieces() for source in row]
         sizes = [[len(piece) for piece in image] for image in pieces]
@@ -278,103 +331,170 @@ class EncoderSide:
                 total = bound.keep_count(sum(whole))
                 totals = [None] * len(row) if total is None else [*split(total, whole, whole)]
             counts = [
-                self._split(total, source, tiles) for source, tiles, total in zip(row, pieces, totals, strict=True)
+                self._split(total, source, tiles, attention.get(id(source)))
+                for source, tiles, total in zip(row, pieces, totals, strict=True)
             ]
         return [list(zip(image, ks, strict=True)) for image, ks in zip(pieces, counts, strict=True)]
 
-    def _split(self, total: int | None, source: _Source, pieces: list[torch.Tensor]) -> list[int | None]:
+    def _split(
+        self, total: int | None, source: _Source, pieces: list[torch.Tensor], attention: torch.Tensor | None
+    ) -> list[int | None]:
         """An image's number over its pieces."""
         if total is None:
             return [None] * len(pieces)
         sizes = [len(piece) for piece in pieces]
-        return [*split(total, sizes, self._weights(source, pieces, sizes))]
-
-    def _weights(self, source: _Source, pieces: list[torch.Tensor], sizes: list[int]) -> list[float]:
-        """How a number is shared: by tokens, or the tiles' part of it by the attention to their places."""
-        image = source.image
-        if self._bound.split == "even" or len(pieces) < 3 or source.patches is None or source.reading is None:
-            return [float(size) for size in sizes]
-        attention = self._signal(source, SPLIT_SIGNAL, pieces[0]).float().cpu()
-        (tall, wide), (rows, columns) = image.grids[0], image.grids[-1]
-        row = (image.row[pieces[0]] + 0.5) / tall * rows
-        column = (image.column[pieces[0]] + 0.5) / wide * columns
-        mass = []
-        for piece in pieces[1:]:
-            r, c = image.row[piece], image.column[piece]
-            inside = (row >= r.min()) & (row < r.max() + 1) & (column >= c.min()) & (column < c.max() + 1)
-            mass.append(float(attention[inside].sum()))
-        tiles = sum(sizes[1:]) / max(sum(mass), 1e-12)
-        return [float(sizes[0]), *(share * tiles for share in mass)]
+        return [*split(total, sizes, _weights(source.image, pieces, attention))]
 
     # Features
 
-    def _tokens(self, source: _Source, piece: torch.Tensor, language: torch.Tensor, seed: int) -> VisualTokens:
-        signals = {
-            signal: self._signal(source, signal, piece).to(language.device)
-            for signal in self._bound.compressor.reads()
-            if signal.kind != "cls"
-        }
-        features, class_token = language, None
-        if self._blocks:
-            features = torch.cat(
-                [self._signal(source, Signal("hidden", block), piece) for block in self._blocks], dim=-1
-            ).to(language.device)
-            if Signal("cls", self._blocks[0]) in self._signals:
-                class_token = torch.cat(
-                    [self._signal(source, Signal("cls", block), piece) for block in self._blocks], dim=-1
-                ).to(language.device)
-        origins = source.image.select(piece)
-        return VisualTokens.start(features, origins, signals, class_token=class_token, seed=seed)
+    def _read(
+        self, pieces: Sequence[_Piece], device: torch.device
+    ) -> tuple[torch.Tensor | None, dict[Signal, torch.Tensor], torch.Tensor | None]:
+        """What was read of G pieces of one kind of encoding, padded to N tokens.
 
-    def _signal(self, source: _Source, signal: Signal, piece: torch.Tensor) -> torch.Tensor:
-        """A signal of some tokens of an image: the mean over the patches that each stands for (groups: the first's)."""
-        assert source.reading is not None and source.patches is not None  # checked in _sources
-        values: torch.Tensor = source.reading.values[signal]
-        if signal.kind == "cls":
-            start = source.offset + int(source.patches.patches[piece[0], 0])
-            inputs, end = source.reading.inputs, 0
-            for number, size in enumerate(inputs):
-                end += size
-                if start < end:
-                    return values[number]
-        index = (source.offset + source.patches.patches[piece]).to(values.device)
-        return values[index[:, 0]] if index.shape[1] == 1 or signal.kind == "groups" else values[index].mean(1)
+        A token has the mean over the patches that it stands for (groups: the first's).
+
+        Returns:
+            Features ``(G, N, D)`` where they are taken from the tower, the compressor's signals, and class tokens
+            ``(G, D)`` where they are read.
+        """
+        if not self._signals:
+            return None, {}, None
+        reading = pieces[0].source.reading
+        assert reading is not None  # checked in _sources
+        host, number = _padded([_patches(piece.source, piece.members) for piece in pieces]), _inputs(pieces, reading)
+        values_device = next(iter(reading.values.values())).device
+        index, inputs = upload(host, values_device), upload(number, values_device)
+
+        def read(signal: Signal) -> torch.Tensor:
+            values: torch.Tensor = reading.values[signal]
+            if signal.kind == "cls":
+                return values[inputs.to(values.device)].to(device)
+            own = index.to(values.device)
+            whole = own.shape[2] > 1 and signal.kind != "groups"
+            return (values[own].mean(2) if whole else values[own[..., 0]]).to(device)
+
+        signals = {signal: read(signal) for signal in self._bound.compressor.reads() if signal.kind != "cls"}
+        if not self._blocks:
+            return None, signals, None
+        features = torch.cat([read(Signal("hidden", block)) for block in self._blocks], -1)
+        if Signal("cls", self._blocks[0]) not in self._signals:
+            return features, signals, None
+        return features, signals, torch.cat([read(Signal("cls", block)) for block in self._blocks], -1)
 
     def _visible(self, features: torch.Tensor) -> torch.Tensor:
         """Features as the language model takes them."""
         return self._backbone.project(features) if self._blocks else features
 
 
-def _columns(piece: _Piece, prefill: Prefill) -> torch.Tensor:
-    """Where the tokens of a piece stand in the sequence."""
-    visual_index = prefill.state.visual_index
-    return visual_index[piece.sample, (piece.first + piece.members).to(visual_index.device)]
+def _padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``(G, n, ...)``, padded at the end with zeros, which are indices of something."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _slots(out: VisualTokens, tokens: int) -> tuple[torch.Tensor, bool]:
-    """Which tokens of a piece make room for those that are left, and whether any stands elsewhere than its own.
+def _patches(source: _Source, members: torch.Tensor) -> torch.Tensor:
+    """int64 ``(n, p)`` on the CPU, for some tokens of an image their patches among those of the encoding."""
+    assert source.patches is not None  # it has a reading
+    return source.offset + source.patches.patches[members]
 
-    Each has its own; a class token takes a free one, and others make way for it.
+
+def _weights(image: ImageTokens, pieces: Sequence[torch.Tensor], attention: torch.Tensor | None) -> list[float]:
+    """How a number is shared: by tokens, or the tiles' part of it by the attention to their places.
+
+    Args:
+        image: its tokens.
+        pieces: of it, the whole image first.
+        attention: of the tokens of the whole image; None: it plays no role.
     """
-    if not out.tokens or int(out.origins.kind[0]) != CLS:
-        return out.token_index, False
-    own = out.token_index.cpu()[1:]
-    free = torch.ones(tokens, dtype=torch.int8).index_fill(0, own, 0).argmax()
-    slots = torch.cat([own, free[None]]).sort().values
-    return slots.to(out.token_index.device), not torch.equal(slots[1:], own)
+    sizes = [len(piece) for piece in pieces]
+    if attention is None:
+        return [float(size) for size in sizes]
+    (tall, wide), (rows, columns) = image.grids[0], image.grids[-1]
+    row = (image.row[pieces[0]] + 0.5) / tall * rows
+    column = (image.column[pieces[0]] + 0.5) / wide * columns
+    mass = []
+    for piece in pieces[1:]:
+        r, c = image.row[piece], image.column[piece]
+        inside = (row >= r.min()) & (row < r.max() + 1) & (column >= c.min()) & (column < c.max() + 1)
+        mass.append(float(attention[inside].sum()))
+    tiles = sum(sizes[1:]) / max(sum(mass), 1e-12)
+    return [float(sizes[0]), *(share * tiles for share in mass)]
+
+
+def _inputs(pieces: Sequence[_Piece], reading: Reading) -> list[int]:
+    """The input of the tower that each piece comes from."""
+    ends = list(accumulate(reading.inputs))
+    return [bisect_right(ends, int(_patches(piece.source, piece.members[:1])[0, 0])) for piece in pieces]
+
+
+def _whole(pieces: Sequence[_Piece], shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool and int64 ``(B * N + 1,)``: the tokens of pieces that stay whole are kept, and go into themselves.
+
+    The place at the end is one for padding.
+    """
+    kept = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=device)
+    merge_map = torch.full_like(kept, -1, dtype=torch.int64)
+    whole = [piece for piece in pieces if piece.stays_whole]
+    if whole:
+        index = torch.cat([piece.first + piece.members for piece in whole])
+        start = torch.cat([torch.full_like(piece.members, piece.sample * shape[1]) for piece in whole])
+        place, own = upload(torch.stack([start + index, index]), device)
+        kept.index_fill_(0, place, True)
+        merge_map.index_copy_(0, place, own)
+    return kept, merge_map
+
+
+def _mark(part: _Compressed, slots: torch.Tensor, kept: torch.Tensor, merge_map: torch.Tensor, most: int) -> None:
+    """Enters what is left of some pieces.
+
+    Args:
+        part: the pieces.
+        slots: `_Compressed.slots` on the device.
+        kept: bool ``(B * N + 1,)``.
+        merge_map: int64 likewise.
+        most: N.
+    """
+    tokens, nowhere = part.tokens, len(kept) - 1
+    padding = ~first(tokens.starts, part.index.shape[1], slots.device)
+    place = (part.samples * most + part.index).masked_fill_(padding, nowhere)
+    kept.index_fill_(0, pad(place, (0, 1), value=nowhere).gather(1, slots).flatten(), True)
+    target = pad(part.index, (0, 1)).gather(1, slots)
+    went = torch.where(tokens.merge_map < 0, -1, target.gather(1, tokens.merge_map.clamp_min(0)))
+    merge_map.scatter_(0, place.flatten(), went.flatten())
+
+
+def _slots(tokens: TokenBatch, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of each piece make room for those that are left, and which of these are written: see `_Compressed`.
+
+    Each token has its own place; a class token takes a free one, and others make way for it.
+    """
+    index = tokens.token_index.cpu() if tokens.host_index is None else tokens.host_index
+    slots = torch.full_like(index, max(sizes))
+    changed = torch.zeros_like(index, dtype=torch.bool)
+    for g, count in enumerate(tokens.counts):
+        own, kind = index[g, :count], tokens.origins[g].kind
+        changed[g, :count] = kind != PATCH
+        if count and int(kind[0]) == CLS:
+            free = torch.ones(sizes[g], dtype=torch.int8).index_fill(0, own[1:], 0).argmax()
+            own = torch.cat([own[1:], free[None]]).sort().values
+            if not torch.equal(own[1:], index[g, 1:count]):
+                changed[g, :count] = True
+        slots[g, :count] = own
+    return slots, changed.flatten().nonzero().squeeze(1)
 
 
 def _counts(
-    images: Images, pieces: Sequence[_Piece], compressed: Sequence[_Compressed | None]
+    images: Images, pieces: Sequence[_Piece], compressed: Sequence[_Compressed]
 ) -> tuple[Counts, tuple[tuple[int | None, ...], ...]]:
     """For each image the tokens that are left, and the number asked for (None where the compressor decides)."""
-    kept = [[0] * len(row) for row in images]
+    counts = {at: count for part in compressed for at, count in zip(part.pieces, part.tokens.counts, strict=True)}
+    left = [[0] * len(row) for row in images]
     asked: list[list[list[int | None]]] = [[[] for _ in row] for row in images]
-    for piece, result in zip(pieces, compressed, strict=True):
+    for at, piece in enumerate(pieces):
         whole = len(piece.members) if piece.stays_whole else 0
-        kept[piece.sample][piece.number] += whole if result is None else result.tokens.tokens
+        left[piece.sample][piece.number] += counts.get(at, whole)
         asked[piece.sample][piece.number].append(piece.k)
-    return tuple(map(tuple, kept)), tuple(tuple(_sum(counts) for counts in row) for row in asked)
+    return tuple(map(tuple, left)), tuple(tuple(_sum(own) for own in row) for row in asked)
 
 
 def _sum(counts: Sequence[int | None]) -> int | None:
@@ -383,11 +503,26 @@ def _sum(counts: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _replaced(image: ImageTokens, slots: torch.Tensor, tokens: ImageTokens) -> ImageTokens:
-    """An image with some of its tokens' origins replaced."""
-    fields = {name: getattr(image, name).clone() for name in ("kind", "frame", "row", "column", "size")}
+def _written(images: Images, pieces: Sequence[_Piece], compressed: Sequence[_Compressed]) -> Images:
+    """The images with the origins of what is left in the places where it is written."""
+    parts: dict[tuple[int, int], list[tuple[torch.Tensor, ImageTokens]]] = {}
+    for part in compressed:
+        for g, (at, count) in enumerate(zip(part.pieces, part.tokens.counts, strict=True)):
+            piece = pieces[at]
+            own = piece.members[part.slots[g, :count]], part.tokens.origins[g]
+            parts.setdefault((piece.sample, piece.number), []).append(own)
+    return tuple(
+        tuple(_replaced(image, parts.get((sample, number), ())) for number, image in enumerate(row))
+        for sample, row in enumerate(images)
+    )
+
+
+def _replaced(image: ImageTokens, parts: Sequence[tuple[torch.Tensor, ImageTokens]]) -> ImageTokens:
+    """An image with some of its tokens' origins replaced: int64 indices of tokens, and what they become."""
+    fields = {name: getattr(image, name).clone() for name in ("kind", "frame", "row", "column", "size") if parts}
     for name, values in fields.items():
-        values[slots] = getattr(tokens, name)
+        for slots, tokens in parts:
+            values[slots] = getattr(tokens, name)
     return replace(image, **fields)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from ...core.part import Part
+from ...core.token_batch import TokenBatch
 from ...core.tokens import Signal, VisualTokens
 from ...registry import Registry
+from ..reading.merge import patches_only
 
 Space = Literal["tower", "language"]
 
@@ -15,7 +18,8 @@ Space = Literal["tower", "language"]
 class Compressor(Part, ABC):
     """Takes the visual tokens of a picture on the encoder side and gives fewer, by dropping or merging.
 
-    A pipeline on a model whose tower cannot give what `reads` names is refused when it is built.
+    A pipeline on a model whose tower cannot give what `reads` names is refused when it is built. One method is enough:
+    `compress`. Methods that work on many inputs at once derive from `BatchCompressor`.
     """
 
     #: Where features are taken and merged: as they leave the tower, or as they enter the language model. Families whose
@@ -47,6 +51,29 @@ class Compressor(Part, ABC):
             The tokens left, in raster order (the class token first), with sizes, token_index and merge_map brought
             forward.
         """
+
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """Reduces many inputs, each to what `compress` makes of it alone; one after the other unless overridden.
+
+        Args:
+            batch: patches alone, no class token among them.
+            k: tokens to keep of each input, between 1 and its count.
+        """
+        singles = zip(batch.unstack(), k, strict=True)
+        return TokenBatch.stack([self.compress(tokens, count) for tokens, count in singles])
+
+
+class BatchCompressor(Compressor):
+    """A compressor whose method works on many inputs at once: as many operations for a hundred tiles as for one."""
+
+    @patches_only
+    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
+        """See `Compressor.compress`: a batch of one."""
+        return self.compress_batch(TokenBatch.stack([tokens]), [k]).unstack()[0]
+
+    @abstractmethod
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
 
 
 #: Compressors by name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -9,13 +10,13 @@ import torch
 from ...core.flops import similarity_flops
 from ...core.ops import unit_length
 from ...core.shape import ModelShape
-from ...core.tokens import VisualTokens
-from ..reading.merge import keep, patches_only
-from .base import COMPRESSORS, Compressor, Space
+from ...core.token_batch import TokenBatch, first
+from ..reading.batched import keep
+from .base import COMPRESSORS, BatchCompressor, Space
 
 
 @COMPRESSORS.register("divprune")
-class DivPrune(Compressor):
+class DivPrune(BatchCompressor):
     """Max-min diversity, greedy (DivPrune, arXiv 2503.02175): no saliency, nothing read off the tower.
 
     Distance is one minus the cosine similarity of features as they enter the language model. The first token is the one
@@ -26,31 +27,39 @@ class DivPrune(Compressor):
 
     space: ClassVar[Space] = "language"
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`."""
-        return keep(tokens, farthest(tokens.features, k).sort().values)
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
+        order = farthest(batch.features, batch.valid, max(k))
+        width = batch.features.shape[1]
+        order = order.masked_fill(~first(k, order.shape[1], order.device), width)
+        chosen = batch.valid.new_zeros(len(k), width + 1).scatter_(1, order, True)
+        return keep(batch, chosen[:, :width], k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of all pairs."""
         return similarity_flops(shape, visual, visual)
 
 
-def farthest(features: torch.Tensor, k: int) -> torch.Tensor:
-    """k of n tokens, each the farthest from those before it.
+def farthest(features: torch.Tensor, valid: torch.Tensor, k: int) -> torch.Tensor:
+    """k tokens of each input, each the farthest from those before it.
 
     Args:
-        features: ``(n, D)``.
-        k: from 1 to n.
+        features: ``(G, N, D)``.
+        valid: bool ``(G, N)``.
+        k: from 1 to N; inputs of fewer tokens have others behind theirs.
 
     Returns:
-        int64 ``(k,)``, in the order in which they were chosen.
+        int64 ``(G, k)``, in the order in which they were chosen.
     """
     unit = unit_length(features)
-    distance = (1.0 - unit @ unit.T).fill_diagonal_(float("inf"))
-    chosen = [distance.amin(1).argmax(0, keepdim=True)]  # indices stay on the device: nothing waits for it
-    near = torch.full_like(distance[0], float("inf"))
+    distance = 1.0 - unit @ unit.transpose(1, 2)
+    distance.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    distance.masked_fill_(~valid[:, None], float("inf"))
+    lowest = float("-inf")
+    chosen = [distance.amin(2).masked_fill_(~valid, lowest).argmax(1, keepdim=True)]  # nothing waits for it
+    near = torch.full_like(valid, float("inf"), dtype=torch.float32).masked_fill_(~valid, lowest)
     for _ in range(k - 1):
-        near = torch.minimum(near, distance.index_select(0, chosen[-1])[0]).index_fill(0, chosen[-1], float("-inf"))
-        chosen.append(near.argmax(0, keepdim=True))
-    return torch.cat(chosen)
+        own = distance.gather(1, chosen[-1][..., None].expand(-1, -1, distance.shape[2]))[:, 0]
+        near = torch.minimum(near, own).scatter_(1, chosen[-1], lowest)
+        chosen.append(near.argmax(1, keepdim=True))
+    return torch.cat(chosen, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,13 +11,15 @@ from pydantic import Field
 from ...core.flops import feature_width, product, reprojected_flops
 from ...core.ops import unit_length
 from ...core.shape import ModelShape
-from ...core.tokens import Signal, VisualTokens
-from ..reading.merge import leaders_lead, merge, patches_only, ranking
-from .base import COMPRESSORS, Compressor
+from ...core.token_batch import TokenBatch, first
+from ...core.tokens import Signal
+from ...core.transfer import upload
+from ..reading.batched import first_of, in_order, merge, per_input, ranking, rows, slots
+from .base import COMPRESSORS, BatchCompressor
 
 
 @COMPRESSORS.register("prumerge")
-class PruMerge(Compressor):
+class PruMerge(BatchCompressor):
     """Outliers of the attention gather the tokens around them; decides its own count (PruMerge, arXiv 2403.15388).
 
     Centres are the tokens whose attention from the class token (in towers without one: received by all patches) is
@@ -50,29 +53,56 @@ class PruMerge(Compressor):
         """Attention and keys of one block."""
         return Signal("attention", self.layer, self.heads), Signal("keys", self.layer)
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`; `k` plays no role."""
-        attention, keys = (tokens.signals[signal] for signal in self.reads())
-        n = len(attention)
-        found = outliers(attention) if self.share is None else int(n * self.share)
-        centres = ranking(attention)[: max(1, found)]
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`; `k` plays no role."""
+        attention, keys = (batch.signals[signal] for signal in self.reads())
+        valid, device, width = batch.valid, attention.device, attention.shape[1]
+        (n,) = per_input(device, batch.counts)
+        centres = self._centres(attention, valid, n, batch.counts)
+        counts: list[int] = centres.sum(1).tolist()  # the one thing that the host does not know
+        index, exist = in_order(centres, max(counts)), first(counts, max(counts), device)
+        clusters, nearest = neighbourhoods(
+            unit_length(keys.flatten(2)), valid, index, exist, [min(self.neighbours, own - 1) for own in batch.counts]
+        )
+        weights = attention * batch.sizes
+        values = batch.features.float().masked_fill(~valid[..., None], 0.0)
+        chosen, features = centres, rows(values, index) + (clusters * weights[:, None]) @ values
+        into = torch.where(nearest < 0, -1, nearest)
+        if self.rest:
+            others = valid & ~centres
+            lead = first_of(ranking(attention, others), others.any(1, keepdim=True))
+            chosen = centres | lead
+            counts = [count + (count < own) for count, own in zip(counts, batch.counts, strict=True)]
+            together = (weights * others)[:, None] @ values
+            # In raster order: what stands behind the one more token moves by one.
+            place, behind = slots(chosen), slots(lead) >= 0
+            at = lead.int().argmax(1, keepdim=True)
+            slot = place.gather(1, at).masked_fill_(~lead.any(1, keepdim=True), width)  # of the one more token
+            number = torch.arange(max(counts), device=device)
+            before = number - (number > slot).long()
+            features = torch.where(
+                (number == slot)[..., None], together, rows(features, before.clamp_(0, features.shape[1] - 1))
+            )
+            moved = nearest + behind.gather(1, index).gather(1, nearest.clamp_min(0)).long()
+            into = torch.where(nearest < 0, slot, moved)
+        return merge(batch, chosen, into.masked_fill(~valid, -1), counts, features.to(batch.features.dtype))
+
+    def _centres(
+        self, attention: torch.Tensor, valid: torch.Tensor, n: torch.Tensor, counts: Sequence[int]
+    ) -> torch.Tensor:
+        """bool ``(G, N)``: outliers of the attention, and tokens spread evenly where asked for."""
+        if self.share is None:
+            found = outliers(attention, valid, counts)
+        else:
+            (found,) = per_input(attention.device, [int(count * self.share) for count in counts])
+        found = found.clamp_min(1)
+        centres = first_of(ranking(attention, valid), found)
         if self.plus:
-            centres = torch.cat([centres, evenly(n, len(centres), attention.device)])
-            centres = torch.zeros_like(attention).index_fill(0, centres, 1.0).nonzero().squeeze(1)
-        clusters, nearest = neighbourhoods(unit_length(keys.flatten(1)), centres, self.neighbours)
-        weights = attention * tokens.sizes
-        values = tokens.features.float()
-        features = values[centres] + (clusters * weights) @ values
-        others = torch.ones_like(attention, dtype=torch.bool).index_fill(0, centres, False)
-        if self.rest and len(centres) < n:
-            lead = attention.masked_fill(~others, float("-inf")).argmax()[None]
-            features = torch.cat([features, ((weights * others) @ values)[None]])
-            nearest = torch.where(nearest < 0, len(centres), nearest)
-            centres = torch.cat([centres, lead])
-        leaders, order = centres.sort()
-        into = torch.where(nearest < 0, -1, order.argsort()[nearest.clamp_min(0)])
-        return merge(tokens, leaders, leaders_lead(into, leaders), features[order].to(tokens.features.dtype))
+            place = torch.arange(attention.shape[1], device=attention.device)
+            # Every (n / centres / 3)-th, rounded down at each division, the last token left out.
+            step = (n // found // 3).clamp_min(1)
+            centres |= (place % step == 0) & (place < n - 1)
+        return centres
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Keys of the centres against all keys, one sum over all tokens for each token left, and these projected."""
@@ -82,31 +112,47 @@ class PruMerge(Compressor):
         return product(centres, width, visual) + sums + reprojected_flops(shape, keep)
 
 
-def outliers(attention: torch.Tensor) -> int:
-    """How many of float32 ``(n,)`` are more than 1.5 interquartile ranges above the third quartile."""
-    first, third = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device)).unbind()
-    return int((attention > third + 1.5 * (third - first)).sum())
+def outliers(attention: torch.Tensor, valid: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """How many of float32 ``(G, N)`` are more than 1.5 interquartile ranges above the third quartile: ``(G, 1)``.
+
+    Quartiles are linear between neighbours, as `torch.quantile`'s.
+    """
+    ordered = attention.masked_fill(~valid, float("inf")).sort(dim=1).values
+    # A quartile q of n values stands at q (n - 1) / 4.
+    places = [[q * (count - 1) for q in (1, 3)] for count in counts]
+    quarters = upload(torch.tensor(places), attention.device)  # (G, 2)
+    below = ordered.gather(1, quarters // 4)
+    above = ordered.gather(1, (quarters + 3) // 4)
+    quartiles = below.lerp(above, (quarters % 4).float() / 4)
+    first, third = quartiles[:, :1], quartiles[:, 1:]
+    return ((attention > third + 1.5 * (third - first)) & valid).sum(1, keepdim=True)
 
 
-def evenly(n: int, centres: int, device: torch.device) -> torch.Tensor:
-    """Every (n / centres / 3)-th of n tokens, rounded down at each division, the last token left out; int64."""
-    return torch.arange(0, n - 1, max(1, n // centres // 3), device=device)
-
-
-def neighbourhoods(unit: torch.Tensor, centres: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def neighbourhoods(
+    unit: torch.Tensor, valid: torch.Tensor, centres: torch.Tensor, exist: torch.Tensor, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens nearest to each centre.
 
     Args:
-        unit: ``(n, D)`` of length 1.
-        centres: int64 ``(c,)``.
-        count: how many for each centre, the centre itself left out; all others where there are fewer.
+        unit: ``(G, N, D)`` of length 1.
+        valid: bool ``(G, N)``.
+        centres: int64 ``(G, C)``.
+        exist: bool ``(G, C)``.
+        counts: how many for each centre of an input, the centre itself left out; less than the input's tokens.
 
     Returns:
-        float32 ``(c, n)``, 1 at the tokens of each centre; int64 ``(n,)``, for each token the most similar one of the
-        centres among whose tokens it is, -1 for none.
+        float32 ``(G, C, N)``, 1 at the tokens of each centre; int64 ``(G, N)``, for each token the most similar one of
+        the centres among whose tokens it is, -1 for none.
     """
-    similarity = (unit[centres] @ unit.T).scatter(1, centres[:, None], float("-inf"))
-    chosen = similarity.sort(dim=1, descending=True, stable=True).indices[:, : min(count, unit.shape[0] - 1)]
-    inside = torch.zeros_like(similarity).scatter(1, chosen, 1.0)
-    best, nearest = similarity.masked_fill(inside == 0, float("-inf")).max(0)
-    return inside, torch.where(best == float("-inf"), -1, nearest)
+    lowest = float("-inf")
+    similarity = (rows(unit, centres) @ unit.transpose(1, 2)).scatter(2, centres[..., None], lowest)
+    similarity = similarity.masked_fill_(~valid[:, None], lowest)
+    most = max(counts)
+    if not most:
+        return torch.zeros_like(similarity), torch.full_like(valid, -1, dtype=torch.int64)
+    chosen = similarity.sort(dim=2, descending=True, stable=True).indices[..., :most]
+    inside = torch.zeros_like(similarity).scatter_(
+        2, chosen, (first(counts, most, unit.device)[:, None] & exist[..., None]).float()
+    )
+    best, nearest = similarity.masked_fill(inside == 0, lowest).max(1)
+    return inside, torch.where(best == lowest, -1, nearest)

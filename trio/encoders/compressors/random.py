@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ...core.shape import ModelShape
-from ...core.tokens import VisualTokens
-from ..reading.merge import keep, largest, patches_only
-from .base import COMPRESSORS, Compressor
+from ...core.token_batch import TokenBatch
+from ...core.transfer import upload
+from ..reading.batched import keep, largest, per_input
+from .base import COMPRESSORS, BatchCompressor
 
 
 @COMPRESSORS.register("random")
-class RandomTokens(Compressor):
+class RandomTokens(BatchCompressor):
     """Keeps tokens drawn at random, a floor that every method must beat, and a strong one (arXiv 2511.02650).
 
     The draw comes from `VisualTokens.seed`, so that a picture keeps the same tokens in any batch, and the smaller of
@@ -27,12 +30,18 @@ class RandomTokens(Compressor):
 
     seed: int = 0
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`."""
-        generator = torch.Generator().manual_seed((tokens.seed ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
-        draws = torch.rand(len(tokens.merge_map), generator=generator)  # one for each token of the start
-        return keep(tokens, largest(draws.to(tokens.token_index.device)[tokens.token_index], k))
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
+        device = batch.token_index.device
+        draws = [self._draw(seed, start) for seed, start in zip(batch.seeds, batch.starts, strict=True)]
+        own = upload(pad_sequence(draws, batch_first=True), device).gather(1, batch.token_index)
+        (count,) = per_input(device, k)
+        return keep(batch, largest(own, batch.valid, count), k)
+
+    def _draw(self, seed: int, start: int) -> torch.Tensor:
+        """A number for each token of the start."""
+        generator = torch.Generator().manual_seed((seed ^ (self.seed * 0x9E3779B1)) & 0xFFFFFFFF)
+        return torch.rand(start, generator=generator)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Drawing is not counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -9,14 +10,17 @@ from pydantic import Field
 
 from ...core.flops import similarity_flops
 from ...core.shape import ModelShape
-from ...core.tokens import Signal, VisualTokens
-from ..reading.grid import windows
-from ..reading.merge import keep, largest, leaders_lead, merge, most_similar, patches_only, ranking
-from .base import COMPRESSORS, Compressor, Space
+from ...core.token_batch import TokenBatch, first
+from ...core.tokens import Signal
+from ...core.transfer import upload
+from ...core.ops import unit_length
+from ..reading.batched import in_order, keep, largest, merge, most_similar, per_input, ranking
+from ..reading.grid import windows_of
+from .base import COMPRESSORS, BatchCompressor, Space
 
 
 @COMPRESSORS.register("scan", aliases=("vscan",))
-class Scan(Compressor):
+class Scan(BatchCompressor):
     """Local tokens by windows, global tokens, and a merge of the rest (VScan, arXiv 2505.22654; TRIO's encoder side).
 
     A part of the k tokens is chosen locally: in each window the ones with the highest attention from the class token
@@ -53,16 +57,22 @@ class Scan(Compressor):
         """Attention of the shallow and of the deep block."""
         return Signal("attention", self.local_layer), Signal("attention", self.global_layer)
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`."""
-        shallow, deep = (tokens.signals[signal] for signal in self.reads())
-        window, count = windows(tokens.origins, self.window)
-        locals_ = best_in_windows(shallow, window.to(shallow.device), count, int(k * self.local), self.limit)
-        kept = largest(deep.masked_fill(locals_, float("inf")), k)
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
+        device, valid = batch.token_index.device, batch.valid
+        shallow, deep = (batch.signals[signal] for signal in self.reads())
+        window, windows = windows_of(batch.origins, self.window)
+        wanted = [int(count * self.local) for count in k]
+        up = self.limit == "ceil"
+        most = [-(-count // number) if up else count // number for count, number in zip(wanted, windows, strict=True)]
+        kept, wanted_, most_ = per_input(device, k, wanted, most)
+        locals_ = best_in_windows(shallow, valid, upload(window, device), wanted_, most_)
+        chosen = largest(deep.masked_fill(locals_, float("inf")), valid, kept)
         if not self.merge:
-            return keep(tokens, kept)
-        return merge(tokens, kept, leaders_lead(most_similar(tokens.features, tokens.features[kept]), kept))
+            return keep(batch, chosen, k)
+        leaders = in_order(chosen, max(k))
+        into = most_similar(unit_length(batch.features), leaders, first(k, max(k), device))
+        return merge(batch, chosen, into.masked_fill_(~valid, -1), k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of all tokens with the kept ones."""
@@ -70,24 +80,24 @@ class Scan(Compressor):
 
 
 def best_in_windows(
-    attention: torch.Tensor, window: torch.Tensor, windows: int, wanted: int, limit: Literal["floor", "ceil"]
+    attention: torch.Tensor, valid: torch.Tensor, window: torch.Tensor, wanted: torch.Tensor, most: torch.Tensor
 ) -> torch.Tensor:
-    """The best tokens of each window.
+    """The best tokens of each window, by falling attention, while their window and the input have room.
 
     Args:
-        attention: float32 ``(n,)``.
-        window: int64 ``(n,)``, the window of each token.
-        windows: how many windows there are.
-        wanted: how many tokens, all windows together.
-        limit: see `Scan`.
+        attention: float32 ``(G, N)``.
+        valid: bool ``(G, N)``.
+        window: int64 ``(G, N)``, the window of each token.
+        wanted: int64 ``(G, 1)``, how many tokens, all windows together.
+        most: int64 ``(G, 1)``, how many tokens of each window.
 
     Returns:
-        bool ``(n,)``, True at no more than `wanted` tokens.
+        bool ``(G, N)``, True at no more than `wanted` tokens of each input.
     """
-    most = wanted // windows if limit == "floor" else -(-wanted // windows)
-    order = ranking(attention)
-    same = window[order][:, None] == torch.arange(windows, device=window.device)
-    rank = (same.cumsum(0) * same).sum(1)  # from 1, within the token's window
-    chosen = rank <= most
-    chosen &= chosen.cumsum(0) <= wanted
-    return torch.zeros_like(chosen).index_copy(0, order, chosen)
+    order = ranking(attention, valid)
+    in_windows, by_window = window.gather(1, order).sort(dim=1, stable=True)
+    place = torch.arange(order.shape[1], device=order.device)
+    rank = place - torch.searchsorted(in_windows, in_windows)  # within the token's window
+    chosen = torch.empty_like(valid).scatter_(1, by_window, rank < most) & valid.gather(1, order)
+    chosen &= chosen.cumsum(1) <= wanted
+    return torch.empty_like(chosen).scatter_(1, order, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -10,14 +11,15 @@ from pydantic import Field
 
 from ...core.flops import feature_width, product, reprojected_flops
 from ...core.shape import ModelShape
-from ...core.tokens import Signal, VisualTokens
-from ..reading.matching import match
-from ..reading.merge import merge, patches_only
-from .base import COMPRESSORS, Compressor
+from ...core.token_batch import TokenBatch
+from ...core.tokens import Signal
+from ...core.ops import unit_length
+from ..reading.batched import first_of, merge, per_input, slots
+from .base import COMPRESSORS, BatchCompressor
 
 
 @COMPRESSORS.register("tome")
-class ToMe(Compressor):
+class ToMe(BatchCompressor):
     """Token Merging inside the vision tower (ToMe, arXiv 2210.09461): the tower itself gets cheaper.
 
     In every block, between attention and feed-forward layer, tokens are split into two sets by turns, the most similar
@@ -40,19 +42,19 @@ class ToMe(Compressor):
         """The groups, which asks for the merging."""
         return (Signal("groups", self.layer, merges=self.r),)
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`."""
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
         (signal,) = self.reads()
-        leaders, into = grouped(tokens.signals[signal], k)
-        out = merge(tokens, leaders, into)
-        while out.tokens > k:
-            matching = match(out.features[None], out.tokens - k)
-            order = matching.kept[0].sort()
-            rank = torch.empty_like(order.indices).scatter(0, order.indices, torch.arange(len(order.indices)).to(into))
-            out = merge(out, order.values, rank[matching.into[0]])
-        signals = {**out.signals, signal: torch.arange(out.tokens, device=into.device)}
-        return replace(out, signals=signals)
+        leads, into = grouped(batch.signals[signal], batch.valid, k)
+        # How many groups the tower made is the one thing that the host does not know.
+        counts: list[int] = leads.sum(1).tolist()
+        out = merge(batch, leads, into, counts)
+        while any(count > wanted for count, wanted in zip(out.counts, k, strict=True)):
+            gone = [min(count - wanted, count // 2) for count, wanted in zip(out.counts, k, strict=True)]
+            leads, into = paired(out, gone)
+            out = merge(out, leads, into, [count - moved for count, moved in zip(out.counts, gone, strict=True)])
+        every = torch.arange(out.features.shape[1], device=into.device).expand(len(k), -1)
+        return replace(out, signals={signal: every})
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """What follows the tower: merging by features down to the number, and the tokens projected once more.
@@ -77,27 +79,53 @@ class ToMe(Compressor):
         return crops * patches
 
 
-def grouped(groups: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def grouped(groups: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups as leaders and members; where there are fewer than k, the largest ones are split until there are k.
 
     Args:
-        groups: int64 ``(n,)``, tokens of a group have the same number.
-        k: at most n.
+        groups: int64 ``(G, N)``, tokens of a group have the same number, 0 or more.
+        valid: bool ``(G, N)``.
+        k: for each input, at most its tokens.
 
     Returns:
-        int64 ``(m,)``, rising, the first token of each group, m >= k; int64 ``(n,)``, the one of the m of each token.
+        bool ``(G, N)``, True at the first token of each group, k or more of each input; int64 ``(G, N)``, for each
+        token the place of its group among them, -1 at padding.
     """
-    names, into, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-    n, device = len(groups), groups.device
+    n, device = groups.shape[1], groups.device
     every = torch.arange(n, device=device)
-    leads = torch.zeros(n, dtype=torch.bool, device=device)
-    leads[torch.full_like(names, n).scatter_reduce(0, into, every, "amin")] = True
-    missing = k - len(names)
-    if missing > 0:
-        # Large groups first, within one in raster order; a token that leads nothing yet becomes one of its own.
-        order = (sizes[into] * n - every).masked_fill(leads, -1).sort(descending=True, stable=True).indices
-        leads[order[:missing]] = True
-    leaders = leads.nonzero().squeeze(1)
-    own = torch.full_like(names, n).scatter_reduce(0, into, every, "amin")  # each group's first
-    target = torch.where(leads, every, own[into])
-    return leaders, torch.searchsorted(leaders, target)
+    ordered, tokens = groups.masked_fill(~valid, torch.iinfo(torch.int64).max).sort(dim=1, stable=True)
+    begin, end = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+    own = torch.empty_like(tokens).scatter_(1, tokens, tokens.gather(1, begin))  # each group's first
+    sizes = torch.empty_like(tokens).scatter_(1, tokens, end - begin)
+    leads = (own == every) & valid
+    (wanted,) = per_input(device, k)
+    missing = wanted - leads.sum(1, keepdim=True)
+    # Large groups first, within one in raster order; a token that leads nothing yet becomes one of its own.
+    order = (sizes * n - every).masked_fill_(leads | ~valid, -n).sort(dim=1, descending=True, stable=True).indices
+    leads |= first_of(order, missing)
+    place = slots(leads)
+    return leads, torch.where(leads, place, place.gather(1, own)).masked_fill_(~valid, -1)
+
+
+def paired(batch: TokenBatch, r: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs the most similar of every second token with one of the others, as `trio.encoders.reading.matching.match`.
+
+    Args:
+        batch: the tokens; they are compared by their features.
+        r: tokens of each input that go into another one, at most half of its own.
+
+    Returns:
+        bool ``(G, N)``, True at tokens that remain; int64 ``(G, N)``, for each token the place of its own among them,
+        -1 at padding.
+    """
+    unit, valid = unit_length(batch.features), batch.valid
+    scores = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).masked_fill_(~valid[:, None, 1::2], float("-inf"))
+    best, partner = scores.max(2)
+    order = best.masked_fill_(~valid[:, ::2], float("-inf")).sort(dim=1, descending=True, stable=True).indices
+    (gone,) = per_input(order.device, r)
+    target = torch.arange(valid.shape[1], device=order.device).repeat(len(r), 1)
+    moved = torch.zeros_like(valid)
+    moved[:, ::2] = first_of(order, gone)
+    target[:, ::2] = torch.where(moved[:, ::2], 2 * partner + 1, target[:, ::2])
+    remain = valid & ~moved
+    return remain, slots(remain).gather(1, target).masked_fill_(~valid, -1)

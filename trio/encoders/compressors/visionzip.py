@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -9,13 +10,25 @@ from pydantic import Field
 
 from ...core.flops import product, projector_flops
 from ...core.shape import ModelShape
-from ...core.tokens import Signal, VisualTokens
-from ..reading.merge import largest, leaders_lead, members, merge, most_similar, patches_only, with_class
-from .base import COMPRESSORS, Compressor
+from ...core.token_batch import TokenBatch
+from ...core.tokens import Signal
+from ...core.ops import unit_length
+from ..reading.batched import (
+    in_order,
+    largest,
+    members,
+    merge,
+    most_similar,
+    per_input,
+    rows,
+    slots,
+    with_class,
+)
+from .base import COMPRESSORS, BatchCompressor
 
 
 @COMPRESSORS.register("visionzip")
-class VisionZip(Compressor):
+class VisionZip(BatchCompressor):
     """Dominant tokens as they are, contextual tokens that gather what is left (VisionZip, arXiv 2412.04467).
 
     Dominant tokens are those with the highest attention from the class token (in towers without one: received by all
@@ -54,20 +67,19 @@ class VisionZip(Compressor):
         contextual = min(wanted, k - 1)
         return k - contextual, contextual
 
-    @patches_only
-    def compress(self, tokens: VisualTokens, k: int) -> VisualTokens:
-        """See `Compressor.compress`; with k = n the class token is not kept."""
-        attention, keys = (tokens.signals[signal] for signal in self.reads())
-        cls = tokens.cls if self.class_token else None
-        dominant, contextual = self.split(k)
-        leaders, into = dominant_and_contextual(
-            attention, keys.float().mean(1), dominant - (cls is not None), contextual
-        )
+    def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
+        """See `Compressor.compress_batch`."""
+        attention, keys = (batch.signals[signal] for signal in self.reads())
+        with_cls = self.class_token and batch.cls is not None
+        splits = [self.split(count) for count in k]
+        dominant, contextual = [d - with_cls for d, _ in splits], [c for _, c in splits]
+        chosen, into = dominant_and_contextual(attention, keys.float().mean(2), batch, dominant, contextual)
+        counts = [d + c for d, c in zip(dominant, contextual, strict=True)]
         features = None
         if self.combine == "add-mean":
-            features = target_plus_mean(tokens.features, tokens.sizes, leaders, into)
-        compressed = merge(tokens, leaders, into, features)
-        return compressed if cls is None else with_class(compressed, cls)
+            features = target_plus_mean(batch.features, batch.sizes, chosen, into, max(counts))
+        compressed = merge(batch, chosen, into, counts, features)
+        return with_class(compressed) if with_cls else compressed
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Keys left over against the targets, and what is new through the projector once more.
@@ -81,50 +93,60 @@ class VisionZip(Compressor):
 
 
 def dominant_and_contextual(
-    attention: torch.Tensor, keys: torch.Tensor, dominant: int, contextual: int
+    attention: torch.Tensor,
+    keys: torch.Tensor,
+    batch: TokenBatch,
+    dominant: Sequence[int],
+    contextual: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses dominant tokens and targets, and gives every other token to a target.
 
     Args:
-        attention: float32 ``(n,)``.
-        keys: float32 ``(n, head dim)``.
-        dominant: how many dominant tokens, from 0.
-        contextual: how many targets, from 0; together at most n.
+        attention: float32 ``(G, N)``.
+        keys: float32 ``(G, N, head dim)``.
+        batch: the tokens.
+        dominant: how many dominant tokens of each input, from 0.
+        contextual: how many targets, from 0; together at most the input's count.
 
     Returns:
-        int64 ``(m,)``, rising indices of the m = dominant + contextual tokens; int64 ``(n,)``, for each token the one
-        of the m that it goes into, -1 where there are no targets.
+        bool ``(G, N)``, True at the dominant tokens and the targets; int64 ``(G, N)``, for each other token the one of
+        these that it goes into, -1 where there are no targets and at padding.
     """
-    n = len(attention)
-    first = largest(attention, dominant)
-    # Stable sort of the mask: the indices of what is left, rising, in a shape that does not depend on values.
-    rest = (
-        torch.zeros_like(attention, dtype=torch.int8).index_fill(0, first, 1).sort(stable=True).indices[: n - dominant]
-    )
-    step = max(1, len(rest) // max(1, contextual))
-    targets = rest[::step][:contextual]
-    leaders = torch.cat([first, targets]).sort().values
-    into = rest.new_full((n,), -1)
-    if contextual:
-        into[rest] = torch.searchsorted(leaders, targets.contiguous())[most_similar(keys[rest], keys[targets])]
-    return leaders, leaders_lead(into, leaders)
+    valid, device, most = batch.valid, attention.device, max(contextual)
+    counts = zip(batch.counts, dominant, contextual, strict=True)
+    steps = [max(1, (n - d) // max(1, c)) for n, d, c in counts]
+    dominant_, contextual_, step = per_input(device, dominant, contextual, steps)
+    first = largest(attention, valid, dominant_)
+    if not most:
+        return first, torch.full_like(valid, -1, dtype=torch.int64)
+    others = valid & ~first
+    number = torch.arange(most, device=device)
+    # Of the tokens left, in raster order, every step-th; where there are fewer than `most`, any token stands in.
+    targets = in_order(others, valid.shape[1]).gather(1, (number * step).clamp_max_(valid.shape[1] - 1))
+    exist = number < contextual_
+    rank = slots(others)
+    chosen = first | (others & (rank % step == 0) & (rank < step * contextual_))
+    into = slots(chosen).gather(1, targets).gather(1, most_similar(unit_length(keys), targets, exist))
+    return chosen, into.masked_fill(~(others & (contextual_ > 0)), -1)
 
 
 def target_plus_mean(
-    features: torch.Tensor, sizes: torch.Tensor, leaders: torch.Tensor, into: torch.Tensor
+    features: torch.Tensor, sizes: torch.Tensor, chosen: torch.Tensor, into: torch.Tensor, most: int
 ) -> torch.Tensor:
-    """Each leader plus the mean, weighted by size, of the tokens that go into it; alone where there is none.
+    """Each chosen token plus the mean, weighted by size, of the tokens that go into it; alone where there is none.
 
     Args:
-        features: ``(n, D)``.
-        sizes: float32 ``(n,)``.
-        leaders: int64 ``(m,)``.
-        into: int64 ``(n,)``.
+        features: ``(G, N, D)``.
+        sizes: float32 ``(G, N)``.
+        chosen: bool ``(G, N)``.
+        into: int64 ``(G, N)``, for each other token the one of the chosen that it goes into, or -1.
+        most: the most chosen tokens of an input.
 
     Returns:
-        ``(m, D)`` in the dtype of `features`.
+        ``(G, most, D)`` in the dtype of `features`.
     """
-    followers = members(into.index_fill(0, leaders, -1), len(leaders), sizes)
-    weight = followers.sum(1, keepdim=True)
-    mean = followers @ features.float() / torch.where(weight > 0, weight, 1.0)
-    return torch.where(weight > 0, (features[leaders].float() + mean).to(features.dtype), features[leaders])
+    own = rows(features, in_order(chosen, most))
+    followers = members(into.masked_fill(chosen, -1), most, sizes)
+    weight = followers.sum(2, keepdim=True)
+    mean = (followers @ features.float()) / torch.where(weight > 0, weight, 1.0)
+    return torch.where(weight > 0, (own.float() + mean).to(features.dtype), own)

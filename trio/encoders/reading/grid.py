@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ...core.tokens import ImageTokens
+
+T = TypeVar("T")
 
 
 def windows(origins: ImageTokens, size: int) -> tuple[torch.Tensor, int]:
@@ -23,6 +29,34 @@ def windows(origins: ImageTokens, size: int) -> tuple[torch.Tensor, int]:
     (row, down), (column, across) = _side(origins.row, size), _side(origins.column, size)
     frames, frame = torch.unique(origins.frame, return_inverse=True)
     return (frame * down + row) * across + column, len(frames) * down * across
+
+
+def windows_of(origins: Sequence[ImageTokens], size: int) -> tuple[torch.Tensor, list[int]]:
+    """See `windows`: int64 ``(G, N)`` on the CPU, padded at the end, and how many windows each input has."""
+    found = _each(origins, [size] * len(origins), windows)
+    return pad_sequence([window for window, _ in found], batch_first=True), [count for _, count in found]
+
+
+def cells_of(origins: Sequence[ImageTokens], k: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `cells`: int64 ``(G, K)``, padded with 0, and int64 ``(G, N)``, padded with -1; both on the CPU."""
+    found = _each(origins, k, cells)
+    middles = pad_sequence([middle for middle, _ in found], batch_first=True)
+    return middles, pad_sequence([cell for _, cell in found], batch_first=True, padding_value=-1)
+
+
+def _each(origins: Sequence[ImageTokens], sizes: Sequence[int], function: Callable[[ImageTokens, int], T]) -> list[T]:
+    """What a function gives for each input; once for inputs on equal grids, as most tiles are."""
+    made: dict[tuple[int, bytes], T] = {}
+    results = []
+    for own, size in zip(origins, sizes, strict=True):
+        alone = int(own.frame.min()) == int(own.frame.max())  # several frames count as one tall image
+        row = own.row - own.row.min() if alone else own.row
+        axes = torch.stack([own.frame, row, own.column - own.column.min()])
+        key = (size, axes.numpy().tobytes())
+        if key not in made:
+            made[key] = function(own, size)
+        results.append(made[key])
+    return results
 
 
 def _side(axis: torch.Tensor, size: int) -> tuple[torch.Tensor, int]:

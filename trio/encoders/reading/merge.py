@@ -1,5 +1,7 @@
 """Dropping and merging visual tokens: pure functions that carry sizes, indices, origins and the merge map along.
 
+These are for one input, which is how a method is written down; `trio.encoders.reading.batched` has them for many.
+
 Every token counts with its size (how many tokens of the start it stands for), so merging twice gives what one merge
 with the composed map gives.
 """
@@ -7,16 +9,21 @@ with the composed map gives.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ...core.token_batch import LazySignals, TokenBatch
+from ...core.tokens import CLS, VisualTokens
 from ...core.ops import unit_length
-from ...core.tokens import CLS, MERGED, ImageTokens, VisualTokens
-from ..compressors.base import Compressor
+from . import batched
 
-C = TypeVar("C", bound=Compressor)
+if TYPE_CHECKING:
+    from ..compressors.base import Compressor
+
+C = TypeVar("C", bound="Compressor")
 
 
 def ranking(values: torch.Tensor) -> torch.Tensor:
@@ -42,14 +49,12 @@ def leaders_lead(chosen: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:
 def members(into: torch.Tensor, groups: int, weights: torch.Tensor) -> torch.Tensor:
     """float32 ``(groups, n)``, the weight of each token in the row of its group, 0 elsewhere.
 
-    Sums by group are products with this matrix: unlike a scatter they come out the same every time on a GPU.
-
     Args:
         into: int64 ``(n,)``, the group of each token, -1 for none.
         groups: how many groups.
         weights: float32 ``(n,)``.
     """
-    return torch.where(into[None] == torch.arange(groups, device=into.device)[:, None], weights[None], 0.0)
+    return batched.members(into[None], groups, weights[None])[0]
 
 
 def group_mean(values: torch.Tensor, weights: torch.Tensor, into: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:
@@ -64,13 +69,7 @@ def group_mean(values: torch.Tensor, weights: torch.Tensor, into: torch.Tensor, 
     Returns:
         ``(m, ...)`` in the dtype of `values`.
     """
-    matrix = members(into, len(leaders), weights)
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    sums = torch.tensordot(matrix.to(dtype), values.to(dtype), dims=1)
-    shape = (-1, *(1,) * (values.dim() - 1))
-    means = (sums / matrix.sum(1).view(shape)).to(values.dtype)
-    alone = (matrix > 0).sum(1).view(shape) == 1
-    return torch.where(alone, values[leaders], means)
+    return batched.group_mean(values[None], weights[None], into[None], leaders[None])[0]
 
 
 def keep(tokens: VisualTokens, kept: torch.Tensor) -> VisualTokens:
@@ -81,17 +80,7 @@ def keep(tokens: VisualTokens, kept: torch.Tensor) -> VisualTokens:
         kept: int64 ``(m,)``, rising indices of the n.
     """
     into = leaders_lead(torch.full_like(tokens.token_index, -1), kept)
-    signals = {one: value if one.kind == "cls" else value[kept] for one, value in tokens.signals.items()}
-    return VisualTokens(
-        tokens.features[kept],
-        tokens.origins.select(kept.cpu()),
-        tokens.sizes[kept],
-        tokens.token_index[kept],
-        _brought_forward(tokens.merge_map, into),
-        signals,
-        tokens.cls,
-        tokens.seed,
-    )
+    return batched.keep_at(TokenBatch.stack([tokens]), kept[None], into[None], [len(kept)]).unstack()[0]
 
 
 def merge(
@@ -107,50 +96,14 @@ def merge(
         into: int64 ``(n,)``, the group of each token, -1 where it is dropped; ``into[leaders[i]] == i``.
         features: ``(m, D)`` in place of the weighted means, for methods that combine otherwise.
     """
-    groups, sizes = len(leaders), tokens.sizes
-    if features is None:
-        features = group_mean(tokens.features, sizes, into, leaders)
-    return VisualTokens(
-        features,
-        _merged_origins(tokens.origins, leaders.cpu(), into.cpu()),
-        members(into, groups, sizes).sum(1),
-        tokens.token_index[leaders],
-        _brought_forward(tokens.merge_map, into),
-        {
-            one: value if one.kind == "cls" else group_mean(value, sizes, into, leaders)
-            for one, value in tokens.signals.items()
-        },
-        tokens.cls,
-        tokens.seed,
-    )
+    combined = None if features is None else features[None]
+    batch = TokenBatch.stack([tokens])
+    return batched.merge_at(batch, leaders[None], into[None], [len(leaders)], combined).unstack()[0]
 
 
 def with_class(tokens: VisualTokens, token: torch.Tensor) -> VisualTokens:
     """The tokens with the class token ``(D,)`` before them: of size 1, without a place, and without signals (zeros)."""
-
-    def before(values: torch.Tensor, first: float) -> torch.Tensor:
-        return torch.cat([values.new_full((1, *values.shape[1:]), first), values])
-
-    zero, own = torch.zeros(1, dtype=torch.int64), tokens.origins
-    origins = ImageTokens(
-        torch.cat([zero + CLS, own.kind]),
-        torch.cat([own.frame[:1], own.frame]) if own.tokens else zero,
-        torch.cat([zero, own.row]),
-        torch.cat([zero, own.column]),
-        torch.cat([zero + 1, own.size]),
-        own.grids,
-        own.placed,
-    )
-    return VisualTokens(
-        torch.cat([token[None].to(tokens.features.dtype), tokens.features]),
-        origins,
-        before(tokens.sizes, 1.0),
-        before(tokens.token_index, -1),
-        torch.where(tokens.merge_map < 0, tokens.merge_map, tokens.merge_map + 1),
-        {one: value if one.kind == "cls" else before(value, 0.0) for one, value in tokens.signals.items()},
-        None,  # it is among the tokens now
-        tokens.seed,
-    )
+    return batched.with_class(replace(TokenBatch.stack([tokens]), cls=token[None])).unstack()[0]
 
 
 def without_class(tokens: VisualTokens) -> VisualTokens:
@@ -161,7 +114,7 @@ def without_class(tokens: VisualTokens) -> VisualTokens:
         tokens.sizes[1:],
         tokens.token_index[1:],
         torch.where(tokens.merge_map < 0, tokens.merge_map, tokens.merge_map - 1),
-        {one: value if one.kind == "cls" else value[1:] for one, value in tokens.signals.items()},
+        LazySignals(tokens.signals, lambda one, value: value if one.kind == "cls" else value[1:]),
         None,
         tokens.seed,
     )
@@ -186,18 +139,3 @@ def patches_only(
         return with_class(compress(self, without_class(tokens), k - 1), tokens.features[0])
 
     return apart
-
-
-def _brought_forward(merge_map: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    return torch.where(merge_map < 0, -1, into[merge_map.clamp_min(0)])
-
-
-def _merged_origins(origins: ImageTokens, leaders: torch.Tensor, into: torch.Tensor) -> ImageTokens:
-    """Of the leaders, of kind "merged" and with the sizes of all members where there are several."""
-    groups = len(leaders)
-    slot = torch.where(into < 0, groups, into)
-    count = torch.bincount(slot, minlength=groups + 1)[:groups]
-    size = torch.zeros(groups + 1, dtype=torch.int64).index_add_(0, slot, origins.size)[:groups]
-    own = origins.select(leaders)
-    kind = torch.where(count > 1, MERGED, own.kind)
-    return ImageTokens(kind, own.frame, own.row, own.column, size, own.grids, own.placed)
