@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.operators import Operators
 
 import trio
 from trio.core.token_batch import TokenBatch
@@ -126,3 +127,25 @@ def test_a_compressor_of_one_input_works_on_a_batch():
     found = Half().compress_batch(TokenBatch.stack(tokens), counts).unstack()
     for one, whole, k in zip(found, tokens, counts, strict=True):
         assert_same(one, Half().compress(whole, k))
+
+
+#: Launches of a compressor, and of those that choose in rounds: of each of 64.
+MOST = 150
+ROUNDS = {"vispruner": 7 * 64, "divprune": 4 * 64}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launches_do_not_grow_with_the_batch(name):
+    """576 patches to 64, as many launches for 40 ragged tiles as for one image, and one or two looks at values."""
+    compressor = trio.COMPRESSORS.build(name)
+    seen = []
+    for shapes in ([(24, 24)], [(24, 24), (24, 18), (20, 24), (24, 24), (13, 24)] * 8):
+        batch = TokenBatch.stack(draw(compressor, shapes, device="meta"))
+        k = list(batch.counts) if compressor.decides_count else [64] * len(shapes)
+        with Operators() as operators:
+            compressor.compress_batch(batch, k)
+        assert operators.downloads <= 2
+        seen.append(operators.launches)
+    # An input of one length needs no mask: a comparison less.
+    assert seen[1] <= seen[0] + 6, seen
+    assert seen[1] <= MOST + ROUNDS.get(name, 0), seen

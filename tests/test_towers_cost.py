@@ -11,12 +11,14 @@ import torch
 import transformers
 from open_clip.transformer import VisionTransformer
 from support.memory import flops, peak_bytes
+from support.operators import Operators
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from trio.core.tokens import Signal
 from trio.encoders.compressors.visionzip import VisionZip
-from trio.encoders.reading.attention import received
+from trio.encoders.reading.attention import BLOCK_BYTES, received
 from trio.encoders.reading.reader import Reader
 from trio.encoders.towers import tower_for
 
@@ -126,7 +128,7 @@ def test_reading_at_2880_patches_costs_at_most_3_percent_of_the_operations(setti
 
     def reader(width: int) -> int:
         """The class token's row is one query against all keys; attention received is every query against them once."""
-        products = rows * width if name == "CLIP" else rows**2 * (width + width // 64)
+        products = rows * width if name == "CLIP" else rows**2 * width
         return 2 * images * products
 
     assert own == reader(128)
@@ -135,7 +137,36 @@ def test_reading_at_2880_patches_costs_at_most_3_percent_of_the_operations(setti
 
 
 def test_the_blocks_of_queries_are_no_larger_than_the_keys():
-    queries, keys = torch.randn(700, 4, 8), torch.randn(700, 4, 8)
+    queries, keys = torch.randn(1, 700, 4, 8), torch.randn(1, 700, 4, 8)
     peak = peak_bytes(lambda: received(queries, keys, 0.3))
     assert peak < 8 * keys.numel() * 4, "a whole matrix of 4 x 700 x 700 would be 87 times the keys"
     assert peak < 4 * 700 * 700 * 4 / 10
+
+
+@pytest.mark.parametrize("block_bytes", [None, 1, 4 * 3 * 4 * 50 * 7, 2**30])
+def test_attention_received_does_not_depend_on_the_blocks(block_bytes: int | None):
+    queries, keys = torch.randn(3, 50, 4, 8), torch.randn(3, 50, 4, 8)
+    expected = torch.einsum("gqhd,gkhd->ghqk", queries.double(), keys.double()).mul(0.3).softmax(-1).mean((1, 2))
+    found = received(queries, keys, 0.3, block_bytes=block_bytes)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    half = received(queries.bfloat16(), keys.bfloat16(), 0.3, block_bytes=block_bytes)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), expected, rtol=2e-2, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_of_qwens_tower_at_16384_patches():
+    """Counted on the meta device, which stands for an accelerator: operators, FLOPs and the largest tensor."""
+    with torch.device("meta"):
+        queries = torch.empty(1, 16384, 16, 80, dtype=torch.bfloat16)
+    seen = Operators()
+    with FlopCounterMode(display=False) as counter, seen:
+        received(queries, queries, 80**-0.5)
+    # Linear layers, and the products of windows of 8 x 8 patches and of four layers that see the whole image.
+    widths = 4 * 1280**2 + 3 * 1280 * 3420
+    pairs = 28 * 64 + 4 * 16384
+    tower = 2 * 16384 * (32 * widths + 2 * pairs * 1280)
+    assert counter.get_total_flops() == 2 * 16384**2 * 1280
+    assert counter.get_total_flops() <= 0.03 * tower, f"{counter.get_total_flops() / tower:.2%} of the tower"
+    assert seen.launches <= 100, seen.launches
+    assert seen.largest <= BLOCK_BYTES, "no whole matrix"

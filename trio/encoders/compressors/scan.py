@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 
 from ...core.flops import similarity_flops
+from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch, first
 from ...core.tokens import Signal
 from ...core.transfer import upload
-from ...core.ops import unit_length
 from ..reading.batched import in_order, keep, largest, merge, most_similar, per_input, ranking
 from ..reading.grid import windows_of
 from .base import COMPRESSORS, BatchCompressor, Space

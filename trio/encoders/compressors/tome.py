@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 
 from ...core.flops import feature_width, product, reprojected_flops
+from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
 from ...core.tokens import Signal
-from ...core.ops import unit_length
 from ..reading.batched import first_of, merge, per_input, slots
 from .base import COMPRESSORS, BatchCompressor
 

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from ...core.flops import product, projector_flops
+from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
 from ...core.tokens import Signal
-from ...core.ops import unit_length
 from ..reading.batched import (
     in_order,
     largest,

@@ -15,7 +15,7 @@ from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
 from ...core.tokens import Signal
 from ...core.transfer import upload
-from ..reading.batched import first_of, keep, per_input, ranking, rows
+from ..reading.batched import first_of, keep, per_input, ranking
 from .base import COMPRESSORS, BatchCompressor
 
 
@@ -89,10 +89,11 @@ def distinct(
     similarity = pad(unit @ unit.transpose(1, 2), (0, 1, 0, 1), value=float("-inf"))
     (count,) = per_input(unit.device, counts)
     place = torch.arange(tokens.shape[1], device=unit.device)
+    group = torch.arange(groups, device=unit.device)[:, None]
     tokens, padding = torch.where(place < count, tokens, width), tokens.new_full((groups, 1), width)
     for after, length in _rounds(counts, k, remove, unit.device):
         a, b = tokens[:, ::2], tokens[:, 1::2]
-        likeness = rows(similarity, a).gather(2, b[:, None].expand(-1, a.shape[1], -1)).amax(2)
+        likeness = similarity[group, a].gather(2, b[:, None].expand(-1, a.shape[1], -1)).amax(2)
         best = likeness.sort(dim=1, descending=True, stable=True).indices
         tokens = torch.cat([a.gather(1, best), b, padding], 1).gather(1, after[:, :length])
     (count,) = per_input(unit.device, k)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ...core.ops import unit_length
 from ...core.token_batch import LazySignals, TokenBatch
 from ...core.tokens import CLS, VisualTokens
-from ...core.ops import unit_length
 from . import batched
 
 if TYPE_CHECKING:

@@ -200,20 +200,45 @@ class Reader:
                 call.values[signal] = self._attention(heads, signal, call.layout)
 
     def _attention(self, heads: Heads, signal: Signal, layout: Layout) -> torch.Tensor:
-        queries, keys, scale = heads.queries, heads.keys.flatten(0, 1), heads.scale
+        queries, keys, scale = heads.queries, heads.keys, heads.scale
         if signal.heads == "one":
-            queries, keys, scale = as_one_head(queries), as_one_head(keys), (keys.shape[1] * keys.shape[2]) ** -0.5
-        if not self.tower.has_cls:
-            queries = queries.flatten(0, 1)
-        rows = []
-        for index, (start, stop) in enumerate(layout.spans):
-            if self.tower.has_cls:
-                row = class_row(queries[index, 0], keys[start:stop], scale)
-            else:
-                row = received(queries[start:stop], keys[start:stop], scale)
-            rows.append(row[layout.prefix :])
-        values = torch.cat(rows)
+            queries, keys, scale = as_one_head(queries), as_one_head(keys), (keys.shape[2] * keys.shape[3]) ** -0.5
+        if self.tower.has_cls:  # its inputs are rows of a batch
+            values = class_row(queries[:, 0], keys, scale)[:, layout.prefix :].flatten()
+        else:
+            values = _received(queries.flatten(0, 1), keys.flatten(0, 1), scale, layout)
         return values if layout.order is None else values[layout.order.to(values.device)]
+
+
+def _received(queries: torch.Tensor, keys: torch.Tensor, scale: float, layout: Layout) -> torch.Tensor:
+    """Attention received by the patches, float32 ``(P,)`` in the order of the rows: inputs of one length together.
+
+    Args:
+        queries: ``(R, heads, head_dim)``, all rows of a call.
+        keys: likewise.
+        scale: what products are multiplied with.
+        layout: of the call.
+    """
+    by_length: dict[int, list[int]] = {}
+    for number, (start, stop) in enumerate(layout.spans):
+        by_length.setdefault(stop - start, []).append(number)
+    rows = [keys] * len(layout.spans)
+    for numbers in by_length.values():
+        spans = [layout.spans[number] for number in numbers]
+        values = received(_of_spans(queries, spans), _of_spans(keys, spans), scale)[:, layout.prefix :]
+        if len(by_length) == 1:
+            return values.flatten()
+        for number, row in zip(numbers, values.unbind(0), strict=True):
+            rows[number] = row
+    return torch.cat(rows)
+
+
+def _of_spans(rows: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """``(G, S, ...)``, the rows of G spans of one length; a view where they follow each other."""
+    (first, stop), (_, last) = spans[0], spans[-1]
+    if last - first == len(spans) * (stop - first):
+        return rows[first:last].view(len(spans), -1, *rows.shape[1:])
+    return torch.stack([rows[start:stop] for start, stop in spans])
 
 
 def _owns_storage(tensor: torch.Tensor) -> bool:
