@@ -30,24 +30,24 @@ def compress(
     layer: int | None = None,
     project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[VisualTokens]:
-    """Runs a vision tower on pictures and compresses what it gives.
+    """Runs a vision tower on images and compresses what it gives.
 
     Args:
         tower: a vision tower of transformers, open_clip or timm, or a model that holds one; see docs/towers.md. It runs
             as it is; features carry no gradients back to it (they do to `project`).
-        images: pixels ``(pictures, 3, height, width)`` as the tower takes them, or its own arguments by name (Qwen:
+        images: pixels ``(images, 3, height, width)`` as the tower takes them, or its own arguments by name (Qwen:
             `pixel_values` and `grid_thw`).
         compressor: a name with the number of tokens (``"visionzip-64"``), a name, a mapping with `name`, `keep` and
             parameters, a class or an object.
-        keep: tokens to keep of each picture, or a percentage such as ``"11.1%"``; not for compressors that decide.
+        keep: tokens to keep of each image, or a percentage such as ``"11.1%"``; not for compressors that decide.
         layer: block whose output makes the features, from the end where negative; None: what language models take of
             such a tower. Towers whose patches leave merged (Qwen's) give the merged ones, and take no layer.
         project: the projector, ``(n, D) -> (n, D')``, row by row. Compressors that compare tokens as the language model
             sees them (`Compressor.space`) do so after it; with None they compare the tower's features.
 
     Returns:
-        The tokens left of each input of the tower (a picture; a temporal frame of a video): features (projected where
-        `project` is given), origins on the grid of the picture, sizes, token_index and the merge map.
+        The tokens left of each input of the tower (an image; a temporal frame of a video): features (projected where
+        `project` is given), origins on the grid of the image, sizes, token_index and the merge map.
 
     Raises:
         UnknownNameError: no compressor of that name.
@@ -73,7 +73,7 @@ def compress(
     counts = [rows * columns for rows, columns in grids]
     if tuple(counts) != reading.inputs:
         raise InputError(
-            f"images: the tower has {reading.inputs} patches by picture, grids of {tuple(grids)} were expected; "
+            f"images: the tower has {reading.inputs} patches by image, grids of {tuple(grids)} were expected; "
             "patches may not be dropped on the way"
         )
     rows = output.pooler_output if merged else reading.values[hidden]

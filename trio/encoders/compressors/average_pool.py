@@ -15,7 +15,7 @@ from .base import COMPRESSORS, BatchCompressor
 
 @COMPRESSORS.register("average-pool")
 class AveragePool(BatchCompressor):
-    """Averages the tokens of each of k near-equal cells of the picture, a floor for methods that merge.
+    """Averages the tokens of each of k near-equal cells of the image, a floor for methods that merge.
 
     Exactly k tokens for any grid: bands of rows, each cut into its part of the cells. Where k cells fit the grid
     (24 x 24 into 12 x 12) this is average pooling; elsewhere cells hold near-equal numbers of tokens.

@@ -16,7 +16,7 @@ Space = Literal["tower", "language"]
 
 
 class Compressor(Part, ABC):
-    """Takes the visual tokens of a picture on the encoder side and gives fewer, by dropping or merging.
+    """Takes the visual tokens of an image on the encoder side and gives fewer, by dropping or merging.
 
     A pipeline on a model whose tower cannot give what `reads` names is refused when it is built. One method is enough:
     `compress`. Methods that work on many inputs at once derive from `BatchCompressor`.
@@ -27,7 +27,7 @@ class Compressor(Part, ABC):
     space: ClassVar[Space] = "tower"
     #: True where the method decides the number itself; `compress` is then called with k = n.
     decides_count: ClassVar[bool] = False
-    #: True where it draws from `VisualTokens.seed`, so that another prompt about the picture keeps other tokens.
+    #: True where it draws from `VisualTokens.seed`, so that another prompt about the image keeps other tokens.
     draws: ClassVar[bool] = False
 
     def reads(self) -> tuple[Signal, ...]:

@@ -19,7 +19,7 @@ from .base import COMPRESSORS, BatchCompressor
 class RandomTokens(BatchCompressor):
     """Keeps tokens drawn at random, a floor that every method must beat, and a strong one (arXiv 2511.02650).
 
-    The draw comes from `VisualTokens.seed`, so that a picture keeps the same tokens in any batch, and the smaller of
+    The draw comes from `VisualTokens.seed`, so that an image keeps the same tokens in any batch, and the smaller of
     two counts keeps a part of what the larger one keeps.
 
     Parameters:

@@ -1,4 +1,4 @@
-"""Scan: the best tokens of each window, the best of the whole picture, and the rest merged into them (VScan)."""
+"""Scan: the best tokens of each window, the best of the whole image, and the rest merged into them (VScan)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Scan(BatchCompressor):
     What is left over at the bottom and at the right of the grid joins the last windows; a side shorter than a window is
     one window. The defaults are those of the published code for CLIP towers; its Qwen2.5-VL code is ``{window: 4,
     limit: ceil, local_layer: 0, global_layer: -1}`` (of windowed towers a layer means the next block that sees the
-    whole picture).
+    whole image).
 
     Parameters:
         local: share of the k tokens that is chosen locally, rounded down (published: 0.5).
@@ -39,7 +39,7 @@ class Scan(BatchCompressor):
         limit: how many local tokens a window may give, the local part by the number of windows rounded so: with
             ``"floor"`` each gives that many (published for CLIP; falls short where windows do not divide the local
             part), with ``"ceil"`` the best are taken while their windows have room (published for Qwen2.5-VL).
-        local_layer: the shallow block (published: 5 of 24; Qwen2.5-VL: the first that sees the whole picture).
+        local_layer: the shallow block (published: 5 of 24; Qwen2.5-VL: the first that sees the whole image).
         global_layer: the deep block (published: -2; Qwen2.5-VL: -1).
         merge: whether the tokens left are averaged into kept ones (published) or dropped.
     """

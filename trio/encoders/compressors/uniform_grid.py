@@ -1,4 +1,4 @@
-"""Tokens spread evenly over the picture."""
+"""Tokens spread evenly over the image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import COMPRESSORS, BatchCompressor
 
 @COMPRESSORS.register("uniform-grid")
 class UniformGrid(BatchCompressor):
-    """Keeps one token in the middle of each of k near-equal cells of the picture: a floor that looks at nothing.
+    """Keeps one token in the middle of each of k near-equal cells of the image: a floor that looks at nothing.
 
     Exactly k tokens for any grid; the cells are those of `average-pool`.
     """

@@ -70,7 +70,7 @@ def cells(origins: ImageTokens, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     The rows are cut into about ``sqrt(k * rows / columns)`` bands of equal height, each band, column by column, into
     its part of the k cells. Where k cells fit the grid (24 x 24 into 12 x 12) they are rectangles, as in average
-    pooling. Frames count as one tall picture.
+    pooling. Frames count as one tall image.
 
     Args:
         origins: of n tokens in raster order, no class token among them; tokens may be missing on the grid.

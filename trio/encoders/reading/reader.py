@@ -27,7 +27,7 @@ class Reading:
         values: by signal, over all patches of all inputs in order, class token and registers left out: ``attention``
             float32 ``(P,)``, ``keys`` float32 ``(P, heads, head_dim)``, ``hidden`` ``(P, D)``; ``groups`` int64
             ``(P,)``, counted within each input; ``cls`` ``(inputs, D)``.
-        inputs: patches of each input of the tower: each picture or tile of a batch, each frame of a packed grid.
+        inputs: patches of each input of the tower: each image or tile of a batch, each frame of a packed grid.
     """
 
     values: Mapping[Signal, torch.Tensor]
@@ -296,7 +296,7 @@ def _block(tower: Tower, signal: Signal) -> int:
     seeing = tower.seeing_block(block)
     if seeing is None:
         raise UnsupportedModelError(
-            f"signal {_name(signal)}: in the vision tower {name} no block from there on sees a whole picture; name an "
+            f"signal {_name(signal)}: in the vision tower {name} no block from there on sees a whole image; name an "
             "earlier one"
         )
     return seeing

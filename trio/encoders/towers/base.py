@@ -227,14 +227,14 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 def pixel_grid(pixels: torch.Tensor, patch: tuple[int, int]) -> list[tuple[int, int]]:
-    """The grid of each picture of ``(B, 3, H, W)`` cut into patches of the given height and width.
+    """The grid of each image of ``(B, 3, H, W)`` cut into patches of the given height and width.
 
     Raises:
         InputError: the pixels have another shape.
     """
     if pixels.ndim != 4:
         raise InputError(
-            f"images: found shape {tuple(pixels.shape)}; give pixels of shape (pictures, 3, height, width)"
+            f"images: found shape {tuple(pixels.shape)}; give pixels of shape (images, 3, height, width)"
         )
     return [(pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])] * pixels.shape[0]
 

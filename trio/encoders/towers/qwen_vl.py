@@ -1,4 +1,4 @@
-"""Qwen's vision towers in transformers: packed pictures of any size, rotary positions, fused projections, windows."""
+"""Qwen's vision towers in transformers: packed images of any size, rotary positions, fused projections, windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MODELS = "transformers.models."
 
 @TOWERS.register("qwen-vl")
 class QwenTower(Tower):
-    """The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one row a patch, the frames of all pictures in one row of rows.
+    """The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one row a patch, the frames of all images in one row of rows.
 
     An input is one temporal frame of a grid: what the tower's attention sees at once. Patches are in the order
     of the rows of `pixel_values` (blocks of 2 x 2 that become one token); Qwen2.5's order by windows is undone.
@@ -32,7 +32,7 @@ class QwenTower(Tower):
     model_types = frozenset(
         {"qwen2_vl", "qwen2_vl_vision", "qwen2_5_vl", "qwen2_5_vl_vision", "qwen3_vl", "qwen3_vl_vision"}
     )
-    merging_reason = "it packs pictures of different sizes into one sequence and rotates by position"
+    merging_reason = "it packs images of different sizes into one sequence and rotates by position"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -163,8 +163,8 @@ class QwenTower(Tower):
     def _arguments(self, images: torch.Tensor | Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(images, Mapping) or not {"pixel_values", "grid_thw"} <= images.keys():
             raise InputError(
-                "images: this tower takes patches of many pictures in one tensor; give "
-                '{"pixel_values": (patches, values), "grid_thw": (pictures, 3)} as the processor makes them'
+                "images: this tower takes patches of many images in one tensor; give "
+                '{"pixel_values": (patches, values), "grid_thw": (images, 3)} as the processor makes them'
             )
         return images
 

@@ -1,4 +1,4 @@
-"""SigLIP 2 of any shape (NaFlex) in transformers: pictures of different sizes, padded to the same number of patches."""
+"""SigLIP 2 of any shape (NaFlex) in transformers: images of different sizes, padded to the same number of patches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Siglip2Tower(ProjectedTower):
     """`Siglip2VisionModel` of transformers: no class token; what stands at padding is left out of every signal."""
 
     model_types = frozenset({"siglip2_vision_model"})
-    merging_reason = "it pads pictures of different sizes, and its masks cannot follow merged tokens"
+    merging_reason = "it pads images of different sizes, and its masks cannot follow merged tokens"
 
     @classmethod
     def cost_shape(cls, config: Any) -> TowerShape:
