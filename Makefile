@@ -19,7 +19,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check lowest previous versions lmms-eval wheel alias docs format clean
+.PHONY: demo test quick check launches lowest previous versions lmms-eval wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -38,6 +38,10 @@ check: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+
+# Operators, copies and waits of every shipped spec that fits, at true 7B shapes without weights; --out FILE in ARGS keeps them.
+launches: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.launches $(ARGS)
 
 # The contract tests on the lowest supported transformers.
 lowest: $(LOWEST)/.installed

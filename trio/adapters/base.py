@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -331,7 +333,7 @@ class Adapter(Backbone):
         """How the rows of a random input differ from the layer's own output; empty where they do not."""
         inputs = self._random_inputs(layer)
         hidden = inputs.hidden
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(hidden.device):
             index = torch.arange(hidden.shape[1], device=hidden.device)[None]
             rows = Rows(index, torch.ones_like(index, dtype=torch.bool))
             try:
@@ -355,7 +357,7 @@ class Adapter(Backbone):
             last = torch.full((1, 1), inputs.hidden.shape[1] - 1, device=inputs.hidden.device)
             rows = Rows(last, torch.ones_like(last, dtype=torch.bool))
             try:
-                with torch.autocast(inputs.hidden.device.type, enabled=False):
+                with _without_autocast(inputs.hidden.device):
                     gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
             except (RuntimeError, NotImplementedError) as error:
                 self._backwards[layer] = f"no gradient comes through it ({_first_line(error)})"
@@ -368,7 +370,10 @@ class Adapter(Backbone):
     def _random_inputs(self, layer: int) -> LayerInputs:
         """Hidden states of nine random tokens, where and as the layer takes them."""
         weight = next((p for p in self.layers[layer].parameters() if p.device.type != "meta"), None)
-        device = torch.device("cpu") if weight is None else weight.device
+        # Weights that are offloaded are on meta while their layer does not run; a model may also be there as a whole.
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        nowhere = weight is None and all(tensor.device.type == "meta" for tensor in tensors)
+        device = torch.device("meta" if nowhere else "cpu") if weight is None else weight.device
         own: Any = self.model.dtype
         dtype: torch.dtype = own if weight is None or not weight.is_floating_point() else weight.dtype
         length, width = 9, int(self.text_config.hidden_size)
@@ -424,6 +429,12 @@ def _cannot_run(error: Exception) -> str:
         f"called on a few random tokens as the decoder layers of known releases are called, it fails "
         f"({_first_line(error)}; transformers {upstream.version()}): report what `trio doctor` prints"
     )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Weights are used in the dtype that they have; a device without autocast has nothing to turn off."""
+    there = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if there else nullcontext()
 
 
 def _judged(gradient: torch.Tensor) -> str:
