@@ -131,7 +131,7 @@ def test_a_compressor_of_one_input_works_on_a_batch():
 
 #: Launches of a compressor, and of those that choose in rounds: of each of 64.
 MOST = 150
-ROUNDS = {"vispruner": 7 * 64, "divprune": 4 * 64}
+ROUNDS = {"vispruner": 7 * 64}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,8 +144,19 @@ def test_launches_do_not_grow_with_the_batch(name):
         k = list(batch.counts) if compressor.decides_count else [64] * len(shapes)
         with Operators() as operators:
             compressor.compress_batch(batch, k)
-        assert operators.downloads <= 2
+        assert operators.downloads <= 2 or name == "divprune"  # which looks once a round
         seen.append(operators.launches)
     # An input of one length needs no mask: a comparison less.
     assert seen[1] <= seen[0] + 6, seen
     assert seen[1] <= MOST + ROUNDS.get(name, 0), seen
+
+
+def test_divprune_in_blocks_of_rows_is_divprune(monkeypatch):
+    """Where similarities of all pairs are not held."""
+    compressor = trio.COMPRESSORS.build("divprune")
+    tokens = draw(compressor, SHAPES)
+    counts = [max(1, one.tokens // 3) for one in tokens]
+    alone = [compressor.compress(one, k) for one, k in zip(tokens, counts, strict=True)]
+    monkeypatch.setattr("trio.encoders.compressors.divprune.BLOCK_BYTES", 4 * 7 * 84 * 5)
+    for one, expected in zip(compressor.compress_batch(TokenBatch.stack(tokens), counts).unstack(), alone, strict=True):
+        assert_same(one, expected)

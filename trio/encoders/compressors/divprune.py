@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from ...core.flops import similarity_flops
+from ...core.greedy import exact_products, most_distant
 from ...core.ops import unit_length
 from ...core.shape import ModelShape
-from ...core.token_batch import TokenBatch, first
+from ...core.token_batch import TokenBatch
 from ..reading.batched import keep
 from .base import COMPRESSORS, BatchCompressor, Space
+
+#: What all similarities of a batch, or those of a block of tokens with all others, may take in float32.
+BLOCK_BYTES = 2**28
 
 
 @COMPRESSORS.register("divprune")
@@ -29,37 +33,47 @@ class DivPrune(BatchCompressor):
 
     def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
         """See `Compressor.compress_batch`."""
-        order = farthest(batch.features, batch.valid, max(k))
-        width = batch.features.shape[1]
-        order = order.masked_fill(~first(k, order.shape[1], order.device), width)
-        chosen = batch.valid.new_zeros(len(k), width + 1).scatter_(1, order, True)
-        return keep(batch, chosen[:, :width], k)
+        return keep(batch, farthest(batch.features, batch.valid, k), k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of all pairs."""
         return similarity_flops(shape, visual, visual)
 
 
-def farthest(features: torch.Tensor, valid: torch.Tensor, k: int) -> torch.Tensor:
+def farthest(features: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> torch.Tensor:
     """k tokens of each input, each the farthest from those before it.
+
+    All similarities are held where they take no more than `BLOCK_BYTES`; elsewhere rows of them are computed as needed.
 
     Args:
         features: ``(G, N, D)``.
         valid: bool ``(G, N)``.
-        k: from 1 to N; inputs of fewer tokens have others behind theirs.
+        k: for each input, from 1 to its tokens.
 
     Returns:
-        int64 ``(G, k)``, in the order in which they were chosen.
+        bool ``(G, N)``, True at the tokens chosen.
     """
+    groups, tokens, _ = features.shape
     unit = unit_length(features)
-    distance = 1.0 - unit @ unit.transpose(1, 2)
-    distance.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-    distance.masked_fill_(~valid[:, None], float("inf"))
-    lowest = float("-inf")
-    chosen = [distance.amin(2).masked_fill_(~valid, lowest).argmax(1, keepdim=True)]  # nothing waits for it
-    near = torch.full_like(valid, float("inf"), dtype=torch.float32).masked_fill_(~valid, lowest)
-    for _ in range(k - 1):
-        own = distance.gather(1, chosen[-1][..., None].expand(-1, -1, distance.shape[2]))[:, 0]
-        near = torch.minimum(near, own).scatter_(1, chosen[-1], lowest)
-        chosen.append(near.argmax(1, keepdim=True))
-    return torch.cat(chosen, 1)
+    columns = unit.transpose(1, 2)
+    group = torch.arange(groups, device=unit.device)[:, None]
+    size = min(tokens, max(1, BLOCK_BYTES // (4 * groups * tokens)))
+    block, nearest = unit, list[torch.Tensor]()
+    with exact_products():
+        for start in range(0, tokens, size):
+            block = unit[:, start : start + size] @ columns
+            others = block.masked_fill(~valid[:, None], float("-inf"))
+            others.diagonal(start, 1, 2).fill_(float("-inf"))
+            nearest.append(others.amax(2))
+        whole = block if size == tokens else None
+
+        def distances(index: torch.Tensor, to: Literal["all", "among"]) -> torch.Tensor:
+            similarity = unit[group, index] @ columns if whole is None else whole[group, index]
+            if to == "among":
+                similarity = similarity.gather(2, index[:, None].expand(-1, index.shape[1], -1))
+            return similarity.neg().add_(1.0).clamp_min_(0.0)  # rounding may bring it below 0
+
+        # The one whose nearest other token is farthest comes first: of all weights, 1, its own is the largest.
+        leader = torch.cat(nearest, 1).masked_fill_(~valid, float("inf")).argmin(1, keepdim=True)
+        weights = torch.ones_like(valid, dtype=torch.float32).scatter_(1, leader, 2.0)
+        return most_distant(weights, valid, k, distances)

@@ -233,9 +233,7 @@ def pixel_grid(pixels: torch.Tensor, patch: tuple[int, int]) -> list[tuple[int, 
         InputError: the pixels have another shape.
     """
     if pixels.ndim != 4:
-        raise InputError(
-            f"images: found shape {tuple(pixels.shape)}; give pixels of shape (images, 3, height, width)"
-        )
+        raise InputError(f"images: found shape {tuple(pixels.shape)}; give pixels of shape (images, 3, height, width)")
     return [(pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])] * pixels.shape[0]
 
 
