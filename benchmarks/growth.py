@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from trio.core.context import LayerContext, SelectionContext, TokenOrigins
 from trio.core.probe import LayerInputs
 from trio.core.tokens import ImageTokens, Signal, VisualTokens
 from trio.encoders.compressors.base import COMPRESSORS
+from trio.measure.bench import describe
 from trio.scorers.base import SCORERS
 from trio.selectors.base import SELECTORS
 from trio.testing import tiny_llava
@@ -40,7 +40,7 @@ WIDTH, HEADS, TEXT = 64, 4, 32
 #: Bytes of one tensor above which a larger case is not run.
 ROOM = 1 << 30
 #: Seconds that one case may take, judged by the smaller ones.
-PATIENCE = 20.0
+PATIENCE = 10.0
 REPEATS = 3
 console = Console()
 
@@ -197,6 +197,7 @@ def main(
 ) -> None:
     """Measure and write the result."""
     torch.set_num_threads(threads)
+    machine = describe(torch.device("cpu"), torch.float32)
     parts: list[dict[str, Any]] = []
     for (kind, name), case in cases().items():
         by_tokens = series(case, [(tokens, KEEP, 1) for tokens in TOKENS if tokens <= most])
@@ -206,7 +207,8 @@ def main(
         console.print(kind, name, {key: value for key, value in by_tokens.items() if key != "rows"})
     found = {
         "command": "python -m benchmarks.growth",
-        "machine": f"{platform.machine()}, {threads} thread(s), torch {torch.__version__}",
+        "machine": f"{machine.device}, {threads} thread(s), torch {torch.__version__}, load "
+        + ("not known" if machine.load is None else f"{machine.load:.1f} when it began"),
         "shapes": {"width": WIDTH, "keep": KEEP, "tokens of the batch": MIDDLE, "text": TEXT, "dtype": "float32"},
         "parts": parts,
     }

@@ -151,8 +151,8 @@ def growth_section(found: dict[str, Any]) -> str:
         [
             "## How cost grows",
             f"`{found['command']}`: {shapes}; {found['machine']}. Exponents of N, the visual tokens of an image (1.00: "
-            "in proportion), fitted from 144 tokens on. Work (FLOPs of products, one for each other number written), the "
-            "largest tensor and launches are counted, seconds are of the clock. A part whose next size would need "
+            "in proportion), fitted from 144 tokens on. Work (FLOPs of products, one for each other number written), "
+            "the largest tensor and launches are counted, seconds are of the clock. A part whose next size would need "
             "more than a GiB for one tensor, or too long, ends before it. `tests/test_bench_growth.py` holds all parts "
             "against O(kN) work and O(N) memory, and names those that grow faster.",
             table(headings, rows),

@@ -12,7 +12,6 @@ PARTS = cases()
 SIZES = (1024, 2048, 4096)
 #: Parts that grow faster, and by how much at most: (work, largest tensor) as powers of N. To be emptied.
 HELD = {
-    ("selector", "soft-nms"): (2.0, 2.0),
     ("compressor", "divprune"): (2.0, 2.0),
     ("compressor", "scan"): (1.0, 2.0),
     ("compressor", "tome"): (2.0, 2.0),

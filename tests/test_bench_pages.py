@@ -69,11 +69,11 @@ def test_an_accelerator_that_is_not_there_is_refused_by_name(monkeypatch):
 
 
 def test_the_whole_plan_runs_on_a_small_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PLAN", (("llava-1.5-7b", ("trio-llava-1.5-64",), 2),))
+    monkeypatch.setattr(gpu, "PLAN", (("llava-1.5-7b", ("trio-soft-11",), 2),))
     gpu.main(device="cpu", small=True, out=tmp_path)
     assert json.loads((tmp_path / "profile-llava-1.5-7b-2-cpu.json").read_text())
     text = performance.page(tmp_path)
-    assert "naive trio-llava-1.5-64" in text and "Not measured yet" in text
+    assert "naive trio-soft-11" in text and "Not measured yet" in text
 
 
 def test_the_page_is_what_the_results_say():
@@ -86,11 +86,14 @@ def test_commands_of_results_name_what_there_is():
 
 
 @pytest.mark.parametrize(
-    "case", [scorer_case("objective-gradient"), selector_case("nms"), compressor_case("visionzip")], ids=("scorer", "selector", "compressor")
+    "case",
+    [scorer_case("objective-gradient"), selector_case("nms"), compressor_case("visionzip")],
+    ids=("scorer", "selector", "compressor"),
 )
 def test_a_series_has_exponents_and_ends_before_it_does_not_fit(case, monkeypatch):
-    found = series(case, [(100, 8, 1), (200, 8, 1), (400, 8, 1)])
-    assert [row["point"] for row in found["rows"]] == [(100, 8, 1), (200, 8, 1), (400, 8, 1)]
+    points = [(400, 8, 1), (800, 8, 1), (1600, 8, 1)]
+    found = series(case, points)
+    assert [row["point"] for row in found["rows"]] == points
     assert 0.3 < found["largest exponent"] < 1.2
     monkeypatch.setattr("benchmarks.growth.PATIENCE", 0.0)
     assert len(series(case, [(100, 8, 1), (200, 8, 1)])["rows"]) == 1
