@@ -13,9 +13,8 @@ SIZES = (1024, 2048, 4096)
 #: Parts that grow faster, and by how much at most: (work, largest tensor) as powers of N. To be emptied.
 HELD = {
     ("compressor", "divprune"): (2.0, 2.0),
-    ("compressor", "scan"): (1.0, 2.0),
     ("compressor", "tome"): (2.0, 2.0),
-    ("compressor", "vispruner"): (3.0, 2.0),
+    ("compressor", "vispruner"): (2.5, 2.0),
 }
 #: What rounding, sorting and constant parts may add to an exponent.
 SLACK = 0.1
