@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import versions
+from trio.adapters.base import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,15 +33,9 @@ FEATURES = [
     "flex_attention",
     "flash convention",
 ]
-NAMES = {
-    "llava": "LLaVA-1.5",
+#: Models without an adapter of their own, by the tests' names for them; the others are called as their adapters say.
+OTHERS = {
     "llava-seed1": "LLaVA-1.5, another seed",
-    "llava-next": "LLaVA-NeXT",
-    "llava-onevision": "LLaVA-OneVision",
-    "qwen2-vl": "Qwen2-VL",
-    "qwen2.5-vl": "Qwen2.5-VL",
-    "qwen3-vl": "Qwen3-VL",
-    "internvl": "InternVL",
     "smolvlm": "SmolVLM (generic)",
     "mistral3": "Mistral3 (generic)",
     "glm4v": "GLM-4V (generic)",
@@ -75,6 +70,12 @@ def checks_cost(data: dict[str, Any]) -> str:
     )
 
 
+def labels() -> dict[str, str]:
+    """What the table calls each family, by the tests' names: those of adapters, by label, then the others."""
+    own = {key: label for name in ADAPTERS.names() for key, label in ADAPTERS.get(name).labels.items()}
+    return {**dict(sorted(own.items(), key=lambda item: item[1])), **OTHERS}
+
+
 def load() -> list[dict[str, Any]]:
     """What the tests found, oldest transformers first."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("support-*.json")]
@@ -84,8 +85,8 @@ def load() -> list[dict[str, Any]]:
 def table(data: dict[str, Any]) -> str:
     """One version's table in Markdown: a row a family, a column a feature."""
     lines = ["| family | " + " | ".join(FEATURES) + " |", "| --- |" + " :-: |" * len(FEATURES)]
-    families = data["families"]
-    for key in [*NAMES, *sorted(families.keys() - NAMES.keys())]:
+    families, names = data["families"], labels()
+    for key in [*names, *sorted(families.keys() - names.keys())]:
         if key not in families:
             continue
         cells = []
@@ -96,7 +97,7 @@ def table(data: dict[str, Any]) -> str:
                 if feature in families[key].get(weights, {})
             ]
             cells.append(" ".join(marks))
-        lines.append(f"| {NAMES.get(key, key)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {names.get(key, key)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import inputs, llava
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import trio
 from trio.core import greedy
 from trio.core.context import SelectionContext, TokenOrigins
 from trio.cost import published_shape
 from trio.selectors import nms
+from trio.selectors.base import SELECTORS
 from trio.selectors.nms import NMS
 from trio.selectors.soft_nms import SoftNMS
 from trio.selectors.top_k import TopK
@@ -385,3 +388,34 @@ def test_a_group_draws_the_same_numbers_in_any_batch_and_again():
     assert torch.equal(both.random()[1, :3], alone.random()[0]) and not both.random()[1, 3:].any()
     assert torch.equal(both.random(), both.random()) and both.random()[0, :3].ne(both.random()[1, :3]).all()
     assert torch.equal(torch.rand(5, generator=both.generator(0)), both.random()[0])
+
+
+# Waiting for the device ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SELECTORS.names())
+def test_a_selector_says_whether_it_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[tuple[int, ...]] = []
+    to_host = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x, *args, **more: copies.append(x.shape) or to_host(x))
+    generator = torch.Generator().manual_seed(0)
+    saliency, features = torch.rand(2, 40, generator=generator), torch.randn(2, 40, 8, generator=generator)
+    SELECTORS.build(name).select(SelectionContext.start(saliency, features, torch.tensor([5, 9])))
+    assert bool(copies) == SELECTORS.get(name).waits
+
+
+def test_a_report_says_which_selectors_wait_for_an_accelerator() -> None:
+    stages = [
+        {"after_layer": 0, "keep": "50%", "scorer": "random"},
+        {"after_layer": 1, "keep": "30%", "scorer": "random", "selector": "nms"},
+        {"after_layer": 2, "keep": "20%", "scorer": "random", "selector": "top-k"},
+    ]
+    model = llava()
+    pipeline = trio.Pipeline(model, stages=stages)
+    with pipeline, torch.no_grad():
+        model(**inputs([["image", 3, 4]]))
+    assert pipeline.report.notes == []  # a processor is the host
+    model.to("meta")  # stands in for an accelerator: a device other than the host's
+    soft, hard = pipeline.report.notes
+    assert soft.startswith("selector soft-nms (after layer 0) ") and "waits for the device (meta)" in soft
+    assert hard.startswith("selector nms (after layer 1) ")

@@ -340,6 +340,23 @@ class Pipeline:
                     whole.append(layer)
         return [f"layer {layer} is probed whole: {self.adapter.why_whole(layer)}" for layer in whole]
 
+    def wait_notes(self) -> list[str]:
+        """What a reader of times should know: selectors that wait for the accelerator that the model is on."""
+        devices = {parameter.device for parameter in self.adapter.language_model.parameters()}
+        accelerators = sorted({device.type for device in devices} - {"cpu"})
+        if not accelerators:
+            return []
+        names: dict[str, list[int]] = {}
+        for stage in self._bound:
+            if stage.selector.waits:
+                name = SELECTORS.name_of(type(stage.selector)) or type(stage.selector).__name__
+                names.setdefault(name, []).append(stage.after_layer)
+        return [
+            f"selector {name} (after layer {', '.join(map(str, layers))}) chooses on the host in rounds and waits for "
+            f"the device ({', '.join(accelerators)}) once in each; top-k does not wait"
+            for name, layers in names.items()
+        ]
+
     def _report(self, record: PrefillRecord) -> CompressionReport:
         return make_report(
             record,
@@ -349,7 +366,7 @@ class Pipeline:
             num_layers=len(self.adapter.layers),
             stages=self._bound,
             positions=self.positions,
-            notes=self.probe_notes(),
+            notes=[*self.probe_notes(), *self.wait_notes()],
             level=self._level,
         )
 

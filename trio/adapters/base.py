@@ -54,6 +54,9 @@ class Adapter(Backbone):
         self._slow: dict[int, str] = {}
         self._backwards: dict[int, str] = {}
 
+    #: What tables call the families that it serves, by registered name or alias.
+    labels: ClassVar[Mapping[str, str]] = {}
+
     @classmethod
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ class InternVLAdapter(LlavaAdapter):
     own, the thumbnail last.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"internvl": "InternVL"}
     model_types: ClassVar[frozenset[str]] = frozenset({"internvl"})
 
     @classmethod

@@ -26,6 +26,7 @@ class LlavaAdapter(Adapter):
     Under ``positions: auto`` survivors are renumbered (``compact``), as the released TRIO code for LLaVA does.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"llava": "LLaVA-1.5"}
     model_types: ClassVar[frozenset[str]] = frozenset({"llava"})
 
     @classmethod

@@ -24,6 +24,7 @@ class LlavaNextAdapter(LlavaAdapter):
     Newline tokens are structure, not image: they are in no count, and the spec's `newlines` says when they go.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"llava-next": "LLaVA-NeXT"}
     model_types: ClassVar[frozenset[str]] = frozenset({"llava_next"})
     whole_beside_tiles: ClassVar[bool] = True
 

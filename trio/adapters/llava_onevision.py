@@ -25,6 +25,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
     A video is one image whose frames share a grid half as fine as an image's; one newline token ends it.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"llava-onevision": "LLaVA-OneVision"}
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
 

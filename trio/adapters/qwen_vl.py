@@ -27,6 +27,7 @@ class QwenVLAdapter(Adapter):
     and renumbering would move tokens on the image. A video's tokens carry their frame.
     """
 
+    labels: ClassVar[Mapping[str, str]] = {"qwen2-vl": "Qwen2-VL", "qwen2.5-vl": "Qwen2.5-VL"}
     default_positions: ClassVar[Positions] = "original"
     allowed_positions: ClassVar[frozenset[Positions]] = frozenset({"original"})
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
@@ -94,6 +95,7 @@ class QwenVLAdapter(Adapter):
 class Qwen3VLAdapter(QwenVLAdapter):
     """`Qwen3VLForConditionalGeneration` (dense): DeepStack adds visual features behind the first decoder layers."""
 
+    labels: ClassVar[Mapping[str, str]] = {"qwen3-vl": "Qwen3-VL"}
     model_types: ClassVar[frozenset[str]] = frozenset({"qwen3_vl"})
 
     @classmethod

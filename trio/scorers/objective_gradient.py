@@ -26,14 +26,14 @@ class ObjectiveGradient(Scorer):
     and its value.
 
     Which rows: the paper's four are mostly words of the chat template ("... assistant :"), which in the first layers
-    know nothing of the question yet. The default supervises the text behind the picture too: on `tiny-qwen2.5-vl`, on
+    know nothing of the question yet. The default supervises the text behind the image too: on `tiny-qwen2.5-vl`, on
     whose validation scenes it was chosen, the ranking comes much nearer to that of the end-to-end gradient
     (docs/saliency.md); on `tiny-llava` answers do not measurably differ (docs/results.md). Specs named after published
     ones say ``positions: 4, rows: prompt-end``.
 
     Parameters:
         positions: supervised rows, at most, counted back from the end (paper and code: 4).
-        rows: ``"after-picture"`` supervises rows of the text behind the last picture only: the question, and what the
+        rows: ``"after-picture"`` supervises rows of the text behind the last image only: the question, and what the
             chat template puts behind it. ``"prompt-end"`` supervises up to the last prompt token, the one that predicts
             the first answer token, as the paper's figure shows; ``"released"`` leaves that one out, as the released
             LLaVA code does.

@@ -20,6 +20,8 @@ class Selector(Part, ABC):
 
     #: True where the selector decides the number itself and takes k as a limit.
     decides_count: ClassVar[bool] = False
+    #: True where it chooses on the host in rounds, and waits for an accelerator once in each.
+    waits: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, ctx: SelectionContext) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class NMS(Selector):
         centre: subtract the mean of the group's features before similarities are taken (not in the paper): hidden
             states of deep layers share a large common part, which makes all of them look alike.
     """
+
+    waits: ClassVar[bool] = True
 
     threshold: Annotated[float, Field(ge=-1.0, le=1.01)] = 0.8
     centre: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -43,6 +43,8 @@ class SoftNMS(Selector):
             features alone. A token whose position is not known is near to all others. 0.7 was chosen on the
             zoo's validation scenes, where half and twice as much were not told apart from it (docs/results.md).
     """
+
+    waits: ClassVar[bool] = True
 
     weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.25
     spread: Annotated[float, Field(ge=0.0, le=10.0)] = 0.7
