@@ -20,7 +20,7 @@ QUESTION = 40
 
 
 @dataclass(frozen=True)
-class Architecture:
+class CountedArchitecture:
     """A model of true shape.
 
     Attributes:
@@ -74,7 +74,7 @@ def meta_inputs(name: str, model: Any, batch: int = 1) -> dict[str, torch.Tensor
     return {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
 
-def _architecture(name: str) -> Architecture:
+def _architecture(name: str) -> CountedArchitecture:
     if name not in ARCHITECTURES:
         raise UnknownNameError(
             f"architecture: found {name!r}. {did_you_mean(name, ARCHITECTURES)}Known are {', '.join(ARCHITECTURES)}"
@@ -171,14 +171,14 @@ def _qwen_tokens(config: Any) -> list[int]:
 
 
 #: By the names of `trio.cost.PUBLISHED`. LLaVA-NeXT's image fills its four tiles: 2,928 placeholders with newlines.
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llava-1.5-7b": Architecture(
+ARCHITECTURES: Mapping[str, CountedArchitecture] = {
+    "llava-1.5-7b": CountedArchitecture(
         _llava,
         32,
         lambda config: [config.image_token_id] * 576,
         lambda batch: {"pixel_values": torch.zeros(batch, 3, 336, 336)},
     ),
-    "llava-next-7b": Architecture(
+    "llava-next-7b": CountedArchitecture(
         _llava_next,
         32,
         lambda config: [config.image_token_id] * 2928,
@@ -187,7 +187,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "image_sizes": torch.tensor([[672, 672]] * batch),
         },
     ),
-    "qwen2.5-vl-7b": Architecture(
+    "qwen2.5-vl-7b": CountedArchitecture(
         _qwen,
         28,
         _qwen_tokens,
