@@ -23,6 +23,7 @@ from benchmarks.counting import Counted, count
 from trio.adapters import adapter_for
 from trio.core.context import LayerContext, SelectionContext, TokenOrigins
 from trio.core.probe import LayerInputs
+from trio.core.token_batch import TokenBatch
 from trio.core.tokens import ImageTokens, Signal, VisualTokens
 from trio.encoders.compressors.base import COMPRESSORS
 from trio.measure.bench import describe
@@ -70,7 +71,7 @@ def selector_case(name: str) -> Case:
 
 
 def compressor_case(name: str) -> Case:
-    """A compressor on each input of a batch, with the signals that it reads."""
+    """A compressor on all inputs of a batch, with the signals that it reads."""
 
     def make(tokens: int, keep: int, batch: int) -> Callable[[], Any]:
         part = COMPRESSORS.build(name)
@@ -83,7 +84,8 @@ def compressor_case(name: str) -> Case:
             signals = {signal: _signal(signal, tokens, generator) for signal in part.reads()}
             class_token = torch.randn(WIDTH, generator=generator) if part.wants_cls else None
             inputs.append(VisualTokens.start(features, origins, signals, class_token=class_token))
-        return lambda: [part.compress(one, keep) for one in inputs]
+        stacked = TokenBatch.stack(inputs)
+        return lambda: part.compress_batch(stacked, [keep] * batch)
 
     return make
 
