@@ -394,15 +394,13 @@ class _Values:
             self._forgotten[storage.data_ptr()] = storage  # held, so that no other gets its address
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor's values, or stand-ins: True, 0.0, one integer 1, several rising along the last dimension."""
+        """A tensor's values, or stand-ins: True, 0.0, a single integer 1, of several each 0: a place that exists."""
         found = self.known(tensor)
         if found is not None:
             return found.clone()
-        if tensor.is_floating_point():
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        if tensor.dtype == torch.bool or not tensor.ndim:
+        if tensor.dtype == torch.bool or (not tensor.ndim and not tensor.is_floating_point()):
             return torch.ones(tensor.shape, dtype=tensor.dtype)
-        return torch.arange(tensor.shape[-1]).to(tensor.dtype).expand(tensor.shape).contiguous()
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator that needs values."""
