@@ -170,7 +170,7 @@ def a_stage(held: float) -> Budget:
 
 
 def selecting(stages: int, held: float) -> Budget:
-    """40 operators a stage and 15 a round; on stand-ins there is one round a stage, on values there may be more."""
+    """40 operators a stage and 15 a round; on stand-ins there is about one round a stage, on values more."""
     return Budget((40 + 15) * stages, held)
 
 
@@ -184,17 +184,17 @@ def waits(held: float) -> Budget:
 
 #: What is held today; wherever that is more than the target, the target is missed by as much.
 CASES = [
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(299), selecting(3, 144), NONE, waits(5)),
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(321), selecting(3, 144), NONE, waits(11)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(299), selecting(3, 150), NONE, waits(5)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(321), selecting(3, 150), NONE, waits(11)),
     Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(324), selecting(2, 165), NONE, waits(8)),
-    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(394), selecting(1, 48), encoder(1095), waits(87)),
-    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(77), NONE, encoder(1274), waits(99)),
-    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(338), selecting(3, 144), NONE, waits(15)),
+    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(394), selecting(1, 50), encoder(168), waits(8)),
+    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(77), NONE, encoder(263), waits(4)),
+    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(338), selecting(3, 186), NONE, waits(17)),
     Case("llava-next-7b", "trio-soft-33", 8, a_stage(342), selecting(2, 165), NONE, waits(11)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(64), NONE, encoder(846), waits(64)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(81), NONE, encoder(5910), waits(493)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(64), NONE, encoder(267), waits(5)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(81), NONE, encoder(291), waits(14)),
     Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(303), selecting(2, 165), NONE, waits(5)),
-    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(367), selecting(1, 48), encoder(12539), waits(94)),
+    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(367), selecting(1, 50), encoder(330), waits(15)),
 ]
 DECODING = Budget(8, 84)
 DECODING_WAITS = Budget(0, 3)
