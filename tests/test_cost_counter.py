@@ -5,6 +5,7 @@ some only. Rotary tables are a matrix product too in transformers; they are not 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,24 +157,26 @@ def test_qwen_tower_with_windows_and_merger() -> None:
     assert found["total"] - rotations == flops.tower_flops(shape.tower, 24) + flops.projector_flops(shape, 24)
 
 
+@pytest.mark.parametrize("tokens", [11, 23, 90])
 @pytest.mark.parametrize("text", TEXTS)
-def test_row_probe_forward_and_backward(text: str) -> None:
+def test_row_probe_forward_and_backward(text: str, tokens: int) -> None:
     model = llava("clip", text)
     shape = shape_of(model.config)
     language = model.model.language_model
-    hidden = torch.randn(1, 23, 32)
-    positions = torch.arange(23)[None]
-    valid = torch.ones(1, 23, dtype=torch.bool)
+    hidden = torch.randn(1, tokens, 32)
+    positions = torch.arange(tokens)[None]
+    valid = torch.ones(1, tokens, dtype=torch.bool)
     anatomy = llama_like(language.layers[1])
     assert anatomy is not None
+    anatomy = replace(anatomy, linear_values=True)
     inputs = LayerInputs(hidden, valid, language.rotary_emb(hidden, positions))
     probe = RowProbe(anatomy, inputs, lambda x: model.lm_head(language.norm(x)), None)
     with PlainCounter() as saliency:
         probe.saliency(rows_at_end(valid, 4))
-    assert saliency.total == flops.probe_flops(shape, 23, 4)
+    assert saliency.total == flops.probe_flops(shape, tokens, 4)
     with PlainCounter() as row:
         probe.attention_rows(rows_at_end(valid, 1))
-    assert row.total == flops.last_row_flops(shape, 23)
+    assert row.total == flops.last_row_flops(shape, tokens)
 
 
 def test_the_shape_reads_the_dtype_of_the_cache() -> None:

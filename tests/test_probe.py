@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.models import VOCABULARY, llava
 from torch.nn import functional as F
 
-from trio.adapters import adapter_for
+from trio.adapters import adapter_for, decoder_probe
 from trio.adapters.base import Adapter
-from trio.adapters.decoder_probe import RowProbe
+from trio.adapters.decoder_probe import RowProbe, values_are_linear
 from trio.core.probe import LayerInputs, Past, Rows, rows_at_end
 
 LAYER = 3
@@ -62,7 +63,9 @@ def last(valid: torch.Tensor, count: int, skip: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("skip", [0, 1])
-def test_saliency_is_the_gradient_of_the_whole_layer(text, side, skip):
+@pytest.mark.parametrize("sums", [False, True])  # values of all tokens, or of their weighted sums
+def test_saliency_is_the_gradient_of_the_whole_layer(text, side, skip, sums, monkeypatch):
+    monkeypatch.setattr(decoder_probe, "sums_are_cheaper", lambda *sizes: sums)
     model = llava(text, attention="eager")
     adapter = adapter_for(model)
     inputs = layer_inputs(model, [23, 17, 9, 3], side)  # the last has fewer rows than are supervised with skip
@@ -76,6 +79,55 @@ def test_saliency_is_the_gradient_of_the_whole_layer(text, side, skip):
         torch.testing.assert_close(
             saliency[sample][valid], expected[sample][valid], rtol=1e-5, atol=1e-5 * float(expected[sample].max())
         )
+
+
+@pytest.mark.parametrize(("length", "projected"), [(12, 12), (300, 4 * 2)])
+def test_values_are_projected_for_all_tokens_or_for_the_sums_that_the_rows_read(length, projected):
+    """Two rows and four heads: eight sums, where there are many more tokens."""
+    model = llava(attention="eager")
+    adapter = adapter_for(model)
+    inputs = layer_inputs(model, [length])
+    probe, seen = adapter.probe(LAYER, inputs), []
+    value = adapter.layers[LAYER].self_attn.v_proj
+    with value.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1])):
+        saliency = probe.saliency(rows_at_end(inputs.valid, 2))
+    assert seen == [projected]
+    expected = naive_saliency(adapter, inputs, last(inputs.valid, 2))
+    torch.testing.assert_close(saliency, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+class Quantised(torch.nn.Linear):
+    """Activations to eight bits, each row by its own largest number."""
+
+    def forward(self, x):
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_projection_is_tried_before_it_is_taken_for_linear(dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 9, 1024).to(dtype)
+    linear = torch.nn.Linear(1024, 256).to(dtype)
+    normed = torch.nn.Sequential(linear, torch.nn.RMSNorm(256).to(dtype))
+    adapted = get_peft_model(torch.nn.Sequential(linear), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    with torch.no_grad():
+        assert values_are_linear(linear, hidden)
+        assert values_are_linear(adapted.eval().to(dtype), hidden)
+        assert not values_are_linear(normed, hidden)
+        assert not values_are_linear(Quantised(1024, 256).to(dtype), hidden)
+
+
+def test_values_that_are_not_linear_are_projected_for_all_tokens():
+    model = llava(attention="eager")
+    attention = model.model.language_model.layers[LAYER].self_attn
+    attention.v_proj = torch.nn.Sequential(attention.v_proj, torch.nn.RMSNorm(attention.v_proj.out_features))
+    adapter = adapter_for(model)
+    inputs = layer_inputs(model, [300])
+    saliency = adapter.probe(LAYER, inputs).saliency(rows_at_end(inputs.valid, 2))
+    assert adapter.probe_kind(LAYER) == "rows"
+    expected = naive_saliency(adapter, inputs, last(inputs.valid, 2))
+    torch.testing.assert_close(saliency, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
 
 
 def test_saliency_of_rows_anywhere_in_the_sequence():

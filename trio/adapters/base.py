@@ -6,6 +6,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from ..core.tokens import ImageTokens
 from ..core.upstream import Role, Upstream
 from ..errors import UnsupportedModelError
 from ..registry import Registry
-from .decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions
+from .decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions, values_are_linear
 
 if TYPE_CHECKING:
     from ..core.tokens import Signal
@@ -328,9 +329,15 @@ class Adapter(Backbone):
         if layer not in self._anatomies:
             anatomy = self.anatomy(layer)
             reason = "its submodules are not the known ones" if anatomy is None else self._disagrees(layer, anatomy)
-            self._anatomies[layer] = None if reason else anatomy
             self._slow[layer] = reason
+            self._anatomies[layer] = None if anatomy is None or reason else self._with_values(layer, anatomy)
         return self._anatomies[layer]
+
+    def _with_values(self, layer: int, anatomy: Anatomy) -> Anatomy:
+        """The anatomy with what its value projection allows, tried on random tokens."""
+        hidden = self._random_inputs(layer).hidden
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return replace(anatomy, linear_values=values_are_linear(anatomy.value, anatomy.input_norm(hidden)))
 
     def _disagrees(self, layer: int, anatomy: Anatomy) -> str:
         """How the rows of a random input differ from the layer's own output; empty where they do not."""

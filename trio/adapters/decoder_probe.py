@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.flops import sums_are_cheaper
 from ..core.probe import LayerInputs, Probe, Rows
 from ..errors import InputError, UnsupportedModelError
 
@@ -36,6 +37,8 @@ class Anatomy:
         head_dim: features of a head.
         scaling: factor on the attention scores.
         rotate: applies rotary embeddings to ``(B, heads, R, head dim)``.
+        linear_values: whether `value` may be applied to weighted sums of hidden states in place of each of them, see
+            `values_are_linear`.
     """
 
     input_norm: nn.Module
@@ -52,6 +55,7 @@ class Anatomy:
     head_dim: int
     scaling: float
     rotate: Rotate
+    linear_values: bool = False
 
 
 def llama_like(module: nn.Module, rotate: Rotate | None = None) -> Anatomy | None:
@@ -141,28 +145,53 @@ class RowProbe(Probe):
         """See `Probe.attention_rows`."""
         with torch.no_grad():
             hidden = self._anatomy.input_norm(self.inputs.hidden)
-            weights = self._attention(self.inputs, hidden, rows)
+            weights, _ = self._attention(self.inputs, hidden, rows)
         return weights[..., weights.shape[-1] - hidden.shape[1] :]
 
     def _forward_rows(self, inputs: LayerInputs, rows: Rows) -> torch.Tensor:
         a = self._anatomy
         hidden = a.input_norm(inputs.hidden)
-        weights = self._attention(inputs, hidden, rows)
-        values = self._heads(a.value(hidden))
-        if inputs.past is not None:
-            values = torch.cat([inputs.past.values.to(values), values], dim=2)
-        attended = _grouped(weights.to(values.dtype), values.shape[1]) @ values  # (B, kv heads, group * R, head dim)
-        batch, count = rows.index.shape
-        attended = attended.reshape(batch, -1, count, a.head_dim).transpose(1, 2).reshape(batch, count, -1)
-        attended = a.output(attended)
+        weights, groups = self._attention(inputs, hidden, rows)
+        _, heads, count, length = weights.shape
+        cheaper = sums_are_cheaper(heads * count, length, hidden.shape[-1], groups * a.head_dim, a.head_dim)
+        mixes = a.linear_values and inputs.past is None and cheaper
+        attended = (self._values_of_sums if mixes else self._sums_of_values)(inputs, hidden, weights, groups)
+        attended = a.output(attended.transpose(1, 2).reshape(len(hidden), count, -1))
         attended = a.attention_norm(attended) if a.attention_norm else attended
         out: torch.Tensor = take_rows(inputs.hidden, rows.index) + attended
         fed = _first(a.mlp(a.mlp_norm(out)))
         out = out + (a.output_norm(fed) if a.output_norm else fed)
         return out
 
-    def _attention(self, inputs: LayerInputs, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Attention probabilities of the rows over past and present columns, float32 ``(B, heads, R, P + S)``."""
+    def _sums_of_values(
+        self, inputs: LayerInputs, hidden: torch.Tensor, weights: torch.Tensor, groups: int
+    ) -> torch.Tensor:
+        """Weighted sums of the values of all tokens, ``(B, heads, R, head dim)``, as a layer computes them."""
+        values = self._heads(self._anatomy.value(hidden))
+        if inputs.past is not None:
+            values = torch.cat([inputs.past.values.to(values), values], dim=2)
+        sums = _grouped(weights.to(values.dtype), groups) @ values  # (B, kv heads, group * R, head dim)
+        return sums.reshape(*weights.shape[:3], -1)
+
+    def _values_of_sums(
+        self, inputs: LayerInputs, hidden: torch.Tensor, weights: torch.Tensor, groups: int
+    ) -> torch.Tensor:
+        """The same from the values of weighted sums of hidden states: few of them, where the rows are few.
+
+        The weights of a row sum to one, so that a bias comes out as it is. Each sum belongs to one head, and the
+        projection gives the values of all heads: those of its own are taken.
+        """
+        batch, heads, count, length = weights.shape
+        sums = weights.to(hidden.dtype).reshape(batch, heads * count, length) @ hidden
+        values = self._anatomy.value(sums).view(batch, groups, heads // groups, count, groups, -1)
+        own: torch.Tensor = values.diagonal(dim1=1, dim2=4).movedim(-1, 1)  # (B, kv heads, group, R, head dim)
+        return own.reshape(batch, heads, count, -1)
+
+    def _attention(self, inputs: LayerInputs, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, int]:
+        """Attention probabilities of the rows over past and present columns, and the number of key-value heads.
+
+        The probabilities are float32 ``(B, heads, R, P + S)``.
+        """
         a = self._anatomy
         keys = self._heads(a.key(hidden), a.key_norm)
         keys = a.rotate(keys, inputs.rotary)
@@ -181,13 +210,27 @@ class RowProbe(Probe):
         batch, heads, count = queries.shape[:3]
         scores = _grouped(queries, keys.shape[1]) @ keys.transpose(2, 3) * a.scaling
         scores = scores.reshape(batch, heads, count, -1).float()
-        return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(-1)
+        return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(-1), keys.shape[1]
 
     def _heads(self, states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """``(B, S, heads * head dim)`` to ``(B, heads, S, head dim)``, through the heads' norm where there is one."""
         split = states.view(*states.shape[:-1], -1, self._anatomy.head_dim)
         heads: torch.Tensor = norm(split) if norm else split
         return heads.transpose(1, 2)
+
+
+def values_are_linear(value: nn.Module, hidden: torch.Tensor) -> bool:
+    """Whether a value projection maps weighted sums of hidden states ``(1, S, D)`` to sums of what it maps them to.
+
+    A norm of the values or activations that are quantised as they come do not; weights that are quantised, adapted or
+    offloaded do. Weights are those of an attention row: at least 0, summing to one.
+    """
+    length = hidden.shape[1]
+    weights = torch.ones(length, length, device=hidden.device, dtype=torch.float32).tril()
+    weights = (weights / weights.sum(1, keepdim=True)).to(hidden.dtype)
+    sums = (weights @ value(hidden)).float()
+    error = float((value(weights @ hidden).float() - sums).norm() / sums.norm().clamp_min(1e-12))
+    return error < max(torch.finfo(hidden.dtype).eps, 1e-5)
 
 
 def _grouped(states: torch.Tensor, groups: int) -> torch.Tensor:

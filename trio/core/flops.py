@@ -22,6 +22,7 @@ __all__ = [
     "reprojected_flops",
     "rows_flops",
     "similarity_flops",
+    "sums_are_cheaper",
 ]
 
 
@@ -77,17 +78,35 @@ def head_flops(shape: ModelShape, rows: int) -> int:
 def probe_flops(shape: ModelShape, tokens: int, rows: int) -> int:
     """A saliency by gradients: `tokens` rows, `rows` supervised output rows of one layer, forward and backward.
 
-    Keys and values are projected for all tokens; queries, attention, feed-forward layer and head run on `rows` rows.
-    Gradients are of inputs only, so the backward pass of a matrix costs its forward pass, and that of attention twice
-    its forward.
+    Keys are projected for all tokens, values for all tokens or for the weighted sums of them that the rows read,
+    whichever is cheaper; queries, attention, feed-forward layer and head run on `rows` rows. Gradients are of inputs
+    only, so the backward pass of a matrix costs its forward pass, and that of attention twice its forward.
 
     Args:
         shape: the model.
         tokens: rows that enter the layer, text and visual.
         rows: supervised rows K.
     """
-    matrices = 2 * keys_flops(shape, tokens) + rows_flops(shape, rows) + head_flops(shape, rows)
-    return 2 * matrices + 3 * attend(rows * tokens, shape.heads * shape.head_dim)
+    sums, values = shape.heads * rows, shape.kv_heads * shape.head_dim
+    matrices = keys_flops(shape, tokens) + rows_flops(shape, rows) + head_flops(shape, rows)
+    scores = product(sums, shape.head_dim, tokens)
+    if sums_are_cheaper(sums, tokens, shape.hidden, values, shape.head_dim):
+        return 2 * (matrices + product(sums, shape.hidden, values)) + 3 * (scores + product(sums, tokens, shape.hidden))
+    return 2 * (matrices + keys_flops(shape, tokens)) + 3 * (scores + product(sums, tokens, shape.head_dim))
+
+
+def sums_are_cheaper(sums: int, tokens: int, hidden: int, values: int, head_dim: int) -> bool:
+    """Whether projecting weighted sums of hidden states to values costs less than summing the values of all tokens.
+
+    Args:
+        sums: weighted sums, heads times rows.
+        tokens: tokens that enter the layer.
+        hidden: features of a hidden state.
+        values: features of all values of a token, key-value heads times head size.
+        head_dim: features of a head.
+    """
+    first = product(sums, tokens, hidden) + product(sums, hidden, values)
+    return first < product(tokens, hidden, values) + product(sums, tokens, head_dim)
 
 
 def last_row_flops(shape: ModelShape, tokens: int) -> int:
