@@ -129,7 +129,7 @@ def take_rows(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class RowProbe(Probe):
-    """Computes the chosen rows only: keys and values of all tokens, everything else for the rows."""
+    """Computes the chosen rows only: keys of all tokens, values of all tokens or of the sums that the rows read."""
 
     how = "rows"
 
