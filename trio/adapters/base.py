@@ -336,7 +336,7 @@ class Adapter(Backbone):
     def _with_values(self, layer: int, anatomy: Anatomy) -> Anatomy:
         """The anatomy with what its value projection allows, tried on random tokens."""
         hidden = self._random_inputs(layer).hidden
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(hidden.device):
             return replace(anatomy, linear_values=values_are_linear(anatomy.value, anatomy.input_norm(hidden)))
 
     def _disagrees(self, layer: int, anatomy: Anatomy) -> str:
