@@ -85,6 +85,8 @@ MASK, HIDDEN, ROTARY, EMBEDDINGS = (NAMES[r][0] for r in (Role.MASK, Role.HIDDEN
 ASSISTANT = "assistant_model"
 LOOKUP, CHUNK, CACHE_KIND = "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation"
 CONFIGURATION = "generation_config"
+#: The caller's own way of generating, which may do anything.
+CUSTOM_GENERATE = "custom_generate"
 #: Caches by name whose layers may hold different numbers of tokens.
 RAGGED_CACHES = ("dynamic", "dynamic_full", "offloaded")
 #: What `ReducedLayer` relies on in a cache layer: methods, and how many values each is called with.
@@ -531,7 +533,8 @@ def mask_arguments() -> Mapping[str, str]:
     function = getattr(masking_utils, "create_causal_mask", None)
     if function is None or not hasattr(masking_utils, "sliding_window_overlay"):
         raise unsupported("masking_utils", "create_causal_mask and sliding_window_overlay", "one of them gone")
-    return _mask_arguments(function)
+    # torch.compile looks past the memory of a function, and warns.
+    return _mask_arguments.__wrapped__(function) if torch.compiler.is_compiling() else _mask_arguments(function)
 
 
 @functools.lru_cache(maxsize=8)  # asked for at every mask; by function, so that another one is looked at anew
@@ -601,9 +604,16 @@ def causal_mask(
     }
     if window is not None:
         given[names["overlay"]] = masking_utils.sliding_window_overlay(window)
+    elif valid is not None and hidden.shape[1] == 1:
+        # An overlay that hides nothing: without one, sdpa masks for one query look at the padding, and the host waits.
+        given[names["overlay"]] = _hides_nothing
     mask = masking_utils.create_causal_mask(**given)
     _check_shape(mask, hidden.shape[1], past + hidden.shape[1])
     return mask
+
+
+def _hides_nothing(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return key >= 0
 
 
 def _check_shape(mask: Any, queries: int, keys: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,27 @@ class FirstLayer(_WholeCacheLayer):
         return first
 
 
+@dataclass(frozen=True)
+class Announcement:
+    """The keys that a forward is about to bring to a layer; only the attached pipeline knows them.
+
+    Attributes:
+        keys: that the layer then holds.
+        valid: bool ``(B, n)`` for the first n keys, False at padding; None where none is padding.
+        dropped: int64 ``(B,)``, tokens dropped so far, this forward included; None where none was.
+        tokens: of the conversation that the forward brings, the dropped ones included.
+        reduced: whether it drops tokens.
+        mask_ahead: see `ReducedLayer`.
+    """
+
+    keys: int
+    valid: torch.Tensor | None
+    dropped: torch.Tensor | None
+    tokens: int
+    reduced: bool
+    mask_ahead: torch.Tensor | None = None
+
+
 class ReducedLayer(_WholeCacheLayer):
     """The cache of a decoder layer behind a stage.
 
@@ -55,13 +77,16 @@ class ReducedLayer(_WholeCacheLayer):
     reordering for beams, cropping, copying, offloading. `get_seq_length` gives the tokens of the conversation, as
     generation and position ids want it; `get_mask_sizes` the keys that are really there, as masks want it.
 
+    While answers are decoded, only keys, values and `valid` change: numbers that changed would make torch.compile trace
+    every step anew.
+
     Attributes:
         pipeline_name: which pipeline reduced it; another one must not go on with it.
-        valid: bool ``(B, n)``, one column for each key that is there, False at padding.
-        dropped: int64 ``(B,)``, visual tokens dropped so far in each sample.
-        outer: tokens of the conversation so far, padding included.
-        tail: tokens at the end that came after the last reduction; only they can be cropped.
-        ragged: False where `valid` is known to be all True.
+        valid: bool ``(B, n)`` for the first n keys, False at padding; keys behind are none. None: no key is padding.
+        dropped: int64 ``(B,)``, visual tokens dropped so far in each sample; None before the first.
+        missing: columns of the conversation for which no key is here.
+        reduced_at: tokens of the conversation at the last reduction; only those behind can be cropped.
+        mask_ahead: the mask of a query behind many more keys, of which decoding steps take the first columns.
     """
 
     def __init__(self, pipeline_name: str) -> None:
@@ -70,22 +95,14 @@ class ReducedLayer(_WholeCacheLayer):
         self.pipeline_name = pipeline_name
         self.valid: torch.Tensor | None = None
         self.dropped: torch.Tensor | None = None
-        self.outer = 0
-        self.tail = 0
-        self.ragged = False
-        self._announced: tuple[torch.Tensor, torch.Tensor, int, bool, bool] | None = None
+        self.missing = 0
+        self.reduced_at = 0
+        self.mask_ahead: torch.Tensor | None = None
+        self._announced: Announcement | None = None
 
-    def announce(self, valid: torch.Tensor, dropped: torch.Tensor, *, tokens: int, ragged: bool, reduced: bool) -> None:
-        """What the next `update` will bring; only the attached pipeline can say so.
-
-        Args:
-            valid: bool ``(B, n + new)``, the present columns and the new ones.
-            dropped: int64 ``(B,)``, dropped so far, this forward included.
-            tokens: tokens of the conversation that this forward brings, the dropped ones included.
-            ragged: False where `valid` is known to be all True.
-            reduced: whether this forward drops tokens.
-        """
-        self._announced = (valid, dropped, tokens, ragged, reduced)
+    def announce(self, announcement: Announcement) -> None:
+        """What the next `update` will bring."""
+        self._announced = announcement
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -101,18 +118,28 @@ class ReducedLayer(_WholeCacheLayer):
                 f"cache: it was compressed by the pipeline {self.pipeline_name!r}, which is not attached any more; "
                 "attach that pipeline to go on with this conversation, or start one with a fresh cache"
             )
-        valid, dropped, tokens, ragged, reduced = self._announced
-        self._announced = None
-        if self.held + key_states.shape[-2] != valid.shape[1]:
+        coming, self._announced = self._announced, None
+        if self.held + key_states.shape[-2] != coming.keys:
             raise CacheError(
-                f"cache: the layer holds {self.held} keys and was given {key_states.shape[-2]}, but {valid.shape[1]} "
+                f"cache: the layer holds {self.held} keys and was given {key_states.shape[-2]}, but {coming.keys} "
                 "in all were planned, so masks and positions would not fit: report this with what `trio doctor` prints"
             )
+        outer = self.outer + coming.tokens
         keys, values = super().update(key_states, value_states)
-        self.valid, self.dropped, self.ragged = valid, dropped, ragged
-        self.outer += tokens
-        self.tail = 0 if reduced else self.tail + tokens
+        self.valid, self.dropped, self.mask_ahead = coming.valid, coming.dropped, coming.mask_ahead
+        if coming.reduced:
+            self.missing, self.reduced_at = outer - coming.keys, outer
         return keys, values
+
+    @property
+    def outer(self) -> int:
+        """Tokens of the conversation so far, padding included."""
+        return self.held + self.missing
+
+    @property
+    def tail(self) -> int:
+        """Tokens at the end that came after the last reduction."""
+        return self.outer - self.reduced_at
 
     @property
     def held(self) -> int:
@@ -161,18 +188,16 @@ class ReducedLayer(_WholeCacheLayer):
         self.check_crop(tokens_to_remove)
         super().crop(-remove)
         if self.valid is not None:
-            self.valid = self.valid[:, :-remove]
-        self.outer -= remove
-        self.tail -= remove
+            self.valid = self.valid[:, : self.held]
+        self.mask_ahead = None
 
     def reset(self) -> None:
         """Empties the layer."""
         super().reset()
         self.keys = self.values = None
         self.is_initialized = False
-        self.valid = self.dropped = None
-        self.outer = self.tail = 0
-        self.ragged = False
+        self.valid = self.dropped = self.mask_ahead = None
+        self.missing = self.reduced_at = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the samples, for beam search."""
@@ -187,14 +212,18 @@ class ReducedLayer(_WholeCacheLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sample."""
         super().batch_repeat_interleave(repeats)
-        if self.valid is not None and self.dropped is not None:
+        self.mask_ahead = None
+        if self.valid is not None:
             self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        if self.dropped is not None:
             self.dropped = self.dropped.repeat_interleave(repeats, dim=0)
 
     def _take(self, indices: torch.Tensor) -> None:
-        if self.valid is not None and self.dropped is not None:
-            index = indices.to(self.valid.device)
-            self.valid, self.dropped = self.valid[index], self.dropped[index]
+        self.mask_ahead = None
+        if self.valid is not None:
+            self.valid = self.valid[indices.to(self.valid.device)]
+        if self.dropped is not None:
+            self.dropped = self.dropped[indices.to(self.dropped.device)]
 
 
 def layer_of(cache: Cache, index: int) -> DynamicLayer | None:
@@ -210,18 +239,19 @@ def tokens_in(cache: Any, num_layers: int) -> int:
     Raises:
         CacheError: its layers do not agree, so that some would answer with keys that others do not have.
     """
-    lengths: dict[int, int] = {}
+    first: tuple[int, int] | None = None
     for index, layer in enumerate(() if cache is None else cache.layers[:num_layers]):
         length = layer.outer if isinstance(layer, ReducedLayer) else plain_length(layer)
-        if length is not None:
-            lengths.setdefault(length, index)
-    if len(lengths) > 1:
-        (one, first), (other, second) = list(lengths.items())[:2]
-        raise CacheError(
-            f"cache: layer {first} stands for {one} tokens of the conversation, layer {second} for {other}; it was "
-            "cropped or filled in part: start again with a fresh cache"
-        )
-    return next(iter(lengths), 0)
+        if length is None:
+            continue
+        if first is None:
+            first = index, length
+        elif length != first[1]:
+            raise CacheError(
+                f"cache: layer {first[0]} stands for {first[1]} tokens of the conversation, layer {index} for "
+                f"{length}; it was cropped or filled in part: start again with a fresh cache"
+            )
+    return 0 if first is None else first[1]
 
 
 def check_filled(cache: Any, num_layers: int, tokens: int) -> None:
@@ -287,15 +317,14 @@ def _cannot_hold(cache: Cache, layer: type) -> CacheError:
     )
 
 
-def reduced_layer(cache: Cache, index: int, pipeline_name: str, past_valid: torch.Tensor, ragged: bool) -> ReducedLayer:
+def reduced_layer(cache: Cache, index: int, pipeline_name: str, past_valid: torch.Tensor | None) -> ReducedLayer:
     """The cache's layer as a `ReducedLayer`, taking over what it already holds.
 
     Args:
         cache: the cache, already checked by `check_can_shrink`.
         index: the decoder layer.
         pipeline_name: the pipeline that reduces.
-        past_valid: bool ``(B, past)``, padding among what the layer holds.
-        ragged: False where `past_valid` is known to be all True.
+        past_valid: bool ``(B, past)``, padding among what the layer holds; None where there is none.
     """
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]  # transformers gives no types
@@ -305,9 +334,7 @@ def reduced_layer(cache: Cache, index: int, pipeline_name: str, past_valid: torc
     new = ReducedLayer(pipeline_name)
     if layer.is_initialized and layer.get_seq_length():
         vars(new).update(vars(layer))  # whatever else a release keeps there
-        new.outer = new.held
-    new.valid, new.ragged = past_valid, ragged
-    new.dropped = torch.zeros(past_valid.shape[0], dtype=torch.int64, device=past_valid.device)
+    new.valid = past_valid
     cache.layers[index] = new
     first: Any = cache.layers[0]
     if isinstance(first, ReducedLayer):

@@ -130,18 +130,20 @@ class Segment:
     """What all layers between two stages share in a forward.
 
     Attributes:
-        valid: bool ``(B, past + S)``, False at padding.
-        ragged: False where `valid` is known to be all True.
-        dropped_in_conversation: int64 ``(B,)``, tokens dropped so far, earlier turns included.
+        keys: that the caches of these layers hold after the forward, ``past + S``.
+        valid: bool ``(B, n)`` for the first n of these keys, False at padding; None where no key is padding.
+        dropped_in_conversation: int64 ``(B,)``, tokens dropped so far, earlier turns included; None where none was.
         mask: the attention mask in the backend's form.
         rotary: the rotary embeddings of the tokens that are there.
+        mask_ahead: a mask of one query whose first columns serve the next steps too; None where there is none.
     """
 
-    valid: torch.Tensor
-    ragged: bool
-    dropped_in_conversation: torch.Tensor
+    keys: int
+    valid: torch.Tensor | None
+    dropped_in_conversation: torch.Tensor | None
     mask: Any
     rotary: Any
+    mask_ahead: torch.Tensor | None = None
 
 
 @dataclass
@@ -158,7 +160,10 @@ class Forward:
         features: visual features to be added in front of a layer, ``(B, N, D)``.
         begin: when the language model started, in seconds.
         mask: of the whole conversation, bool or int ``(B, past + S)``, or None.
+        appended: whether `generate` added the tokens behind its own last forward, so that none is padding.
         positions: as the language model got them, or None.
+        position_rows: rows of position ids that the language model was given side by side, see
+            `Shrinker.stack_positions`; 0 where it has those of its caller.
         asks_cache: whether keys and values are to be kept, so that every layer must meet a cache.
         cache: the cache of this forward, as soon as it was seen.
         past: tokens of the conversation in that cache before this forward.
@@ -179,7 +184,9 @@ class Forward:
     features: dict[int, torch.Tensor] = field(default_factory=dict)
     begin: float = 0.0
     mask: torch.Tensor | None = None
+    appended: bool = False
     positions: torch.Tensor | None = None
+    position_rows: int = 0
     asks_cache: bool = False
     cache: Any = None
     past: int = 0

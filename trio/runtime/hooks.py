@@ -16,7 +16,7 @@ from ..core.backbone import FEATURE_COUNTS, Backbone
 from ..core.context import ProbeName
 from ..core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
 from ..core.probe import LayerInputs, Probe
-from ..core.upstream import LayerCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
+from ..core.upstream import LayerCall, ModelCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
 from ..errors import AttachError, InputError, NonFiniteError
 from .cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
 from .encoder_side import BoundCompressor, EncoderSide, merged_features
@@ -30,9 +30,19 @@ from .state import NewlinePolicy, TokenState
 
 
 class _Running(threading.local):
-    """The forward that runs in this thread: torch.compile guards it by thread, so that nobody needs to ask for one."""
+    """What runs in this thread: torch.compile guards it by thread, so that nobody needs to ask for one.
+
+    Attributes:
+        forward: the running forward.
+        generating: whether `generate` runs.
+        appends: whether each of its steps adds tokens that are no padding.
+        appends_to: the cache of its last forward.
+    """
 
     forward: Forward | None = None
+    generating: bool = False
+    appends: bool = False
+    appends_to: Any = None
 
 
 class Runtime:
@@ -91,6 +101,7 @@ class Runtime:
         numbering = "compact" if compact else "original"
         self._signature = f"{pipeline_name} ({before}stages after layers {layers}, positions {numbering})"
         self._shrinker = Shrinker(backbone, reductions, pipeline_name=self._signature, compact=compact)
+        self._compact = compact
         self._full = full_report
         self._newlines = newlines
         self._on_prefill = on_prefill
@@ -98,7 +109,6 @@ class Runtime:
         # Attached last and detached first, so that whatever an interrupt leaves on the model has no effect.
         self._owner = Owner(pipeline_name)
         self._encoded: dict[str, Mapping[str, Any]] = {}
-        self._generating = False
         self._encoded_ahead: str | None = None
         self._lock = threading.Lock()
         self._claim: Forward | None = None  # the forward that holds the lock
@@ -148,7 +158,7 @@ class Runtime:
             self._hook(multimodal, self._before_multimodal, after=True)
             self._hook(self._backbone.language_model, self._before_language_model, after=True)
             for index, layer in enumerate(self._backbone.layers):
-                if index >= self._first or index in self._needs_ran:
+                if index >= self._first or index in self._needs_ran or self._compact:
                     self._hook(layer, self._before_layer, index)
             for patch in self._patches(model, multimodal):
                 patch.install()
@@ -182,7 +192,7 @@ class Runtime:
         self._running = _Running()
         self._uncached = None
         self._encoded.clear()
-        self._generating, self._encoded_ahead, self.within_encoder = False, None, False
+        self._encoded_ahead, self.within_encoder = None, False
         if self._lock.locked():
             self._lock.release()
 
@@ -251,7 +261,7 @@ class Runtime:
         forward = self._running.forward
         if forward is not None:
             forward.modalities.add(modality)
-        elif self._generating:
+        elif self._running.generating:
             self._encoded_ahead = modality
 
     def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
@@ -261,9 +271,10 @@ class Runtime:
         if self._encoder is not None:
             self._encoder.encoded(modality)
 
-    def generating(self, running: bool) -> None:
+    def generating(self, running: bool, *, appends: bool = False) -> None:
         """See `Listener`."""
-        self._generating, self._encoded_ahead = running, None
+        self._encoded_ahead = None
+        self._running.generating, self._running.appends, self._running.appends_to = running, appends, None
 
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -286,7 +297,9 @@ class Runtime:
                     "tokens; pass the (batch, length) mask of the processor"
                 )
             forward.past = tokens_in(cache, depth)
-        forward.mask = mask
+        # What `generate` adds behind its first forward is no padding: nobody has to look at the mask.
+        forward.appended = cache is not None and cache is self._running.appends_to and not forward.brings_images
+        forward.mask = None if forward.appended else mask
         forward.positions = call.read(Role.POSITIONS, given)
         forward.cache = cache
         forward.asks_cache = cache is not None or uses_cache(call, given, self._backbone.text_config)
@@ -304,12 +317,23 @@ class Runtime:
         if self._full:
             forward.begin = now(_device(hidden, given))
         prefill = forward.prefill
+        if reduced and prefill is None:
+            return self._with_positions(forward, call, given)
         later = None if prefill is None else self._backbone.later_features(given, self._first)
         if prefill is None or later is None:
             return None
         kwargs, features = later
         forward.features = {layer: _by_sample(flat, prefill) for layer, flat in features.items()}
         return (), kwargs
+
+    def _with_positions(
+        self, forward: Forward, call: ModelCall, given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The language model's arguments with position ids for layers behind all reductions, where they differ."""
+        name, entering = call.names.get(Role.POSITIONS), call.read(Role.EMBEDDINGS, given)
+        entering = call.read(Role.IDS, given) if entering is None else entering
+        stacked = None if name is None or entering is None else self._shrinker.stack_positions(forward, entering)
+        return None if stacked is None else ((), {**given, str(name): stacked})
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         forward = self._running.forward
@@ -380,6 +404,9 @@ class Runtime:
         prefill = forward.prefill
         if forward.active:
             self._verify(forward)
+        running = self._running
+        if running.appends and running.appends_to is not forward.cache:
+            running.appends_to = forward.cache
         device = hidden_of(output, self._upstream.language_model.where).device if self._full or forward.active else None
         if prefill is None:
             if self._full and device is not None:

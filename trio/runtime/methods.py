@@ -25,8 +25,8 @@ class Listener(Protocol):
     def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
         """It has run; `counts` are the feature rows of each image, None where that cannot be told."""
 
-    def generating(self, running: bool) -> None:
-        """`generate` begins or ends."""
+    def generating(self, running: bool, *, appends: bool = False) -> None:
+        """`generate` begins or ends; `appends`: each of its steps adds tokens that are no padding."""
 
 
 class NotedEncoder(MethodPatch):
@@ -117,7 +117,7 @@ class GuardedGenerate(MethodPatch):
                 f"generate: {upstream.CACHE_KIND} {cache!r} cannot hold a different number of tokens in each layer; "
                 "use 'dynamic' (the default) or 'offloaded', or detach the pipeline"
             )
-        listener.generating(True)
+        listener.generating(True, appends=kwargs.get(upstream.CUSTOM_GENERATE) is None)
         try:
             return super().__call__(*args, **kwargs)
         finally:

@@ -6,13 +6,17 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.backbone import Backbone
 from ..core.probe import LayerInputs, Past
-from ..core.upstream import LayerCall, Role, causal_mask
+from ..core.upstream import LayerCall, Role, causal_mask, unsupported
 from ..errors import InputError
-from .cache import ReducedLayer, layer_of, reduced_layer
+from .cache import Announcement, ReducedLayer, layer_of, reduced_layer
 from .forward import Forward, Segment
+
+#: Decoding steps that one mask serves.
+STEPS_AHEAD = 64
 
 
 class Shrinker:
@@ -49,7 +53,7 @@ class Shrinker:
         prefill = forward.prefill
         shorter = prefill is not None and prefill.shorter
         if not shorter and not isinstance(layer, ReducedLayer):
-            return None
+            return self._own_positions(forward, index, hidden, given) if forward.position_rows else None
         call.check_mask(given)
         key = sum(after <= index for after in self._stage_layers), self._backbone.window(index)
         segment = forward.segments.get(key)
@@ -57,14 +61,20 @@ class Shrinker:
             segment = self._segment(forward, index, hidden, given, shorter=shorter)
             forward.segments[key] = segment
         if cache is not None:
-            batch = hidden.shape[0]
-            past = segment.valid[:, : segment.valid.shape[1] - hidden.shape[1]]
-            own = reduced_layer(cache, index, self._pipeline_name, past, ragged=bool(past.shape[1]) and segment.ragged)
-            if own.valid is not None and own.valid.shape[0] != batch:
-                raise InputError(f"cache: it holds {own.valid.shape[0]} samples, the forward brings {batch}")
+            past = None if segment.valid is None else segment.valid[:, : segment.keys - hidden.shape[1]]
+            own = reduced_layer(cache, index, self._pipeline_name, past)
+            if own.held and own.keys is not None and own.keys.shape[0] != hidden.shape[0]:
+                raise InputError(f"cache: it holds {own.keys.shape[0]} samples, the forward brings {hidden.shape[0]}")
             tokens = forward.tokens(hidden)
             own.announce(
-                segment.valid, segment.dropped_in_conversation, tokens=tokens, ragged=segment.ragged, reduced=shorter
+                Announcement(
+                    segment.keys,
+                    segment.valid,
+                    segment.dropped_in_conversation,
+                    tokens,
+                    reduced=shorter,
+                    mask_ahead=segment.mask_ahead,
+                )
             )
         changed = {**given, call.mask: segment.mask, call.rotary: segment.rotary}
         # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
@@ -84,53 +94,149 @@ class Shrinker:
     def _segment(
         self, forward: Forward, index: int, hidden: torch.Tensor, given: dict[str, Any], *, shorter: bool
     ) -> Segment:
-        past_valid, past_dropped, past_ragged = self._past(forward, index, hidden)
-        device = hidden.device
+        held, past_valid, past_dropped = self._past(forward, index, hidden)
+        length = hidden.shape[1]
         if shorter and forward.prefill is not None:
             state = forward.prefill.state
-            valid, ragged, dropped = state.valid, state.ragged, past_dropped + state.dropped_in_forward
+            new_valid = state.valid.to(hidden.device) if state.ragged else None
+            here = state.dropped_in_forward
+            dropped: torch.Tensor | None = here if past_dropped is None else past_dropped + here
             rotary = self._rotary(forward, index, hidden, given, past_dropped)
         else:
-            ragged = forward.mask is not None
-            valid = _last_columns(forward.mask, hidden)
+            new_valid = None if forward.mask is None else forward.mask[:, -length:].to(hidden.device).bool()
             dropped = past_dropped
-            rotary = self._calls[index].rotary_of(given)
-            if self._compact:
-                ids = self._position_ids(forward, index, hidden, given) - past_dropped[:, None]
-                rotary = self._backbone.rotary(hidden, ids.clamp_min(0))
-        valid = torch.cat([past_valid, valid.to(device)], dim=1)
-        ragged = ragged or past_ragged
-        mask = causal_mask(
-            self._backbone.text_config,
-            hidden,
-            valid if ragged else None,
-            past=past_valid.shape[1],
-            layer=index,
-            window=self._backbone.window(index),
-        )
-        return Segment(valid, ragged, dropped, mask, rotary)
+            rotary = self._decoded_rotary(forward, index, hidden, given, past_dropped)
+        if new_valid is None and not shorter:
+            valid = past_valid  # what it does not reach is valid
+            mask, ahead = self._decoded_mask(forward, index, hidden, held, past_valid)
+        else:
+            valid, ahead = _joined(past_valid, held, new_valid, length), None
+            mask = self._mask(index, hidden, valid, held)
+        return Segment(held + length, valid, dropped, mask, rotary, ahead)
 
-    def _past(self, forward: Forward, index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Padding among what the layer's cache holds, tokens dropped so far, and whether there is any padding."""
+    def _mask(self, index: int, hidden: torch.Tensor, valid: torch.Tensor | None, past: int) -> Any:
+        return causal_mask(
+            self._backbone.text_config, hidden, valid, past=past, layer=index, window=self._backbone.window(index)
+        )
+
+    def _decoded_mask(
+        self, forward: Forward, index: int, hidden: torch.Tensor, held: int, past_valid: torch.Tensor | None
+    ) -> tuple[Any, Any]:
+        """The mask of tokens of which none is padding, and one that serves the next steps too, where there is one.
+
+        What comes later is valid and behind the query, so that a mask for one query of which the first columns are
+        taken is the same at every step.
+        """
+        length, window = hidden.shape[1], self._backbone.window(index)
         layer = None if forward.cache is None else layer_of(forward.cache, index)
-        batch, device = hidden.shape[0], hidden.device
-        if isinstance(layer, ReducedLayer) and layer.valid is not None and layer.dropped is not None:
-            return layer.valid.to(device), layer.dropped.to(device), layer.ragged
+        steady = forward.appended and length == 1 and not torch.compiler.is_compiling()
+        if not steady or window is not None or not isinstance(layer, ReducedLayer):
+            return self._mask(index, hidden, _joined(past_valid, held, None, length), held), None
+        ahead = layer.mask_ahead
+        if ahead is None or ahead.shape[-1] <= held or ahead.device != hidden.device:
+            past = held + STEPS_AHEAD
+            ahead = self._mask(index, hidden, _joined(past_valid, past, None, 1), past)
+        if not isinstance(ahead, torch.Tensor):  # none is needed, or a block mask
+            return (
+                None if ahead is None else self._mask(index, hidden, _joined(past_valid, held, None, 1), held)
+            ), None
+        return ahead[..., : held + 1], ahead
+
+    def _past(
+        self, forward: Forward, index: int, hidden: torch.Tensor
+    ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Keys that the layer's cache holds, which of them are padding, and the tokens dropped so far.
+
+        The tensors are bool ``(B, n)`` for the first n keys, None where no key is padding, and int64 ``(B,)``, None
+        where no token was dropped.
+        """
+        layer = None if forward.cache is None else layer_of(forward.cache, index)
+        device = hidden.device
+        if isinstance(layer, ReducedLayer):
+            valid, dropped = layer.valid, layer.dropped
+            return (
+                layer.held,
+                None if valid is None else valid.to(device),
+                None if dropped is None else dropped.to(device),
+            )
         held = 0 if layer is None or not layer.is_initialized else int(layer.get_seq_length())
-        nothing = torch.zeros(batch, dtype=torch.int64, device=device)
         mask = forward.mask
         if mask is None or not held:
-            return torch.ones(batch, held, dtype=torch.bool, device=device), nothing, False
+            return held, None, None
         expected = held + forward.tokens(hidden)
         if mask.shape[1] != expected:
             raise InputError(
                 f"mask: found {mask.shape[1]} columns, but the cache holds {held} tokens and the forward "
                 f"brings {expected - held}: pass a mask for the whole conversation"
             )
-        return mask[:, :held].to(device).bool(), nothing, True
+        return held, mask[:, :held].to(device).bool(), None
+
+    # Positions
+
+    def stack_positions(self, forward: Forward, embeddings: torch.Tensor) -> torch.Tensor | None:
+        """Position ids for all layers of a forward on a reduced cache, so that one rotary call serves every layer.
+
+        Survivors are renumbered, so layers behind different reductions want different positions. The language model
+        computes rotary embeddings once, for the ids that it is given: here these are one row of ids for each number of
+        reductions passed, side by side, of which every layer then takes its own columns.
+
+        Args:
+            forward: the running forward, which brings no images; the number of rows is noted in it.
+            embeddings: ``(B, S, D)``, what enters the language model.
+
+        Returns:
+            int64 ``(B, rows * S)``; None where layers keep their own positions.
+        """
+        if not self._compact or forward.cache is None:
+            return None
+        ids = self._position_ids(forward, 0, embeddings, {})
+        rows = []
+        for passed in range(1, len(self._stage_layers) + 1):
+            layer = layer_of(forward.cache, sorted(self._stage_layers)[passed - 1])
+            dropped = layer.dropped if isinstance(layer, ReducedLayer) else None
+            rows.append(torch.zeros_like(ids[:, 0]) if dropped is None else dropped.to(ids.device))
+        forward.positions, forward.position_rows = ids, len(rows) + 1
+        renumbered = (ids[:, None] - torch.stack(rows, 1)[..., None]).clamp_min(0)
+        return torch.cat([ids, renumbered.flatten(1)], 1)
+
+    def _own_positions(
+        self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of a layer whose cache is whole, where positions are stacked."""
+        call = self._calls[index]
+        changed = {**given, call.rotary: self._stacked_rotary(forward, index, hidden, given)}
+        changed.update(dict.fromkeys(call.position_names(given), forward.positions))
+        return changed
+
+    def _stacked_rotary(self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any]) -> Any:
+        """A layer's columns of the rotary embeddings that were computed for all; a view."""
+        passed, length = sum(after <= index for after in self._stage_layers), hidden.shape[1]
+        call = self._calls[index]
+        return _columns(call.rotary_of(given), passed * length, length, forward.position_rows * length, call.where)
+
+    def _decoded_rotary(
+        self,
+        forward: Forward,
+        index: int,
+        hidden: torch.Tensor,
+        given: Mapping[str, Any],
+        past_dropped: torch.Tensor | None,
+    ) -> Any:
+        """Rotary embeddings of tokens of which none is dropped, behind those that were."""
+        if forward.position_rows:
+            return self._stacked_rotary(forward, index, hidden, given)
+        if not self._compact or past_dropped is None:
+            return self._calls[index].rotary_of(given)
+        ids = self._position_ids(forward, index, hidden, given) - past_dropped[:, None]
+        return self._backbone.rotary(hidden, ids.clamp_min(0))
 
     def _rotary(
-        self, forward: Forward, index: int, hidden: torch.Tensor, given: Mapping[str, Any], past_dropped: torch.Tensor
+        self,
+        forward: Forward,
+        index: int,
+        hidden: torch.Tensor,
+        given: Mapping[str, Any],
+        past_dropped: torch.Tensor | None,
     ) -> Any:
         """Rotary embeddings of the survivors: renumbered, or each its own."""
         assert forward.prefill is not None
@@ -138,7 +244,8 @@ class Shrinker:
         if not self._compact:
             return self._backbone.take_positions(self._calls[index].rotary_of(given), state.column)
         ids = self._position_ids(forward, index, hidden, given).gather(1, state.column.to(hidden.device))
-        ids = ids - state.dropped_before.to(hidden.device) - past_dropped[:, None]
+        ids = ids - state.dropped_before.to(hidden.device)
+        ids = ids if past_dropped is None else ids - past_dropped[:, None]
         return self._backbone.rotary(hidden, ids.clamp_min(0))
 
     def _position_ids(
@@ -168,7 +275,7 @@ class Shrinker:
         state, call = forward.prefill.state, self._calls[index]
         rotary = call.rotary_of(given)
         layer = None if forward.cache is None else layer_of(forward.cache, index)
-        past_valid, past_dropped, _ = self._past(forward, index, hidden)
+        held, past_valid, past_dropped = self._past(forward, index, hidden)
         others = call.others(given)
         if not shrunk and forward.prefill.shorter:
             passed = sum(after < index for after in self._stage_layers)
@@ -176,14 +283,41 @@ class Shrinker:
             rotary = before.rotary if before is not None else self._rotary(forward, index, hidden, given, past_dropped)
             others = self._others(forward, call, given, hidden)
         past = None
-        if past_valid.shape[1] and layer is not None and layer.keys is not None and layer.values is not None:
+        if held and layer is not None and layer.keys is not None and layer.values is not None:
             device = hidden.device
+            past_valid = _joined(past_valid, held, None, 0)
+            if past_valid is None:
+                past_valid = torch.ones(hidden.shape[0], held, dtype=torch.bool, device=device)
             past = Past(layer.keys.to(device), layer.values.to(device), past_valid)
         return LayerInputs(hidden, state.valid.to(hidden.device), rotary, past, others)
 
 
-def _last_columns(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-    batch, length = hidden.shape[:2]
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=hidden.device)
-    return mask[:, -length:].bool()
+def _joined(past: torch.Tensor | None, held: int, new: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Valid columns of what a cache holds and of what comes, bool ``(B, held + length)``; None where all are valid.
+
+    Columns that `past` does not reach are valid.
+    """
+    if past is None and new is None:
+        return None
+    if past is None:
+        assert new is not None
+        return nn.functional.pad(new, (held, 0), value=True)
+    missing = held - past.shape[1] + (length if new is None else 0)
+    past = nn.functional.pad(past, (0, missing), value=True) if missing else past
+    return past if new is None else torch.cat([past, new], dim=1)
+
+
+def _columns(embeddings: Any, first: int, length: int, total: int, where: str) -> Any:
+    """Some columns of rotary embeddings, tensors ``(..., S, features)`` in tuples and dicts, as views.
+
+    Raises:
+        UnsupportedModelError: they have not one column for each position that the language model was given.
+    """
+    if isinstance(embeddings, (tuple, list)):
+        return type(embeddings)(_columns(item, first, length, total, where) for item in embeddings)
+    if isinstance(embeddings, dict):
+        return {key: _columns(item, first, length, total, where) for key, item in embeddings.items()}
+    if not isinstance(embeddings, torch.Tensor) or embeddings.ndim < 2 or embeddings.shape[-2] != total:
+        found = tuple(embeddings.shape) if isinstance(embeddings, torch.Tensor) else f"a {type(embeddings).__name__}"
+        raise unsupported(f"{where}.forward", f"rotary embeddings for {total} positions", f"{found}")
+    return embeddings.narrow(-2, first, length)
