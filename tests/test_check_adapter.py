@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.models import llava
@@ -62,8 +64,8 @@ def test_an_attribute_left_behind_breaks_reversibility(monkeypatch):
 def test_shifted_positions_break_decoding(monkeypatch):
     announce = ReducedLayer.announce
 
-    def forgetful(self, valid, dropped, **more):
-        announce(self, valid, dropped * 0, **more)
+    def forgetful(self, coming):
+        announce(self, replace(coming, dropped=None))
 
     monkeypatch.setattr(ReducedLayer, "announce", forgetful)
     found = failures("decode")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -93,7 +93,8 @@ class TokenOrigins:
     image: torch.Tensor
     frame: torch.Tensor
     kind: torch.Tensor
-    tiles: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
+    # A factory, so that the class has no value that would hide a `DeferredOrigins`' own.
+    tiles: Callable[[], torch.Tensor] | None = field(default_factory=lambda: None, repr=False)
 
     @property
     def tile(self) -> torch.Tensor:
@@ -123,6 +124,22 @@ class TokenOrigins:
         nan = torch.full_like(like, float("nan"), dtype=torch.float32)
         zero = torch.zeros_like(like, dtype=torch.int64)
         return cls(nan, nan, zero, zero, zero + PATCH)
+
+
+class DeferredOrigins(TokenOrigins):
+    """Origins that are computed when somebody reads one of them: most selectors read none."""
+
+    def __init__(self, compute: Callable[[], TokenOrigins]) -> None:
+        """Origins that `compute` gives, once."""
+        vars(self)["_compute"] = compute
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of the computed origins, which then are this object's own."""
+        if name == "_compute" or name.startswith("__"):
+            raise AttributeError(name)
+        computed: TokenOrigins = self._compute()
+        vars(self).update(vars(computed))
+        return vars(self)[name]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def make_report(
     level: Literal["counts", "full"],
 ) -> CompressionReport:
     """The report of a prefill; moves its tensors to the host."""
-    on_host = {index: _to_host(stage) for index, stage in record.stages.items()}
+    on_host = {index: stage.on_host() for index, stage in record.stages.items()}
     compressed = None if record.compressed is None else _compressed_to_host(record.compressed)
     samples = []
     for number, images in enumerate(record.images):
@@ -90,17 +90,6 @@ def saliencies(record: PrefillRecord, stage: int) -> list[torch.Tensor]:
         tokens = sum(image.tokens for image in images)
         out.append(torch.empty(0) if values is None else values[number, :tokens].float().cpu())
     return out
-
-
-def _to_host(stage: StageRecord) -> StageRecord:
-    return StageRecord(
-        kept=stage.kept.cpu(),
-        entered=stage.entered.cpu(),
-        counts=stage.counts,
-        asked=stage.asked,
-        saliency=None if stage.saliency is None else stage.saliency.cpu(),
-        newlines=stage.newlines,
-    )
 
 
 def _compressed_to_host(record: CompressedRecord) -> CompressedRecord:

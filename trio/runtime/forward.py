@@ -38,7 +38,7 @@ class Prefill:
         score_only: score, but drop nothing.
         keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
         clock: whether to measure phases.
-        finite: flags on the device, one for each scored stage.
+        finite: for each scored stage the lowest and the highest saliency, ``(2,)`` on the device: nan where any is.
         find_tiles: gives float32 ``(B, N)``, see `TokenOrigins.tile`, for the tokens at the start.
         embeddings: where the forward keeps no cache, those of its visual tokens, ``(n, D)``.
         repeats: whether the forward is a further step of generation without a cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import warnings
@@ -447,9 +448,10 @@ class Runtime:
     @staticmethod
     def _check_finite(prefill: Prefill) -> None:
         """Looks at the flags of all stages at once: the prefill's other synchronisation."""
-        flags = torch.stack([finite.to(prefill.finite[-1][1].device) for _, finite in prefill.finite]).tolist()
-        for (stage, _), finite in zip(prefill.finite, flags, strict=True):
-            if not finite:
+        last = prefill.finite[-1][1].device
+        bounds = torch.stack([extremes.float().to(last) for _, extremes in prefill.finite]).tolist()
+        for (stage, _), extremes in zip(prefill.finite, bounds, strict=True):
+            if not all(map(math.isfinite, extremes)):
                 raise NonFiniteError(
                     f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies "
                     "that are not finite; look at the hidden states: float16 may overflow (load the model in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,20 +14,58 @@ class StageRecord:
     """One stage of one prefill. B samples, N the most visual tokens that a sample started with.
 
     Attributes:
-        kept: bool ``(B, N)``, the tokens that are still there after the stage.
-        entered: bool ``(B, N)``, the tokens that reached it.
+        keep: bool ``(B, n)``, which of the n visual tokens that reached the stage are still there after it.
+        reached: bool ``(B, n)``, False at padding.
+        token_index: int64 ``(B, n)``, the index of each among those that the sample started with.
+        most_at_start: N.
         counts: tokens that each image has left.
         asked: the count asked for, for each group (image or sample) in order.
-        saliency: float32 ``(B, N)``, nan where a token did not reach the stage; None unless asked to keep it.
+        scores: ``(B, n)``, their saliencies; None unless asked to keep them.
         newlines: newline tokens that each sample has left; empty in families without.
     """
 
-    kept: torch.Tensor
-    entered: torch.Tensor
+    keep: torch.Tensor
+    reached: torch.Tensor
+    token_index: torch.Tensor
+    most_at_start: int
     counts: Counts
     asked: tuple[int, ...]
-    saliency: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
     newlines: tuple[int, ...] = ()
+
+    # What reports read is put in order when somebody reads it: a stage has no need of it.
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """bool ``(B, N)``, the tokens that are still there after the stage."""
+        return self._at_start(self.keep, False)
+
+    @property
+    def entered(self) -> torch.Tensor:
+        """bool ``(B, N)``, the tokens that reached it."""
+        return self._at_start(self.reached, False)
+
+    @property
+    def saliency(self) -> torch.Tensor | None:
+        """float32 ``(B, N)``, nan where a token did not reach the stage; None unless it was asked to be kept."""
+        return None if self.scores is None else self._at_start(self.scores.float(), float("nan"))
+
+    def on_host(self) -> StageRecord:
+        """The same on the CPU."""
+        return replace(
+            self,
+            keep=self.keep.cpu(),
+            reached=self.reached.cpu(),
+            token_index=self.token_index.cpu(),
+            scores=None if self.scores is None else self.scores.cpu(),
+        )
+
+    def _at_start(self, values: torch.Tensor, absent: bool | float) -> torch.Tensor:
+        """Values of the tokens that reached the stage as values of those at the start."""
+        batch, most = values.shape[0], self.most_at_start
+        out = torch.full((batch, most + 1), absent, dtype=values.dtype, device=values.device)
+        out.scatter_(1, torch.where(self.reached, self.token_index, most), values)
+        return out[:, :most]
 
 
 @dataclass

@@ -99,7 +99,7 @@ class Shrinker:
         if shorter and forward.prefill is not None:
             state = forward.prefill.state
             new_valid = state.valid.to(hidden.device) if state.ragged else None
-            here = state.dropped_in_forward
+            here = state.dropped_in_forward()
             dropped: torch.Tensor | None = here if past_dropped is None else past_dropped + here
             rotary = self._rotary(forward, index, hidden, given, past_dropped)
         else:
@@ -244,7 +244,7 @@ class Shrinker:
         if not self._compact:
             return self._backbone.take_positions(self._calls[index].rotary_of(given), state.column)
         ids = self._position_ids(forward, index, hidden, given).gather(1, state.column.to(hidden.device))
-        ids = ids - state.dropped_before.to(hidden.device)
+        ids = ids - state.dropped_before().to(hidden.device)
         ids = ids if past_dropped is None else ids - past_dropped[:, None]
         return self._backbone.rotary(hidden, ids.clamp_min(0))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..core.context import LayerContext, ProbeName, SelectionContext
+from ..core.context import DeferredOrigins, LayerContext, ProbeName, SelectionContext, TokenOrigins
 from ..core.probe import Probe
 from ..core.transfer import upload
 from ..errors import InputError
@@ -75,11 +75,13 @@ def run_stage(
             keep, counts = _select(stage, group, asked, saliency, hidden, prefill)
 
     prefill.record.stages[stage.index] = StageRecord(
-        kept=_at_origin(keep, state),
-        entered=_at_origin(state.visual_valid, state),
+        keep=keep,
+        reached=state.visual_valid,
+        token_index=state.token_index,
+        most_at_start=state.most_at_start,
         counts=counts,
         asked=asked,
-        saliency=_saliency_at_origin(saliency, state) if prefill.keep_saliency or prefill.score_only else None,
+        scores=saliency if prefill.keep_saliency or prefill.score_only else None,
         newlines=() if state.newlines is None else state.newlines.counts,
     )
     if counts == state.counts:
@@ -116,7 +118,9 @@ def _score(
             f"{tuple(saliency.shape)}; one number for each visual token is {tuple(state.visual_valid.shape)} here: "
             "run trio.testing.check_scorer on it"
         )
-    prefill.finite.append((stage, (torch.isfinite(saliency) | ~state.visual_valid).all()))
+    rated = torch.where(state.visual_valid, saliency, 0) if state.uneven else saliency
+    if rated.numel():
+        prefill.finite.append((stage, torch.stack(rated.aminmax())))  # nan spreads to both
     return saliency
 
 
@@ -160,16 +164,29 @@ def selection_context(
         hidden: ``(B, S, D)``.
         prefill: the running forward.
     """
-    state, sample = prefill.state, group.sample[:, None]
-    token_index = state.token_index[sample, group.index]
+    state, device = prefill.state, hidden.device
+    by_group = group.take(saliency)
+    padded = not group.whole or state.uneven
+    compressed = prefill.record.compressed is not None
+
+    def origins() -> TokenOrigins:
+        token_index = group.take(state.token_index)
+        sample = group.sample[:, None]
+        return prefill.origins_on(device).map(lambda values: values[sample, token_index])
+
+    if compressed:
+        sizes = group.take(prefill.sizes.to(device).gather(1, state.token_index))
+    else:
+        sizes = torch.ones((), device=device).expand(by_group.shape)
+    columns = group.take(state.visual_index)
     return SelectionContext(
-        saliency=saliency[sample, group.index].masked_fill(~group.valid, float("-inf")),
-        features=hidden[sample, state.visual_index[sample, group.index]],
+        saliency=by_group.masked_fill(~group.valid, float("-inf")) if padded else by_group,
+        features=hidden[group.sample[:, None], columns],
         k=torch.tensor(asked, dtype=torch.int64),
         valid=group.valid,
         counts=group.current,
-        origins=prefill.origins_on(hidden.device).map(lambda values: values[sample, token_index]),
-        sizes=prefill.sizes.to(hidden.device)[sample, token_index],
+        origins=DeferredOrigins(origins),
+        sizes=sizes,
         seeds=_group_seeds(stage, prefill),
     )
 
@@ -195,18 +212,3 @@ def _counts(state: TokenState, keep: torch.Tensor) -> tuple[tuple[int, ...], ...
             first += tokens
         counts.append(tuple(kept))
     return tuple(counts)
-
-
-def _at_origin(keep: torch.Tensor, state: TokenState) -> torch.Tensor:
-    """A mask over the present visual tokens as one over those at the start."""
-    out = torch.zeros(keep.shape[0], state.most_at_start + 1, dtype=torch.bool, device=keep.device)
-    out.scatter_(1, torch.where(state.visual_valid, state.token_index, state.most_at_start), keep)
-    return out[:, : state.most_at_start]
-
-
-def _saliency_at_origin(saliency: torch.Tensor | None, state: TokenState) -> torch.Tensor | None:
-    if saliency is None:
-        return None
-    out = torch.full((saliency.shape[0], state.most_at_start + 1), float("nan"), device=saliency.device)
-    out.scatter_(1, torch.where(state.visual_valid, state.token_index, state.most_at_start), saliency.float())
-    return out[:, : state.most_at_start]

@@ -52,11 +52,11 @@ class TokenState:
         visual_index: int64 ``(B, N)``, columns of the visual tokens in rising order.
         visual_valid: bool ``(B, N)``.
         token_index: int64 ``(B, N)``, the index of each visual token among those that the sample started with.
-        dropped_before: int64 ``(B, S)``, tokens of this forward dropped in front of each column.
-        dropped_in_forward: int64 ``(B,)``, tokens of this forward dropped so far.
+        ranks: int64 ``(B, columns at the start)``, valid tokens up to each column of the forward's own input.
         most_at_start: visual tokens that the richest sample started with.
         counts: for each sample, how many visual tokens each image still has (known on the host).
         sample_lengths: for each sample, its valid tokens (known on the host).
+        started: for each sample, the valid tokens that it started with.
         side: on which side padding goes.
         newlines: the newline tokens; None in families without.
     """
@@ -67,11 +67,11 @@ class TokenState:
     visual_index: torch.Tensor
     visual_valid: torch.Tensor
     token_index: torch.Tensor
-    dropped_before: torch.Tensor
-    dropped_in_forward: torch.Tensor
+    ranks: torch.Tensor
     most_at_start: int
     counts: Counts
     sample_lengths: tuple[int, ...]
+    started: tuple[int, ...]
     side: Side
     newlines: Newlines | None = None
 
@@ -97,6 +97,20 @@ class TokenState:
     def ragged(self) -> bool:
         """Whether some column of some sample is padding."""
         return any(length != self.valid.shape[1] for length in self.sample_lengths)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some sample has fewer visual tokens than another."""
+        return any(sum(counts) != self.token_index.shape[1] for counts in self.counts)
+
+    def dropped_before(self) -> torch.Tensor:
+        """int64 ``(B, S)``, tokens of this forward dropped in front of each valid column."""
+        return self.ranks.gather(1, self.column) - self.valid.cumsum(1)
+
+    def dropped_in_forward(self) -> torch.Tensor:
+        """int64 ``(B,)``, tokens of this forward dropped so far."""
+        gone = [before - after for before, after in zip(self.started, self.sample_lengths, strict=True)]
+        return upload(gone, self.valid.device, torch.int64)
 
 
 def start(
@@ -127,7 +141,7 @@ def start(
     most = max(totals, default=0)
     index = _true_first(visual, most)
     visual_valid = torch.arange(most)[None] < torch.tensor(totals)[:, None]
-    zero = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    lengths = tuple(valid.sum(1).tolist())
     # A sample whose last column is padding came padded on the right. Without padding, left is what generate reads.
     side: Side = "right" if not bool(valid[:, -1].all()) else "left"
     state = TokenState(
@@ -137,11 +151,11 @@ def start(
         visual_index=upload(index, device),
         visual_valid=upload(visual_valid, device),
         token_index=torch.arange(most, device=device).expand(batch, -1),
-        dropped_before=zero,
-        dropped_in_forward=zero[:, 0],
+        ranks=upload(valid.cumsum(1), device),
         most_at_start=most,
         counts=tuple(tuple(image.tokens for image in sample) for sample in without_newlines),
-        sample_lengths=tuple(valid.sum(1).tolist()),
+        sample_lengths=lengths,
+        started=lengths,
         side=side,
         newlines=newlines,
     )
@@ -188,6 +202,7 @@ class Groups:
         started: tokens that each group started with.
         current: tokens that each group has now.
         per: what a group is.
+        whole: whether each sample is one group, so that groups and samples are the same tensors.
     """
 
     sample: torch.Tensor
@@ -196,6 +211,11 @@ class Groups:
     started: tuple[int, ...]
     current: tuple[int, ...]
     per: Literal["image", "sample"]
+    whole: bool = False
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Values ``(B, N, ...)`` of the present visual tokens by group, ``(G, n, ...)``."""
+        return values if self.whole else values[self.sample[:, None], self.index]
 
 
 def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -> Groups:
@@ -211,7 +231,12 @@ def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -
         for now, before in zip(counts, started, strict=True):
             rows.append((sample, first, now, before))
             first += now
-    most = max((now for _, _, now, _ in rows), default=0)
+    most = max((tokens for _, _, tokens, _ in rows), default=0)
+    counted = tuple(before for _, _, _, before in rows), tuple(tokens for _, _, tokens, _ in rows)
+    if [sample for sample, _, _, _ in rows] == list(range(len(state.counts))):
+        samples = torch.arange(len(rows), device=state.valid.device)
+        columns = torch.arange(most, device=state.valid.device).expand(len(rows), -1)
+        return Groups(samples, columns, state.visual_valid, *counted, per=per, whole=True)
     column = torch.arange(most)[None]
     first_place = torch.tensor([first for _, first, _, _ in rows], dtype=torch.int64)[:, None]
     current = torch.tensor([now for _, _, now, _ in rows], dtype=torch.int64)[:, None]
@@ -221,8 +246,8 @@ def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -
         sample=upload([sample for sample, _, _, _ in rows], device, torch.int64),
         index=upload((first_place + column).clamp_max(last), device),
         valid=upload(column < current, device),
-        started=tuple(before for _, _, _, before in rows),
-        current=tuple(now for _, _, now, _ in rows),
+        started=counted[0],
+        current=counted[1],
         per=per,
     )
 
@@ -263,6 +288,8 @@ def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor, state: To
     size = group.index.shape[1]
     chosen = torch.zeros(len(group.started), size + 1, dtype=torch.bool, device=indices.device)
     chosen.scatter_(1, torch.where(valid, indices, size), True)
+    if group.whole:
+        return chosen[:, :size] & group.valid if state.uneven else chosen[:, :size]
     batch, most = state.token_index.shape
     keep = torch.zeros(batch, most + 1, dtype=torch.bool, device=indices.device)
     keep[group.sample[:, None], torch.where(group.valid, group.index, most)] = chosen[:, :size] & group.valid
@@ -304,47 +331,49 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     Returns:
         The new state, and int64 ``(B, S')``, the present columns that make it up (padding points at anything).
     """
-    batch, length = state.valid.shape
-    stays = torch.zeros(batch, length + 1, dtype=torch.bool, device=keep.device)
-    stays.scatter_(1, torch.where(state.visual_valid, state.visual_index, length), keep)
-    stays = stays[:, :length]
-    text, newlines, newlines_dropped = state.valid & ~state.visual, state.newlines, [0] * batch
+    kept = (
+        keep if not state.uneven else torch.where(state.visual_valid, keep, state.valid.gather(1, state.visual_index))
+    )
+    stays = state.valid.scatter(1, state.visual_index, kept)  # all different, also those that are not valid
+    newlines, newlines_dropped = state.newlines, [0] * len(state.counts)
     if newlines is not None:
-        text = text & ~newlines.mask
         ends = _newlines_that_stay(newlines, state, keep)
         # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
         newlines_kept = newlines.counts if newlines.policy == "always" else tuple(ends.sum(1).tolist())
         newlines_dropped = [before - after for before, after in zip(newlines.counts, newlines_kept, strict=True)]
-        stays = stays | ends
-    stays = stays | text
+        stays = stays & ~newlines.mask | ends
     lengths = tuple(
         tokens - sum(before) + sum(after) - lines
         for tokens, before, after, lines in zip(
             state.sample_lengths, state.counts, counts, newlines_dropped, strict=True
         )
     )
-    new_length = max(lengths)
-    order = (stays if state.side == "left" else ~stays).to(torch.int8).sort(dim=1, stable=True).indices
-    take = order[:, length - new_length :] if state.side == "left" else order[:, :new_length]
-    valid = stays.gather(1, take)
-    visual = state.visual.gather(1, take) & valid
-    most = max((sum(after) for after in counts), default=0)
-    totals = upload([sum(after) for after in counts], keep.device, torch.int64)
-    gone = (state.valid & ~stays).to(torch.int64)
-    before = state.dropped_before + gone.cumsum(1) - gone
+    new_length, left = max(lengths), state.side == "left"
+    order = stays.to(torch.int8).sort(dim=1, descending=not left, stable=True).indices
+    take = order[:, order.shape[1] - new_length :] if left else order[:, :new_length]
+    valid, visual = stays.gather(1, take), state.visual.gather(1, take)
+    if any(length != new_length for length in lengths):
+        visual = visual & valid
+    totals = [sum(after) for after in counts]
+    most = max(totals, default=0)
+    uneven = any(total != most for total in totals)
+    visual_valid = torch.ones(keep.shape[0], most, dtype=torch.bool, device=keep.device)
+    if uneven:
+        visual_valid = visual_valid.cumsum(1) <= upload(totals, keep.device, torch.int64)[:, None]
+    token_index = torch.where(keep, state.token_index, state.most_at_start).sort(dim=1).values[:, :most]
     return (
         TokenState(
             column=state.column.gather(1, take),
             valid=valid,
             visual=visual,
             visual_index=_true_first(visual, most),
-            visual_valid=torch.arange(most, device=keep.device)[None] < totals[:, None],
-            token_index=state.token_index.gather(1, _true_first(keep, most)),
-            dropped_before=before.gather(1, take),
-            dropped_in_forward=state.dropped_in_forward + gone.sum(1),
+            visual_valid=visual_valid,
+            token_index=token_index.clamp_max(state.most_at_start - 1) if uneven else token_index,
+            ranks=state.ranks,
             most_at_start=state.most_at_start,
             counts=counts,
             sample_lengths=lengths,
+            started=state.started,
             side=state.side,
             newlines=None if newlines is None else _taken(newlines, take, valid, newlines_kept),
         ),
@@ -371,4 +400,4 @@ def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, counts: 
 
 def _true_first(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Columns of the first `count` True of each row, in rising order; other columns follow where there are fewer."""
-    return (~mask).to(torch.int8).sort(dim=1, stable=True).indices[:, :count]
+    return mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :count]
