@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..core.upstream import Cache, DynamicLayer, plain_length
 from ..errors import CacheError
+
+if TYPE_CHECKING:
+    from .forward import Segment
 
 
 class _WholeCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' __init_subclass__ has no types
@@ -49,27 +51,6 @@ class FirstLayer(_WholeCacheLayer):
         return first
 
 
-@dataclass(frozen=True)
-class Announcement:
-    """The keys that a forward is about to bring to a layer; only the attached pipeline knows them.
-
-    Attributes:
-        keys: that the layer then holds.
-        valid: bool ``(B, n)`` for the first n keys, False at padding; None where none is padding.
-        dropped: int64 ``(B,)``, tokens dropped so far, this forward included; None where none was.
-        tokens: of the conversation that the forward brings, the dropped ones included.
-        reduced: whether it drops tokens.
-        mask_ahead: see `ReducedLayer`.
-    """
-
-    keys: int
-    valid: torch.Tensor | None
-    dropped: torch.Tensor | None
-    tokens: int
-    reduced: bool
-    mask_ahead: torch.Tensor | None = None
-
-
 class ReducedLayer(_WholeCacheLayer):
     """The cache of a decoder layer behind a stage.
 
@@ -98,11 +79,11 @@ class ReducedLayer(_WholeCacheLayer):
         self.missing = 0
         self.reduced_at = 0
         self.mask_ahead: torch.Tensor | None = None
-        self._announced: Announcement | None = None
+        self._announced: Segment | None = None
 
-    def announce(self, announcement: Announcement) -> None:
-        """What the next `update` will bring."""
-        self._announced = announcement
+    def announce(self, segment: Segment) -> None:
+        """What the next `update` will bring; only the attached pipeline knows it."""
+        self._announced = segment
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -127,22 +127,26 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Segment:
-    """What all layers between two stages share in a forward.
+    """What all layers between two reductions share in a forward, and what their caches are told to expect.
 
     Attributes:
         keys: that the caches of these layers hold after the forward, ``past + S``.
         valid: bool ``(B, n)`` for the first n of these keys, False at padding; None where no key is padding.
-        dropped_in_conversation: int64 ``(B,)``, tokens dropped so far, earlier turns included; None where none was.
+        dropped: int64 ``(B,)``, tokens dropped so far, earlier turns included; None where none was.
         mask: the attention mask in the backend's form.
         rotary: the rotary embeddings of the tokens that are there.
+        tokens: of the conversation that the forward brings, the dropped ones included.
+        reduced: whether it drops tokens in front of these layers.
         mask_ahead: a mask of one query whose first columns serve the next steps too; None where there is none.
     """
 
     keys: int
     valid: torch.Tensor | None
-    dropped_in_conversation: torch.Tensor | None
+    dropped: torch.Tensor | None
     mask: Any
     rotary: Any
+    tokens: int
+    reduced: bool
     mask_ahead: torch.Tensor | None = None
 
 

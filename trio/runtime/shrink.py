@@ -12,7 +12,7 @@ from ..core.backbone import Backbone
 from ..core.probe import LayerInputs, Past
 from ..core.upstream import LayerCall, Role, causal_mask, unsupported
 from ..errors import InputError
-from .cache import Announcement, ReducedLayer, layer_of, reduced_layer
+from .cache import ReducedLayer, layer_of, reduced_layer
 from .forward import Forward, Segment
 
 #: Decoding steps that one mask serves.
@@ -65,17 +65,7 @@ class Shrinker:
             own = reduced_layer(cache, index, self._pipeline_name, past)
             if own.held and own.keys is not None and own.keys.shape[0] != hidden.shape[0]:
                 raise InputError(f"cache: it holds {own.keys.shape[0]} samples, the forward brings {hidden.shape[0]}")
-            tokens = forward.tokens(hidden)
-            own.announce(
-                Announcement(
-                    segment.keys,
-                    segment.valid,
-                    segment.dropped_in_conversation,
-                    tokens,
-                    reduced=shorter,
-                    mask_ahead=segment.mask_ahead,
-                )
-            )
+            own.announce(segment)
         changed = {**given, call.mask: segment.mask, call.rotary: segment.rotary}
         # Gaps would read as packed sequences; the rotation is in the rotary embeddings already.
         changed.update(dict.fromkeys(call.position_names(given)))
@@ -112,7 +102,9 @@ class Shrinker:
         else:
             valid, ahead = _joined(past_valid, held, new_valid, length), None
             mask = self._mask(index, hidden, valid, held)
-        return Segment(held + length, valid, dropped, mask, rotary, ahead)
+        return Segment(
+            held + length, valid, dropped, mask, rotary, forward.tokens(hidden), reduced=shorter, mask_ahead=ahead
+        )
 
     def _mask(self, index: int, hidden: torch.Tensor, valid: torch.Tensor | None, past: int) -> Any:
         return causal_mask(

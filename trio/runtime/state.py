@@ -104,8 +104,8 @@ class TokenState:
         return any(sum(counts) != self.token_index.shape[1] for counts in self.counts)
 
     def dropped_before(self) -> torch.Tensor:
-        """int64 ``(B, S)``, tokens of this forward dropped in front of each valid column."""
-        return self.ranks.gather(1, self.column) - self.valid.cumsum(1)
+        """int64 ``(B, S)``, tokens of this forward dropped in front of each valid column; 0 at padding."""
+        return torch.where(self.valid, self.ranks.gather(1, self.column) - self.valid.cumsum(1), 0)
 
     def dropped_in_forward(self) -> torch.Tensor:
         """int64 ``(B,)``, tokens of this forward dropped so far."""
