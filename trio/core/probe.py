@@ -70,13 +70,10 @@ def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
         Rows in rising order. Rows that a short sample lacks are not valid.
     """
     columns = torch.arange(valid.shape[1], device=valid.device)
-    rank = valid.sum(1, keepdim=True) - valid.cumsum(1)  # valid columns after each one
-    wanted = torch.arange(count - 1, -1, -1, device=valid.device) + skip
-    match = valid[:, None, :] & (rank[:, None, :] == wanted[None, :, None])  # (B, R, S)
-    found = match.any(-1)
-    last = torch.where(valid, columns, -1).amax(1).clamp_min(0)
-    index = torch.where(found, (match * columns).sum(-1), last[:, None])
-    return Rows(index, found)
+    last = torch.where(valid, columns, -1).topk(min(count + skip, valid.shape[1])).values  # falling
+    last = torch.nn.functional.pad(last, (0, count + skip - last.shape[1]), value=-1)
+    index = last[:, skip:].flip(1)
+    return Rows(torch.where(index < 0, last[:, :1].clamp_min(0), index), index >= 0)
 
 
 class Probe(ABC):
@@ -124,7 +121,7 @@ class Probe(ABC):
         """
         with _differentiable():
             inputs = _detached(self.inputs)
-            rows = Rows(rows.index.clone(), rows.valid.clone())
+            rows = Rows(_plain(rows.index), _plain(rows.valid))
             hidden = inputs.hidden.requires_grad_(True)
             logits = self._logits(self._forward_rows(inputs, rows))
             weight, scale = _loss_gradient(logits.detach(), rows.valid.to(logits.device))
@@ -149,7 +146,7 @@ def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Ten
     gradient = gradient.scatter(-1, label, -gradient.sum(-1, keepdim=True))
     rows = valid.sum(1).clamp_min(1).to(torch.float32)
     gradient = gradient * (valid / rows[:, None])[..., None]
-    largest = gradient.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    largest = torch.linalg.vector_norm(gradient, float("inf"), dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-100, 100))
     return gradient * scale[:, None, None], scale
 
@@ -162,22 +159,23 @@ def _differentiable() -> Iterator[None]:
 
 
 def _detached(inputs: LayerInputs) -> LayerInputs:
-    """Copies that autograd may save: inference tensors are cloned, the rest only detached."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.clone() if value.is_inference() else value.detach()
-        if isinstance(value, (tuple, list)):
-            return type(value)(plain(item) for item in value)
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return value
-
+    """Tensors that autograd may save, and that are no part of a graph."""
     past = inputs.past
     return LayerInputs(
-        hidden=inputs.hidden.detach().clone(),
-        valid=plain(inputs.valid),
-        rotary=plain(inputs.rotary),
-        past=None if past is None else Past(plain(past.keys), plain(past.values), plain(past.valid)),
-        others=plain(dict(inputs.others)),
+        hidden=_plain(inputs.hidden),
+        valid=_plain(inputs.valid),
+        rotary=_plain(inputs.rotary),
+        past=None if past is None else Past(_plain(past.keys), _plain(past.values), _plain(past.valid)),
+        others=_plain(dict(inputs.others)),
     )
+
+
+def _plain(value: Any) -> Any:
+    """Tensors in tuples, lists and dicts: inference tensors are cloned, the rest only detached."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_inference() else value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
