@@ -209,8 +209,9 @@ class RowProbe(Probe):
             seen = seen & (everything > past + rows.index[..., None] - self._window)
         batch, heads, count = queries.shape[:3]
         scores = _grouped(queries, keys.shape[1]) @ keys.transpose(2, 3) * a.scaling
-        scores = scores.reshape(batch, heads, count, -1).float()
-        return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(-1), keys.shape[1]
+        scores = scores.reshape(batch, heads, count, -1)
+        scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+        return scores.softmax(-1, dtype=torch.float32), keys.shape[1]
 
     def _heads(self, states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """``(B, S, heads * head dim)`` to ``(B, heads, S, head dim)``, through the heads' norm where there is one."""

@@ -71,9 +71,11 @@ def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
     """
     columns = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid, columns, -1).topk(min(count + skip, valid.shape[1])).values  # falling
-    last = torch.nn.functional.pad(last, (0, count + skip - last.shape[1]), value=-1)
+    if last.shape[1] < count + skip:
+        last = torch.nn.functional.pad(last, (0, count + skip - last.shape[1]), value=-1)
     index = last[:, skip:].flip(1)
-    return Rows(torch.where(index < 0, last[:, :1].clamp_min(0), index), index >= 0)
+    exists = index >= 0
+    return Rows(torch.where(exists, index, last[:, :1].clamp_min(0)), exists)
 
 
 class Probe(ABC):
@@ -141,13 +143,13 @@ def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Ten
         The scaled gradient, float32 ``(B, R, V)``, its largest entry between 0.5 and 1, and the scale ``(B,)``.
     """
     label = logits.argmax(-1, keepdim=True)
-    gradient = logits.float().softmax(-1).scatter(-1, label, 0.0)
+    gradient = logits.softmax(-1, dtype=torch.float32).scatter(-1, label, 0.0)
     # Minus the sum of the others rather than p - 1: exact also where the model is so sure that p rounds to 1.
     gradient = gradient.scatter(-1, label, -gradient.sum(-1, keepdim=True))
-    rows = valid.sum(1).clamp_min(1).to(torch.float32)
+    rows = valid.sum(1, dtype=torch.float32).clamp_min(1)
     gradient = gradient * (valid / rows[:, None])[..., None]
     largest = torch.linalg.vector_norm(gradient, float("inf"), dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    scale = torch.exp2(-torch.ceil(torch.log2(largest)).clamp(-100, 100))
+    scale = torch.exp2(-torch.ceil(torch.log2(largest)))
     return gradient * scale[:, None, None], scale
 
 

@@ -141,7 +141,8 @@ def _select(
             f"shape {tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be "
             f"({len(asked)} groups, K): run trio.testing.check_selector on it"
         )
-    keep = ungroup(group, indices, chosen, state)
+    full = not stage.selector.decides_count and set(asked) == {indices.shape[1]}
+    keep = ungroup(group, indices, None if full else chosen, state)
     kept = chosen.sum(1).tolist() if stage.selector.decides_count else list(asked)
     return keep, kept_counts(group, kept, state, keep)
 

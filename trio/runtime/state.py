@@ -273,13 +273,13 @@ def origins_of(images: Images) -> TokenOrigins:
     )
 
 
-def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor, state: TokenState) -> torch.Tensor:
+def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor | None, state: TokenState) -> torch.Tensor:
     """What a selector chose, as a mask over the visual tokens.
 
     Args:
         group: the groups that the selector saw.
         indices: int64 ``(G, K)``.
-        valid: bool ``(G, K)``.
+        valid: bool ``(G, K)``; None: all are.
         state: the tokens that the groups come from.
 
     Returns:
@@ -287,7 +287,7 @@ def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor, state: To
     """
     size = group.index.shape[1]
     chosen = torch.zeros(len(group.started), size + 1, dtype=torch.bool, device=indices.device)
-    chosen.scatter_(1, torch.where(valid, indices, size), True)
+    chosen.scatter_(1, indices if valid is None else torch.where(valid, indices, size), True)
     if group.whole:
         return chosen[:, :size] & group.valid if state.uneven else chosen[:, :size]
     batch, most = state.token_index.shape
