@@ -604,8 +604,8 @@ def causal_mask(
     }
     if window is not None:
         given[names["overlay"]] = masking_utils.sliding_window_overlay(window)
-    elif valid is not None and hidden.shape[1] == 1:
-        # An overlay that hides nothing: without one, sdpa masks for one query look at the padding, and the host waits.
+    elif valid is not None:
+        # An overlay that hides nothing: without one, masks for sdpa look at the padding, and the host waits.
         given[names["overlay"]] = _hides_nothing
     mask = masking_utils.create_causal_mask(**given)
     _check_shape(mask, hidden.shape[1], past + hidden.shape[1])
