@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import trio
 from trio import zoo
+from trio.core.hooking import patches_on
 from trio.core.tokens import ImageTokens
 from trio.measure import evaluation
 from trio.measure.evaluation import rows as rows_module
@@ -22,7 +22,7 @@ from trio.measure.evaluation.images import Counter, Shown, without_floor
 from trio.measure.evaluation.protocol import named_specs, weights
 from trio.measure.evaluation.results import EvaluationResults
 from trio.measure.evaluation.rows import plan
-from trio.measure.evaluation.runner import Runner, remembered
+from trio.measure.evaluation.runner import Runner
 from trio.measure.evaluation.task import LabelledSample, Task, jsonl, normalise
 from trio.spec import PipelineSpec
 
@@ -321,21 +321,7 @@ def test_a_processor_without_its_floor(loaded: Loaded) -> None:
     assert processor.image_processor.size["shortest_edge"] > free.image_processor.size["shortest_edge"]
 
 
-def test_the_remembered_tower_gives_back_what_stood_there() -> None:
-    tower, seen = torch.nn.Linear(2, 2), []
-    own = tower.forward
-    with remembered(tower, seen):
-        first = tower(torch.ones(1, 2))
-    with remembered(tower, seen):
-        assert torch.equal(tower(torch.zeros(1, 2)), first)
-    assert "forward" not in vars(tower)
-    tower.forward = own  # as offloading puts a wrapper on the instance
-    with remembered(tower, []):
-        tower(torch.ones(1, 2))
-    assert vars(tower)["forward"] is own
-
-
-def test_the_remembered_tower_changes_no_answer(loaded: Loaded, task: Task, tmp_path: Path) -> None:
+def test_images_encoded_once_change_no_answer(loaded: Loaded, task: Task, tmp_path: Path) -> None:
     runner = Runner(*loaded, task, 8)
     rows = [row for row in planned(loaded[0], SPEC)[0] if row.name in ("full", "ours")]
     found = runner.run(rows, AnswerFiles(tmp_path, {}))
@@ -348,7 +334,8 @@ def test_the_remembered_tower_changes_no_answer(loaded: Loaded, task: Task, tmp_
             texts = [text.strip() for text in loaded[1].batch_decode(out, skip_special_tokens=True)]
             assert [found[row.name][i].text for i in batch] == texts
     assert found["full"] != found["ours"]
-    assert "forward" not in vars(runner.adapter.vision_tower)
+    assert not list(patches_on(runner.model))
+    assert runner.memory.encoded == len(runner.batches)  # for two rows
 
 
 @pytest.mark.parametrize(

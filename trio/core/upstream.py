@@ -480,6 +480,17 @@ def feature_counts(output: Any) -> tuple[int, ...] | None:
     return None
 
 
+def features_of(output: Any) -> Any:
+    """What an encoder method gave, without what it saw on its way: hidden states and attentions of its blocks.
+
+    A model reads the projected features alone; the hidden states of LLaVA-1.5's tower are six times as large.
+    """
+    if not isinstance(output, Mapping):
+        return output
+    inner = ("hidden_states", "attentions")
+    return type(output)(**{name: value for name, value in output.items() if name not in inner})
+
+
 # Generation
 
 

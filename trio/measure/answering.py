@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,6 +16,9 @@ from ..core.images import batch_for
 from ..errors import InputError
 from ..pipeline import Pipeline
 from ..report import CompressionReport
+
+if TYPE_CHECKING:
+    from .encoding import EncodedImages
 
 __all__ = ["GREEDY", "BatchAnswers", "GreedyAnswerer", "decode", "generate", "wait"]
 
@@ -70,8 +73,9 @@ class BatchAnswers:
     Attributes:
         logits: of the first token, float32 ``(B, V)`` on the CPU, before any processing by `generate`.
         texts: B answers, special tokens left out.
-        first_token: seconds from the call of `generate` to the first token.
-        answer: seconds to the end.
+        first_token: seconds from the call of `generate` to the first token. Where images were not encoded again, the
+            seconds that encoding them took before are part of it.
+        answer: seconds to the end; likewise.
         report: of the pipeline; None without one.
     """
 
@@ -97,29 +101,46 @@ class GreedyAnswerer:
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
         self.adapter = adapter_for(model)
 
-    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
-        """A batch on the model's device, from the images and the text of each prompt.
+    def prepare(self, prompts: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
+        """A batch on the host, from the images and the text of each prompt; touches no device.
 
         Raises:
             InputError: the processor cannot write such a batch.
         """
-        return batch_for(self.processor, prompts).to(self.model.device, dtype=self.model.dtype)
+        return batch_for(self.processor, prompts)
+
+    def on_device(self, batch: Any) -> Any:
+        """A batch of `prepare`, on the model's device and in its dtype."""
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]]) -> Any:
+        """A batch on the model's device; see `prepare`."""
+        return self.on_device(self.prepare(prompts))
 
     def __call__(
-        self, inputs: Any, pipeline: Pipeline | None = None, *, max_new_tokens: int | None = None
+        self,
+        inputs: Any,
+        pipeline: Pipeline | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        memory: EncodedImages | None = None,
     ) -> BatchAnswers:
-        """Answers a batch."""
-        with pipeline or nullcontext(), _FirstToken.of(self.adapter.model) as first:  # attaching is not timed
+        """Answers a batch; with a memory, images that it knows are not encoded again."""
+        reused = nullcontext() if memory is None else memory.reused(pipeline)
+        before = 0.0 if memory is None else memory.saved_seconds
+        # Attaching is not timed.
+        with reused, pipeline or nullcontext(), _FirstToken.of(self.adapter.model) as first:
             wait(self.model.device)
             start = time.perf_counter()
             tokens = generate(self.model, inputs, max_new_tokens=max_new_tokens or self.max_new_tokens)
             wait(self.model.device)
             end = time.perf_counter()
+        saved = 0.0 if memory is None else memory.saved_seconds - before
         return BatchAnswers(
             logits=first.logits.float().cpu(),
             texts=decode(self.processor, tokens),
-            first_token=first.time - start,
-            answer=end - start,
+            first_token=first.time - start + saved,
+            answer=end - start + saved,
             report=None if pipeline is None else pipeline.report,
         )
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from ...adapters import adapter_for
 from ...core.images import batch_for
@@ -19,7 +16,9 @@ from ...cost import ModelShape, of_report, shape_of
 from ...cost.flops import prefill_flops, projector_flops, tower_flops
 from ...errors import TrioError
 from ...pipeline import Pipeline
+from ..ahead import prepared
 from ..answering import decode, generate
+from ..encoding import LIMIT, EncodedImages
 from .answers import AnswerFiles, RowAnswer
 from .floors import Oracle
 from .images import Counter, Shown, without_floor
@@ -31,12 +30,14 @@ __all__ = ["Runner"]
 #: Images that are looked at for what holds for all of them.
 LOOKED_AT = 16
 Progress = Callable[[int, int], None]
+#: Which images a row shows, and how small.
+_Which = tuple[ImageChoice, float]
 
 
 class Runner:
     """A model, a task, and how they are brought together."""
 
-    def __init__(self, model: Any, processor: Any, task: Task, batch_size: int) -> None:
+    def __init__(self, model: Any, processor: Any, task: Task, batch_size: int, *, encoded_bytes: int = LIMIT) -> None:
         """Lays out the batches: images of one size together, so that little is padded.
 
         Args:
@@ -44,12 +45,15 @@ class Runner:
             processor: its processor.
             task: the questions.
             batch_size: questions in a batch.
+            encoded_bytes: features of a batch's images that are kept for the next row, on the model's device; others
+                are encoded again for each.
         """
         self.model, self.processor, self.task = model, processor, task
         self.adapter = adapter_for(model)
         self.small_processor = without_floor(processor)
         self.counter, self.small = (Counter(self.adapter, one) for one in (processor, self.small_processor))
         self.shown = Shown(task, self.counter, self.small)
+        self.memory = EncodedImages(self.adapter, limit=encoded_bytes)
         self.shape, self.no_flops = _shape(model)
         sizes = {sample.scene: sample.load().size for sample in task.samples}
         order = sorted(range(len(task.samples)), key=lambda i: (sizes[task.samples[i].scene], i))
@@ -75,10 +79,15 @@ class Runner:
             answers_by_key[key], done[key] = files.read(row.name, key, self.batches)
         finished, total = sum(done.values()), len(first) * len(self.batches)
         pipelines = {key: self.pipeline(row) for key, row in first.items() if row.spec is not None}
-        for number, batch in enumerate(self.batches):
+        open_rows = [[row for key, row in first.items() if done[key] <= number] for number in range(len(self.batches))]
+        work = [
+            ([self.task.samples[i] for i in batch], rows) for batch, rows in zip(self.batches, open_rows, strict=True)
+        ]
+        coming = prepared(lambda item: self._prepare(*item), work)
+        for number, (batch, inputs) in enumerate(zip(self.batches, coming, strict=True)):
             if progress is not None:
                 progress(finished, total)
-            inputs = _Inputs(self, [self.task.samples[i] for i in batch])
+            self.memory.clear()
             for key, row in first.items():
                 if done[key] > number:
                     continue
@@ -101,8 +110,22 @@ class Runner:
 
     def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], which: ImageChoice) -> Any:
         """A batch on the model's device."""
-        made = batch_for(self.small_processor if which == "small" else self.processor, prompts)
-        return made.to(self.model.device, dtype=self.model.dtype)
+        return self.on_device(batch_for(self.small_processor if which == "small" else self.processor, prompts))
+
+    def on_device(self, batch: Any) -> Any:
+        """A batch of the processor on the model's device, in its dtype."""
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def _prepare(self, samples: Sequence[LabelledSample], rows: Sequence[EvaluationRow]) -> _Batch:
+        """A batch as all rows show it, on the host; runs beside the model."""
+        found: dict[_Which, Any] = {}
+        for row in rows:
+            if _which(row) not in found:
+                images = self.shown.images(samples, row.image, row.tokens)
+                prompts = [([image], sample.question) for image, sample in zip(images, samples, strict=True)]
+                processor = self.small_processor if row.image == "small" else self.processor
+                found[_which(row)] = batch_for(processor, prompts)
+        return _Batch(self, samples, found)
 
     def smallest(self) -> float:
         """Largest share of its tokens that an image still has when it is made as small as it can be."""
@@ -118,11 +141,10 @@ class Runner:
         return generate(self.model, inputs, pipeline, max_new_tokens=new_tokens)
 
     def _ask(
-        self, row: EvaluationRow, pipeline: Pipeline | None, batch: _Inputs
+        self, row: EvaluationRow, pipeline: Pipeline | None, batch: _Batch
     ) -> tuple[list[str], list[int], list[float], float | None]:
         inputs = batch.inputs(row)
-        tower = None if pipeline is not None and pipeline.reads_tower else self.adapter.vision_tower
-        with remembered(tower, batch.seen(row)) if tower is not None else nullcontext():
+        with self.memory.reused(pipeline):
             out = self.generate(inputs, batch.samples, pipeline, self.task.max_new_tokens)
         texts = decode(self.processor, out)
         if pipeline is not None:
@@ -148,27 +170,23 @@ class Runner:
         return sum(each) / len(each)
 
 
-class _Inputs:
-    """One batch, made ready when a row needs it."""
+class _Batch:
+    """One batch of questions, prepared on the host; on the device once a row needs it."""
 
-    def __init__(self, runner: Runner, samples: Sequence[LabelledSample]) -> None:
+    def __init__(self, runner: Runner, samples: Sequence[LabelledSample], prepared: dict[_Which, Any]) -> None:
         self.samples = samples
-        self._runner = runner
-        self._inputs: dict[tuple[str, float], Any] = {}
-        self._seen: dict[tuple[str, float], list[Any]] = {}
+        self._runner, self._prepared = runner, prepared
+        self._inputs: dict[_Which, Any] = {}
 
     def inputs(self, row: EvaluationRow) -> Any:
-        which = (row.image, row.tokens)
+        which = _which(row)
         if which not in self._inputs:
-            runner = self._runner
-            images = runner.shown.images(self.samples, row.image, row.tokens)
-            prompts = [([image], s.question) for image, s in zip(images, self.samples, strict=True)]
-            self._inputs[which] = runner.inputs(prompts, row.image)
+            self._inputs[which] = self._runner.on_device(self._prepared.pop(which))
         return self._inputs[which]
 
-    def seen(self, row: EvaluationRow) -> list[Any]:
-        """What the vision tower gave for these images, call by call; empty at first."""
-        return self._seen.setdefault((row.image, row.tokens), [])
+
+def _which(row: EvaluationRow) -> _Which:
+    return row.image, row.tokens
 
 
 def show(pipeline: Pipeline, samples: Sequence[LabelledSample]) -> None:
@@ -176,34 +194,6 @@ def show(pipeline: Pipeline, samples: Sequence[LabelledSample]) -> None:
     for stage in pipeline.spec.stages:
         if isinstance(stage.scorer.obj, Oracle):
             stage.scorer.obj.show(samples)
-
-
-@contextmanager
-def remembered(tower: nn.Module, seen: list[Any]) -> Iterator[None]:
-    """For the block, the vision tower gives again what it gave for the same batch: rows would make it look anew.
-
-    Args:
-        tower: the vision tower.
-        seen: what it gave, call by call; empty at first, and filled then.
-    """
-    look, own = tower.forward, vars(tower).get("forward")
-    calls = iter(range(len(seen)))
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        call = next(calls, None)
-        if call is None:
-            seen.append(look(*args, **kwargs))
-            call = -1
-        return copy.copy(seen[call])
-
-    tower.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del tower.forward
-        else:
-            tower.forward = own
 
 
 def _shape(model: Any) -> tuple[ModelShape | None, str]:

@@ -12,7 +12,9 @@ from ... import __version__
 from ...cost import ModelShape, shape_of
 from ...errors import InputError, UnsupportedModelError
 from ...spec import PipelineSpec, load_spec
+from ..ahead import AHEAD, prepared
 from ..answering import BatchAnswers, GreedyAnswerer
+from ..encoding import LIMIT, EncodedImages
 from ..extras import require
 from .compare import compare
 from .floor import random_floor
@@ -42,12 +44,15 @@ def measure(
     batch_size: int = 4,
     seed: int = 0,
     name: str | None = None,
+    encoded_bytes: int = LIMIT,
     progress: Callable[[int, int], None] | None = None,
 ) -> FidelityReport:
     """How far a model answers with compressed images as it does with whole ones.
 
     Every batch is answered by the full model, by each spec and by each spec's floor (as many tokens at the same places,
-    drawn at random), in an order that rotates. The first batch is answered once more before that, unmeasured.
+    drawn at random), in an order that rotates. The first batch is answered once more before that, unmeasured. In each
+    turn the images are encoded once, and those seconds are part of every way's times; a spec whose compressor reads the
+    vision tower has it run anew.
 
     Args:
         model: a vision-language model of transformers, in evaluation mode.
@@ -58,6 +63,8 @@ def measure(
         batch_size: samples in a batch.
         seed: of the floor.
         name: of the model, for the report; its class where not given.
+        encoded_bytes: features of a batch's images that are kept for the next spec, on the model's device; a batch with
+            more is encoded again for each.
         progress: told (batches done, batches in all) before the first batch and after each.
 
     Raises:
@@ -74,13 +81,18 @@ def measure(
     for library in ("scipy.stats", "rapidfuzz"):
         require(library, "fidelity")  # missing, it should not cost the answers
     answerer = GreedyAnswerer(model, processor, max_new_tokens=max_new_tokens)
-    run = _Run(answerer, _named([load_spec(one) for one in given]), seed)
+    memory = EncodedImages(answerer.adapter, limit=encoded_bytes)
+    run = _Run(answerer, memory, _named([load_spec(one) for one in given]), seed)
     batches = [list(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
     whole = sum(len(batch) == len(batches[0]) for batch in batches)  # a shorter last one has times of its own
+    host = model.device.type == "cpu"  # there, preparing beside the model would take from the times that are measured
+    coming = prepared(
+        lambda batch: answerer.prepare([one.question() for one in batch]), batches, ahead=0 if host else AHEAD
+    )
     for index, batch in enumerate(batches):
         if progress is not None:
             progress(index, len(batches))
-        inputs = answerer.inputs([one.question() for one in batch])
+        inputs = answerer.on_device(next(coming))
         if index == 0:
             run.warm_up(inputs)
             for turn in range(whole, TURNS):
@@ -94,8 +106,10 @@ def measure(
 class _Run:
     """Asks the full model and every way in turn, and gathers what they say."""
 
-    def __init__(self, answerer: GreedyAnswerer, specs: Sequence[PipelineSpec], seed: int) -> None:
-        self.answerer = answerer
+    def __init__(
+        self, answerer: GreedyAnswerer, memory: EncodedImages, specs: Sequence[PipelineSpec], seed: int
+    ) -> None:
+        self.answerer, self.memory = answerer, memory
         self.seed = seed
         self.specs = [Way([spec], answerer) for spec in specs]  # refused before anything runs
         self.floors: list[Way] = []
@@ -114,9 +128,9 @@ class _Run:
 
     def warm_up(self, inputs: Any) -> None:
         """Pays for loading and caches, and finds how many tokens the floors are to keep."""
-        self.answerer(inputs, max_new_tokens=2)
+        self.answerer(inputs, max_new_tokens=2, memory=self.memory)
         for way in self.specs:
-            report = self.answerer(inputs, way.pipeline(0), max_new_tokens=2).report
+            report = self.answerer(inputs, way.pipeline(0), max_new_tokens=2, memory=self.memory).report
             assert report is not None  # a pipeline was given
             images = [image for sample in report.samples for image in sample.images]
             entered = sum(image.start for image in images) / max(1, sum(image.tokens for image in images))
@@ -128,16 +142,18 @@ class _Run:
                 )
             floors = [random_floor(way.spec, seed=self.seed + draw, entered=entered) for draw in range(DRAWS)]
             self.floors.append(Way(floors, self.answerer))
-            self.answerer(inputs, self.floors[-1].pipeline(0), max_new_tokens=2)
+            self.answerer(inputs, self.floors[-1].pipeline(0), max_new_tokens=2, memory=self.memory)
 
     def turn(self, inputs: Any, number: int, *, timed: bool = True) -> list[BatchAnswers]:
         """The answers of the full model and of every way; who comes first changes from turn to turn."""
         ways: list[Way | None] = [None, *self.ways]
+        self.memory.clear()  # each turn times the encoder
         order = [(number + place) % len(ways) for place in range(len(ways))]
         answers: dict[int, BatchAnswers] = {}
         for place in order:
             way = ways[place]
-            answers[place] = answer = self.answerer(inputs, None if way is None else way.pipeline(number))
+            pipeline = None if way is None else way.pipeline(number)
+            answers[place] = answer = self.answerer(inputs, pipeline, memory=self.memory)
             if timed:
                 (self.full if way is None else way.seconds).append((answer.first_token, answer.answer))
         return [answers[place] for place in range(len(ways))]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, median
+from typing import Any
 
 import torch
 
@@ -15,7 +16,9 @@ from ...errors import UnsupportedModelError
 from ...pipeline import Pipeline
 from ...scorers.base import Scorer
 from ...spec import PipelineSpec, load_spec
+from ..ahead import prepared
 from ..answering import BatchAnswers, GreedyAnswerer
+from ..encoding import LIMIT, EncodedImages
 from ..fidelity.compare import Likeness, compare
 from ..fidelity.samples import PromptSample
 from ..fidelity.ways import Tokens
@@ -43,7 +46,13 @@ class Judge:
     """Knows the full model's answers to the samples of the search."""
 
     def __init__(
-        self, answerer: GreedyAnswerer, samples: Sequence[PromptSample], *, batch_size: int, timed: bool
+        self,
+        answerer: GreedyAnswerer,
+        samples: Sequence[PromptSample],
+        *,
+        batch_size: int,
+        timed: bool,
+        encoded_bytes: int = LIMIT,
     ) -> None:
         """Asks the full model once.
 
@@ -52,6 +61,8 @@ class Judge:
             samples: of the search.
             batch_size: samples in a batch.
             timed: whether `Found.values` has a speed.
+            encoded_bytes: features of images that are kept for the next spec, on the model's device; the others are
+                encoded again for each.
         """
         self._answerer = answerer
         self._timed = timed
@@ -62,15 +73,19 @@ class Judge:
         except UnsupportedModelError as error:
             self._shape, self.unknown = None, str(error)
         batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-        self._inputs = [answerer.inputs([one.question() for one in batch]) for batch in batches]
-        self._full: list[BatchAnswers] = [answerer(inputs) for inputs in self._inputs]
+        self._memory = EncodedImages(answerer.adapter, limit=encoded_bytes)
+        self._inputs: list[Any] = []
+        self._full: list[BatchAnswers] = []
+        for batch in prepared(lambda some: answerer.prepare([one.question() for one in some]), batches):
+            self._inputs.append(answerer.on_device(batch))
+            self._full.append(answerer(self._inputs[-1], memory=self._memory))
 
     @property
     def tokens(self) -> int:
         """Visual tokens of the first image, found with a spec that keeps them all."""
         spec = load_spec({"version": 1, "stages": [{"after_layer": 0, "keep": "100%", "scorer": _Unscored()}]})
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
-        report = self._answerer(self._inputs[0], pipeline, max_new_tokens=1).report
+        report = self._answerer(self._inputs[0], pipeline, max_new_tokens=1, memory=self._memory).report
         assert report is not None  # a pipeline was given
         return report.samples[0].visual_tokens
 
@@ -85,7 +100,7 @@ class Judge:
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
         tokens, likenesses = Tokens(), list[Likeness]()
         for inputs, full in zip(self._inputs, self._full, strict=True):
-            other = self._answerer(inputs, pipeline)
+            other = self._answerer(inputs, pipeline, memory=self._memory)
             assert other.report is not None  # a pipeline was given
             tokens.add(other.report, spec, self._shape)
             likenesses += compare(full.logits, other.logits, full.texts, other.texts)

@@ -12,6 +12,7 @@ from ... import DEFAULT_SPEC
 from ...errors import BudgetError, InputError
 from ...spec import PipelineSpec, load_spec
 from ..answering import GreedyAnswerer
+from ..encoding import LIMIT
 from ..extras import require
 from ..fidelity import FidelityReport, PromptSample, measure
 from .report import Candidate, TuningReport, cost_of, quality_of
@@ -36,6 +37,7 @@ def tune(
     without: Collection[str] = (),
     study: Path | None = None,
     name: str | None = None,
+    encoded_bytes: int = LIMIT,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TuningReport:
     """The best spec for a target, and what it does on images that the search has not seen.
@@ -59,6 +61,8 @@ def tune(
         without: names of parts not to use.
         study: file in which trials are kept; a search that was stopped goes on from it with the same result.
         name: of the model, for the report and the spec's name.
+        encoded_bytes: features of images that are kept for the next spec, on the model's device; images
+            that they do not suffice for are encoded again for each.
         progress: told (what is being done, done, in all).
 
     Raises:
@@ -88,11 +92,17 @@ def tune(
     def steps(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    judge = Judge(answerer, seen, batch_size=batch_size, timed=wanted.timed)
+    judge = Judge(answerer, seen, batch_size=batch_size, timed=wanted.timed, encoded_bytes=encoded_bytes)
     starts = space.starts(judge.tokens)
     tried = search.run(trials, space, starts, judge.judge, wanted.quality, steps("trials"))
     best = choose(tried.candidates, wanted)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "name": called}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "name": called,
+        "encoded_bytes": encoded_bytes,
+    }
     spec = load_spec({**best.spec, "name": "tuned"})
     both = [spec, load_spec(DEFAULT_SPEC)]
     on_search = measure(model, processor, both, seen, **options, progress=steps("images of the search"))
