@@ -181,8 +181,8 @@ def _own_cache(bench: Bench) -> str:
     return "2 caches, bitwise as with generate's own"
 
 
-def _caching(use_cache: bool) -> dict[str, Any]:
-    return keywords({Role.USE_CACHE: use_cache})
+def _caching(wanted: bool) -> dict[str, Any]:
+    return keywords({Role.USE_CACHE: wanted})
 
 
 def _by_hand(bench: Bench) -> str:
