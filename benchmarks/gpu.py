@@ -30,8 +30,8 @@ from trio.errors import InputError
 from trio.measure.bench import (
     Architecture,
     BenchReport,
+    BenchSettings,
     NoisePrompts,
-    Settings,
     architecture,
     build,
     config_of,
@@ -90,7 +90,7 @@ def benchmark(name: str, specs: tuple[str, ...], samples: int, *, device: str, s
     model = build(config, dtype=dtype, device=device)
     prompts = NoisePrompts(shape, config)
     loaded = [load_spec(spec) for spec in (specs[:1] if small else specs)]
-    settings = Settings(batch=samples, steps=2 if small else 16, rounds=1 if small else 20, seconds=EACH / 2)
+    settings = BenchSettings(batch=samples, steps=2 if small else 16, rounds=1 if small else 20, seconds=EACH / 2)
     if small:
         settings = replace(settings, search=False)
     report = measure(

@@ -18,7 +18,7 @@ import trio
 from trio.adapters.base import Adapter
 from trio.core.context import LayerContext, SelectionContext
 from trio.core.probe import LayerInputs
-from trio.measure.bench.timing import Way, run
+from trio.measure.bench.timing import TimedWay, run
 from trio.measure.bench.ways import Entry, Maker
 from trio.spec import PipelineSpec
 
@@ -107,7 +107,7 @@ def naive(maker: Maker, specs: Sequence[PipelineSpec]) -> list[Entry]:
         )
         with pipeline:
             run(model, maker.inputs, 0)
-        way = Way(f"naive {spec.name}", maker.inputs, _attaching(pipeline), maker.steps)
+        way = TimedWay(f"naive {spec.name}", maker.inputs, _attaching(pipeline), maker.steps)
         kept = pipeline.report.average_kept / maker.samples
         made.append(Entry(way, "naive", spec.name, maker.visual, kept))
     return made

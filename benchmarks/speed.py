@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.naive import naive
 from trio.cli.bench import print_report
-from trio.measure.bench import BenchReport, NoisePrompts, Settings, architecture, build, config_of, measure
+from trio.measure.bench import BenchReport, BenchSettings, NoisePrompts, architecture, build, config_of, measure
 from trio.spec import load_spec
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,7 +35,7 @@ def speed(
     dtype: str = "float32",
     device: str = "cpu",
     size: tuple[int, int] | None = None,
-    settings: Settings | None = None,
+    settings: BenchSettings | None = None,
     command: str = "",
 ) -> BenchReport:
     """Builds a model of an architecture and measures specs on it, the naive way among the others."""
@@ -68,7 +68,7 @@ def main(
 ) -> None:
     """Measure and write the result."""
     torch.set_num_threads(threads)
-    settings = Settings(batch=batch_size, rounds=rounds, seconds=seconds)
+    settings = BenchSettings(batch=batch_size, rounds=rounds, seconds=seconds)
     command = shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]])
     report = speed(arch, spec or SPECS, layers=layers, dtype=dtype, device=device, settings=settings, command=command)
     print_report(report, console)

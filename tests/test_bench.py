@@ -21,10 +21,10 @@ from trio.measure.bench import (
     ARCHITECTURES,
     BenchReport,
     BenchRow,
+    BenchSettings,
     ImagePrompts,
     Machine,
     NoisePrompts,
-    Settings,
     architecture,
     build,
     config_of,
@@ -34,7 +34,7 @@ from trio.measure.bench import architectures as shapes
 from trio.measure.bench.numbers import interval, spread
 from trio.measure.bench.plot import plot, roofline
 from trio.measure.bench.targets import judge
-from trio.measure.bench.timing import Round, Way, phases, rounds, run
+from trio.measure.bench.timing import Round, TimedWay, phases, rounds, run
 from trio.measure.bench.ways import Maker
 from trio.scorers.base import SCORERS
 from trio.spec import load_spec
@@ -42,7 +42,7 @@ from trio.spec import load_spec
 HERE = Machine(
     device="cpu: a test", threads=1, load=None, flops_per_second=1e10, bytes_per_second=1e10, versions={"torch": "0"}
 )
-QUICK = Settings(steps=1, rounds=1, seconds=60.0, details=False, search=False)
+QUICK = BenchSettings(steps=1, rounds=1, seconds=60.0, details=False, search=False)
 SPEC = load_spec("trio-soft-11")
 BOTH = {
     "version": 1,
@@ -142,7 +142,7 @@ def test_a_built_model_runs_and_shares_its_layers(name):
 def test_rounds_take_turns_and_leave_the_first_out(tiny, monkeypatch):
     order = []
     monkeypatch.setattr("trio.measure.bench.timing.run", lambda model, inputs, steps: order.append(inputs) or Round(1))
-    ways = [Way(name, name, torch.no_grad, 0) for name in "abc"]
+    ways = [TimedWay(name, name, torch.no_grad, 0) for name in "abc"]
     found = rounds(tiny[0], ways, least=2, most=3, seconds=1e9)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3, "c": 3}

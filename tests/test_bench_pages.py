@@ -13,7 +13,7 @@ from benchmarks.growth import compressor_case, scorer_case, selector_case, serie
 from benchmarks.naive import LoopNMS, WholeLayer, naive
 from trio.adapters import adapter_for
 from trio.core.context import SelectionContext
-from trio.measure.bench import NoisePrompts, Settings, architecture, build, config_of, measure
+from trio.measure.bench import BenchSettings, NoisePrompts, architecture, build, config_of, measure
 from trio.measure.bench.ways import Maker
 from trio.scorers.base import SCORERS
 from trio.selectors.base import SELECTORS
@@ -53,7 +53,7 @@ def test_the_naive_suppression_keeps_the_same_tokens():
 
 def test_the_naive_way_is_a_row_of_the_benchmark(built):
     model, prompts = built
-    settings = Settings(steps=0, rounds=1, controls=False, details=False, search=False)
+    settings = BenchSettings(steps=0, rounds=1, controls=False, details=False, search=False)
     report = measure(model, prompts, [SPEC], settings=settings, more=lambda maker: naive(maker, [SPEC]))
     row = report.row("naive", SPEC.name)
     assert row is not None and row.over_oracle is not None

@@ -21,10 +21,6 @@ PROMPTS = {
     "measure/fidelity/samples.py": "Describe this picture in one or two sentences.",
     "testing/bench.py": '"What is in the picture", "No picture at all" and "before the picture comes" are prompts',
 }
-#: Allowed lines with the word, at most: these docstrings and messages are still to be changed.
-STILL_THERE = {"measure/bench": 1}
-#: Classes of `trio.measure.bench` whose names other modules have, too; they are to be renamed, and no others join them.
-TWICE = {"Settings", "Target", "Verdict", "Way"}
 PICTURE = re.compile("picture", re.IGNORECASE)
 
 
@@ -43,21 +39,14 @@ def test_the_word_is_found_beside_the_spec_value() -> None:
 @pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.relative_to(PACKAGE).as_posix())
 def test_an_image_is_called_an_image(file: Path) -> None:
     name = file.relative_to(PACKAGE).as_posix()
-    if not any(file.is_relative_to(PACKAGE / folder) for folder in STILL_THERE):
-        lines = [line for line in lines_with_picture(file.read_text()) if not is_prompt(name, line)]
-        assert lines == [], f"{name}: say image"
+    lines = [line for line in lines_with_picture(file.read_text()) if not is_prompt(name, line)]
+    assert lines == [], f"{name}: say image"
     assert not PICTURE.search(file.name)
 
 
 def is_prompt(name: str, line: str) -> bool:
     """Whether a line is a prompt for a model."""
     return name in PROMPTS and bool(re.match(r"[A-Z]+ = (Prompt\()?\"", line))
-
-
-@pytest.mark.parametrize("folder", STILL_THERE)
-def test_what_still_says_picture_grows_no_more(folder: str) -> None:
-    counts = [len(lines_with_picture(file.read_text())) for file in TEXTS if file.is_relative_to(PACKAGE / folder)]
-    assert sum(counts) <= STILL_THERE[folder]
 
 
 def test_every_exception_is_needed() -> None:
@@ -74,4 +63,4 @@ def test_no_two_classes_have_one_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert len(names) > 100
-    assert {name for name, count in names.items() if count > 1} <= TWICE
+    assert [name for name, count in names.items() if count > 1] == []

@@ -57,7 +57,7 @@ def bench(
     """Time a model on this machine: full, with each spec, and with an oracle that is given the tokens to keep."""
     from ..cost import shape_of
     from ..errors import InputError, TrioError
-    from ..measure.bench import Settings, measure
+    from ..measure.bench import BenchSettings, measure
     from ..spec import load_spec
     from .common import check_outputs, print_json, progress_bar, say, write_text
     from .tables import console
@@ -78,7 +78,7 @@ def bench(
         if layers is not None or size is not None:
             raise InputError("--layers and --size: they go with --arch; a checkpoint runs as it is.")
         network, prompts = _loaded(str(model), image, question, dtype, device)
-    settings = Settings(
+    settings = BenchSettings(
         batch=batch_size,
         steps=steps,
         rounds=rounds,

@@ -3,22 +3,22 @@
 from .architectures import ARCHITECTURES, Architecture, architecture
 from .build import build, config_of
 from .machine import Machine, describe
-from .measure import Settings, measure
+from .measure import BenchSettings, measure
 from .prompts import ImagePrompts, NoisePrompts, Prompts
-from .report import BenchReport, BenchRow, Target, Verdict
+from .report import BenchReport, BenchRow, SpeedTarget, SpeedVerdict
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "BenchReport",
     "BenchRow",
+    "BenchSettings",
     "ImagePrompts",
     "Machine",
     "NoisePrompts",
     "Prompts",
-    "Settings",
-    "Target",
-    "Verdict",
+    "SpeedTarget",
+    "SpeedVerdict",
     "architecture",
     "build",
     "config_of",

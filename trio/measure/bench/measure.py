@@ -19,11 +19,11 @@ from .timing import Round, phases, rounds, run
 from .verdicts import verdict
 from .ways import Entry, Maker
 
-__all__ = ["Settings", "measure"]
+__all__ = ["BenchSettings", "measure"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How much is measured.
 
     Attributes:
@@ -55,7 +55,7 @@ def measure(
     prompts: Prompts,
     specs: Sequence[PipelineSpec],
     *,
-    settings: Settings | None = None,
+    settings: BenchSettings | None = None,
     name: str = "",
     weights: str = "as loaded",
     more: More | None = None,
@@ -80,7 +80,7 @@ def measure(
     Raises:
         TrioError: a spec does not fit the model.
     """
-    chosen = settings or Settings()
+    chosen = settings or BenchSettings()
     adapter = adapter_for(model)
     try:
         shape = shape_of(model.config, dtype_bytes=model.dtype.itemsize)
@@ -122,7 +122,7 @@ def measure(
 
 
 def _row(
-    entry: Entry, entries: Sequence[Entry], found: dict[str, list[Round]], settings: Settings, maker: Maker
+    entry: Entry, entries: Sequence[Entry], found: dict[str, list[Round]], settings: BenchSettings, maker: Maker
 ) -> BenchRow:
     mine, full = found[entry.way.name], found[entries[0].way.name]
     oracle = _beside(entry, entries, found, "oracle")

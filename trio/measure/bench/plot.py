@@ -40,7 +40,7 @@ def roofline(report: BenchReport, shape: ModelShape) -> list[tuple[float, float]
 
 
 def plot(report: BenchReport, shape: ModelShape | None, file: Path, option: str = "--plot") -> None:
-    """Draws the picture into a file; without a shape it has no roofline.
+    """Draws the plot into a file; without a shape it has no roofline.
 
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.

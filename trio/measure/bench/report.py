@@ -10,7 +10,7 @@ from ...core.record import Document, Record
 from .machine import Machine
 from .numbers import Interval, Spread
 
-__all__ = ["BenchReport", "BenchRow", "Kind", "Target", "Verdict"]
+__all__ = ["BenchReport", "BenchRow", "Kind", "SpeedTarget", "SpeedVerdict"]
 
 Kind = Literal["full", "keep-all", "spec", "oracle", "resize", "pool", "short", "naive"]
 
@@ -57,7 +57,7 @@ class BenchRow(Record):
     notes: list[str] = Field(default_factory=list)
 
 
-class Target(Record):
+class SpeedTarget(Record):
     """A bound that a spec should keep.
 
     Attributes:
@@ -79,7 +79,7 @@ class Target(Record):
     note: str = ""
 
 
-class Verdict(Record):
+class SpeedVerdict(Record):
     """Whether a spec is faster than the full model here, and where it begins to be.
 
     Attributes:
@@ -137,8 +137,8 @@ class BenchReport(Document):
     text_tokens: int
     steps: int
     rows: list[BenchRow]
-    verdicts: list[Verdict] = Field(default_factory=list)
-    targets: list[Target] = Field(default_factory=list)
+    verdicts: list[SpeedVerdict] = Field(default_factory=list)
+    targets: list[SpeedTarget] = Field(default_factory=list)
     command: str = ""
 
     def row(self, kind: Kind, spec: str | None = None) -> BenchRow | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .report import BenchRow, Target
+from .report import BenchRow, SpeedTarget
 
 __all__ = ["judge"]
 
@@ -18,7 +18,7 @@ OF_REDUCTION = 0.85
 OVER_SHORT, OVER_STOCK = 0.03, 0.03
 
 
-def judge(rows: Sequence[BenchRow], *, batch: int, accelerator: bool) -> list[Target]:
+def judge(rows: Sequence[BenchRow], *, batch: int, accelerator: bool) -> list[SpeedTarget]:
     """The targets that can be judged on these rows.
 
     Args:
@@ -28,7 +28,7 @@ def judge(rows: Sequence[BenchRow], *, batch: int, accelerator: bool) -> list[Ta
     """
     full = next((row for row in rows if row.kind == "full"), None)
     oracles = {row.spec: row for row in rows if row.kind == "oracle"}
-    found: list[Target] = []
+    found: list[SpeedTarget] = []
     for row in rows:
         if row.kind == "keep-all" and row.over_full is not None:
             found.append(_at_most("all kept, over the untouched model", row, row.over_full.value - 1, OVER_STOCK))
@@ -38,7 +38,7 @@ def judge(rows: Sequence[BenchRow], *, batch: int, accelerator: bool) -> list[Ta
         if not accelerator and full is not None and full.flops and row.flops and row.speedup is not None:
             share = row.speedup.value / (full.flops / row.flops)
             found.append(
-                Target(
+                SpeedTarget(
                     name="speed-up / reduction of FLOPs",
                     spec=row.spec,
                     bound=OF_REDUCTION,
@@ -52,11 +52,11 @@ def judge(rows: Sequence[BenchRow], *, batch: int, accelerator: bool) -> list[Ta
             value = row.decode_over_short.value - 1
             held = value <= OVER_SHORT
             name = "decode step, over as short a cache"
-            found.append(Target(name=name, spec=row.spec, bound=OVER_SHORT, found=value, held=held))
+            found.append(SpeedTarget(name=name, spec=row.spec, bound=OVER_SHORT, found=value, held=held))
     return found
 
 
-def _over_oracle(row: BenchRow, oracle: BenchRow | None, *, batch: int, accelerator: bool) -> Iterator[Target]:
+def _over_oracle(row: BenchRow, oracle: BenchRow | None, *, batch: int, accelerator: bool) -> Iterator[SpeedTarget]:
     if row.over_oracle is None or oracle is None:
         return
     value = row.over_oracle.value - 1
@@ -69,9 +69,9 @@ def _over_oracle(row: BenchRow, oracle: BenchRow | None, *, batch: int, accelera
         yield _at_most("prefill, over the oracle's", row, value, share + BEYOND_SHARE)
 
 
-def _at_most(name: str, row: BenchRow, value: float, bound: float) -> Target:
+def _at_most(name: str, row: BenchRow, value: float, bound: float) -> SpeedTarget:
     held = value <= bound
-    return Target(name=name, spec=row.spec, bound=bound, found=value, held=held, note="" if held else _where(row))
+    return SpeedTarget(name=name, spec=row.spec, bound=bound, found=value, held=held, note="" if held else _where(row))
 
 
 def _where(row: BenchRow) -> str:

@@ -17,11 +17,11 @@ from ...adapters.base import Adapter
 from ...pipeline import Pipeline
 from .machine import wait
 
-__all__ = ["Round", "Way", "phases", "rounds", "run"]
+__all__ = ["Round", "TimedWay", "phases", "rounds", "run"]
 
 
 @dataclass(frozen=True)
-class Way:
+class TimedWay:
     """Something that is measured.
 
     Attributes:
@@ -86,7 +86,7 @@ def run(model: Any, inputs: Mapping[str, Any], steps: int) -> Round:
 
 def rounds(
     model: Any,
-    ways: Sequence[Way],
+    ways: Sequence[TimedWay],
     *,
     least: int,
     most: int,
@@ -120,7 +120,7 @@ def rounds(
     return found
 
 
-def phases(adapter: Adapter, pipeline: Pipeline | None, way: Way, *, repeats: int = 3) -> dict[str, float]:
+def phases(adapter: Adapter, pipeline: Pipeline | None, way: TimedWay, *, repeats: int = 3) -> dict[str, float]:
     """Seconds of a prefill by phase, medians; each phase is waited for, so that they add up to more than a free run.
 
     Args:

@@ -9,8 +9,8 @@ from statistics import median
 from ...errors import TrioError
 from ...pipeline import Pipeline
 from ...spec import PipelineSpec, load_spec
-from .report import BenchRow, Verdict
-from .timing import Way, rounds
+from .report import BenchRow, SpeedVerdict
+from .timing import TimedWay, rounds
 from .ways import Maker
 
 __all__ = ["verdict"]
@@ -21,7 +21,7 @@ BUDGETS = ("33.3%", "22.2%", "11.1%", "5.6%")
 _PAIRS, _SECONDS = 3, 30.0
 
 
-def verdict(spec: PipelineSpec, rows: Sequence[BenchRow], maker: Maker, *, search: bool) -> Verdict:
+def verdict(spec: PipelineSpec, rows: Sequence[BenchRow], maker: Maker, *, search: bool) -> SpeedVerdict:
     """Judges a spec by its row, and looks further where it loses.
 
     Args:
@@ -32,14 +32,14 @@ def verdict(spec: PipelineSpec, rows: Sequence[BenchRow], maker: Maker, *, searc
     """
     row = next(row for row in rows if row.kind == "spec" and row.spec == spec.name)
     if row.speedup is None or row.speedup.value > 1 or not search:
-        return Verdict(spec=spec.name, faster=row.speedup is not None and row.speedup.value > 1)
+        return SpeedVerdict(spec=spec.name, faster=row.speedup is not None and row.speedup.value > 1)
     tried = {
         "batch": _first((f"{samples}", spec, _more(maker, samples)) for samples in BATCHES if samples > maker.samples),
         "budget": _first((share, smaller, maker) for share, smaller in _budgets(spec, row)),
         "image": _first((size, spec, larger) for size, larger in _larger(maker)),
     }
     found = {what: next((value for value, speedup in values if speedup > 1), None) for what, values in tried.items()}
-    return Verdict(spec=spec.name, faster=False, smallest=found, tried=tried)
+    return SpeedVerdict(spec=spec.name, faster=False, smallest=found, tried=tried)
 
 
 def _more(maker: Maker, samples: int) -> Maker:
@@ -88,6 +88,6 @@ def speedup(spec: PipelineSpec, maker: Maker) -> float:
     """
     model = maker.adapter.model
     pipeline = Pipeline.from_spec(spec, model, adapter=maker.adapter)
-    ways = [Way("full", maker.inputs, nullcontext, 0), Way("spec", maker.inputs, lambda: pipeline, 0)]
+    ways = [TimedWay("full", maker.inputs, nullcontext, 0), TimedWay("spec", maker.inputs, lambda: pipeline, 0)]
     found = rounds(model, ways, least=1, most=_PAIRS, seconds=_SECONDS)
     return median(one.prefill / other.prefill for one, other in zip(found["full"], found["spec"], strict=True))

@@ -19,7 +19,7 @@ from ...spec import PipelineSpec, load_spec
 from .architectures import Size
 from .prompts import Prompts
 from .report import Kind
-from .timing import Way, run
+from .timing import TimedWay, run
 
 __all__ = ["Entry", "Maker"]
 
@@ -50,7 +50,7 @@ class Entry:
         notes: for readers.
     """
 
-    way: Way
+    way: TimedWay
     kind: Kind
     spec: str | None
     visual: float
@@ -91,13 +91,13 @@ class Maker:
 
     def full(self) -> Entry:
         """The model as it is."""
-        way = Way("full model", self.inputs, nullcontext, self.steps)
+        way = TimedWay("full model", self.inputs, nullcontext, self.steps)
         return Entry(way, "full", None, self.visual, self.visual, self._full_flops(self.visual))
 
     def keep_all(self) -> Entry:
         """A pipeline that drops nothing."""
         pipeline = Pipeline.from_spec(_KEEP_ALL, self._model, adapter=self.adapter)
-        way = Way("all tokens kept", self.inputs, lambda: pipeline, self.steps)
+        way = TimedWay("all tokens kept", self.inputs, lambda: pipeline, self.steps)
         return Entry(way, "keep-all", None, self.visual, self.visual, self._full_flops(self.visual), 0)
 
     def of_spec(self, spec: PipelineSpec) -> list[Entry]:
@@ -111,7 +111,7 @@ class Maker:
         overhead = None if cost is None else cost.flops.scoring + cost.flops.selection + cost.flops.compression
         flops = None if cost is None else cost.flops.total
         kept = report.average_kept / self.samples
-        way = Way(spec.name, self.inputs, lambda: pipeline, self.steps)
+        way = TimedWay(spec.name, self.inputs, lambda: pipeline, self.steps)
         notes = [*report.notes, *why]
         made = [Entry(way, "spec", spec.name, self.visual, kept, flops, overhead, full_report, notes)]
         made.append(self._oracle(spec, report, None if flops is None else flops - (overhead or 0)))
@@ -142,7 +142,7 @@ class Maker:
             name=f"oracle of {spec.name}",
             adapter=self.adapter,
         )
-        way = Way(f"oracle of {spec.name}", self.inputs, lambda: given.replay(selection), self.steps)
+        way = TimedWay(f"oracle of {spec.name}", self.inputs, lambda: given.replay(selection), self.steps)
         kept = report.average_kept / self.samples
         return Entry(way, "oracle", spec.name, self.visual, kept, flops, 0)
 
@@ -154,7 +154,7 @@ class Maker:
         size = min(costs, key=lambda one: abs((costs[one] or 0) - flops))
         if abs((costs[size] or 0) / flops - 1) <= NEAR:
             inputs, visual = self._on_device(self.prompts.batch(self.samples, size)), by_size[size]
-            way = Way(f"resize for {spec.name}", inputs, nullcontext, self.steps)
+            way = TimedWay(f"resize for {spec.name}", inputs, nullcontext, self.steps)
             return [
                 Entry(way, "resize", spec.name, visual, visual, costs[size], 0, notes=[f"image of {size[0]}x{size[1]}"])
             ]
@@ -187,7 +187,7 @@ class Maker:
                 run(self._model, self.inputs, 0)
         except TrioError:
             return []
-        way = Way(f"average pool for {spec.name}", self.inputs, lambda: pipeline, self.steps)
+        way = TimedWay(f"average pool for {spec.name}", self.inputs, lambda: pipeline, self.steps)
         return [Entry(way, "pool", spec.name, self.visual, count, cost, None, notes=[why])]
 
     def _short(self, spec: PipelineSpec, report: CompressionReport) -> Entry:
@@ -195,7 +195,7 @@ class Maker:
         rows = [tokens for sample in report.layer_tokens for tokens in sample]
         length = max(1, round(sum(rows) / len(rows)))
         inputs = self._on_device(self.prompts.text(self.samples, length))
-        way = Way(f"short cache of {spec.name}", inputs, nullcontext, self.steps)
+        way = TimedWay(f"short cache of {spec.name}", inputs, nullcontext, self.steps)
         return Entry(way, "short", spec.name, 0, 0, notes=[f"text of {length} tokens"])
 
     def _cost(self, report: CompressionReport, spec: PipelineSpec) -> tuple[Cost | None, list[str]]:
