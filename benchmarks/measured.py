@@ -34,6 +34,16 @@ def tune(out: Console) -> None:
     print_report(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), out)
 
 
+def reuse(out: Console) -> None:
+    """The table of `benchmarks.reuse`, and what is computed again for every spec."""
+    from benchmarks.reuse import RESULT, lines, table
+
+    data = json.loads(RESULT.read_text())
+    out.print(table(data))
+    for line in lines(data):
+        out.print(line)
+
+
 def testing(out: Console) -> None:
     """The table of `benchmarks.half`."""
     from benchmarks.half import RESULT, table
@@ -49,7 +59,9 @@ def plot(file: Path) -> None:
     draw(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), file)
 
 
-PAGES: dict[str, Callable[[Console], None]] = {"fidelity": fidelity, "tune": tune, "testing": testing}
+PAGES: dict[str, Callable[[Console], None]] = {"reuse": reuse, "fidelity": fidelity, "tune": tune, "testing": testing}
+#: Blocks that stand on the page of another.
+ELSEWHERE = {"reuse": "fidelity"}
 
 
 def block(name: str) -> str:
@@ -69,11 +81,14 @@ def marks(name: str) -> tuple[str, str]:
 def main() -> None:
     """Writes the blocks into the pages."""
     for name in PAGES:
-        page = ROOT / "docs" / f"{name}.md"
+        page = ROOT / "docs" / f"{ELSEWHERE.get(name, name)}.md"
         text, (begin, end) = page.read_text(), marks(name)
         if begin not in text:
-            raise SystemExit(f"docs/{name}.md: the line {begin!r} is missing; put it and {end!r} where it should stand")
-        page.write_text(text[: text.index(begin)] + block(name) + text[text.index(end) + len(end) :])
+            raise SystemExit(
+                f"docs/{page.name}: the line {begin!r} is missing; put it and {end!r} where it should stand"
+            )
+        start = text.index(begin)
+        page.write_text(text[:start] + block(name) + text[text.index(end, start) + len(end) :])
     plot(ROOT / "docs" / "tune-tiny-llava.png")
 
 

@@ -124,6 +124,18 @@ def table(data: Mapping[str, Any]) -> Table:
     return out
 
 
+def lines(data: Mapping[str, Any]) -> list[str]:
+    """How it was measured, and what is still repeated."""
+    counted = {name: found for name, found in data["repeated"].items() if name != "text_tokens"}
+    shares = ", ".join(f"{found['share']:.1%} ({name}, {found['shape']})" for name, found in counted.items())
+    return [
+        f"median and quartiles of {data['rounds']} pairs; {len(data['specs'])} specs ({', '.join(data['specs'])}), "
+        f"batches of {data['batch']}; {data['machine']}",
+        f"still computed for each spec: the layers in front of its first stage, by formula {shares} of a prefill with "
+        "the spec, tower included",
+    ]
+
+
 def main(
     scenes: Annotated[int, typer.Option(help="Scenes, one prompt of each.")] = 8,
     rounds: Annotated[int, typer.Option(help="Pairs that are counted.")] = 5,

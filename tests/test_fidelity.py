@@ -369,11 +369,19 @@ def test_a_spec_that_does_not_fit_is_refused_before_anything_runs(
 # The page ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_still_repeated_is_counted() -> None:
+    from benchmarks.reuse import COUNTED, RESULT, repeated
+
+    data = json.loads(RESULT.read_text())
+    assert {name: data["repeated"][name] for name in COUNTED} == {name: repeated(name) for name in COUNTED}
+    assert all(found["processor"][0] > 1 for found in data["models"].values())  # every quartile of the pairs
+
+
 def test_the_page_shows_the_committed_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks.measured import block
 
     page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    assert block("fidelity") in page
+    assert block("fidelity") in page and block("reuse") in page
     assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])["name"] == "attention-15"  # type: ignore[index]
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
