@@ -203,6 +203,7 @@ def test_measure_fills_every_row(tiny):
     assert BenchReport.from_json(report.to_json()) == report
     row = report.row("spec", "trio-soft-11")
     assert row.speedup.rounds == row.over_oracle.rounds == row.decode_over_short.rounds == 1
+    assert 100 < report.row("full", None).launches < row.launches < 3 * report.row("full", None).launches
     assert {target.name for target in report.targets} == {
         "all kept, over the untouched model",
         "prefill, over the oracle's",

@@ -10,6 +10,7 @@ from ...adapters.find import adapter_for
 from ...cost import shape_of
 from ...errors import TrioError
 from ...spec import PipelineSpec
+from .launched import Twin
 from .machine import Machine, describe, peak_bytes
 from .numbers import Interval, interval, spread
 from .prompts import Prompts
@@ -32,7 +33,7 @@ class BenchSettings:
         rounds: rounds that are kept, at most.
         seconds: after which no further round starts.
         controls: also the pipeline that keeps all, the cheap alternatives and the short cache, and the targets judged.
-        details: phases and memory of each way, in runs of their own.
+        details: phases, memory and launches of each way, in runs of their own.
         search: where a spec loses, look for the smallest image, batch and budget where it wins.
     """
 
@@ -101,7 +102,8 @@ def measure(
         seconds=chosen.seconds,
         progress=progress,
     )
-    rows = [_row(entry, entries, found, chosen, maker) for entry in entries]
+    twin = Twin(model) if chosen.details else None
+    rows = [_row(entry, entries, found, chosen, maker, twin) for entry in entries]
     verdicts = [verdict(spec, rows, maker, search=chosen.search) for spec in specs]
     return BenchReport(
         model=name or type(model).__name__,
@@ -122,7 +124,12 @@ def measure(
 
 
 def _row(
-    entry: Entry, entries: Sequence[Entry], found: dict[str, list[Round]], settings: BenchSettings, maker: Maker
+    entry: Entry,
+    entries: Sequence[Entry],
+    found: dict[str, list[Round]],
+    settings: BenchSettings,
+    maker: Maker,
+    twin: Twin | None,
 ) -> BenchRow:
     mine, full = found[entry.way.name], found[entries[0].way.name]
     oracle = _beside(entry, entries, found, "oracle")
@@ -140,6 +147,9 @@ def _row(
     if entry.pipeline is not None:
         pipeline = entry.pipeline
         way = type(way)(way.name, way.inputs, lambda: pipeline, way.steps)
+    launches = None
+    if twin is not None and entry.kind in ("full", "spec", "resize"):
+        launches = twin.launches(way.inputs, None if entry.pipeline is None else entry.pipeline.spec)
     device: Any = getattr(model, "device")  # noqa: B009  # transformers' models are not typed here
     return BenchRow(
         name=entry.way.name,
@@ -157,6 +167,7 @@ def _row(
         over_full=_ratio(mine, full) if timed and entry.kind != "full" else None,
         phases=phases(adapter, entry.pipeline, way) if details else None,
         peak_bytes=peak_bytes(prefill, device) if details else None,
+        launches=launches,
         notes=list(entry.notes),
     )
 

@@ -34,7 +34,8 @@ class BenchRow(Record):
         over_full: seconds of this prefill / of the full model's.
         phases: seconds of a prefill by phase, measured in runs of their own.
         peak_bytes: growth of memory in a prefill.
-        launches: operators of a prefill that an accelerator would launch; None where they were not counted.
+        launches: operators of a prefill that an accelerator would launch (of a selector in blocks one round a stage);
+            None where they were not counted.
         notes: what a reader should know.
     """
 
