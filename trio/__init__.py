@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import (
         AttachError,
         BudgetError,
+        BusyError,
         CacheError,
         InputError,
         NonFiniteError,
@@ -53,6 +54,7 @@ __all__ = [
     "AttachError",
     "Budget",
     "BudgetError",
+    "BusyError",
     "CacheError",
     "CompressionReport",
     "Compressor",
@@ -107,6 +109,7 @@ _LAZY = {
         for name in (
             "AttachError",
             "BudgetError",
+            "BusyError",
             "CacheError",
             "InputError",
             "NonFiniteError",

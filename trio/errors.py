@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "AttachError",
     "BudgetError",
+    "BusyError",
     "CacheError",
     "InputError",
     "NonFiniteError",
@@ -68,6 +69,10 @@ class CacheError(TrioError):
 
 class InputError(TrioError, ValueError):
     """An argument, a file or a model input cannot be used; the message names it and says what would do."""
+
+
+class BusyError(InputError, TimeoutError):
+    """Another thread uses the model, and this one is not to wait, or has waited as long as it was told."""
 
 
 class NonFiniteError(TrioError, ArithmeticError):

@@ -26,6 +26,7 @@ from .runtime.hooks import Runtime
 from .runtime.prefill import Selection
 from .runtime.record import PrefillRecord
 from .runtime.stage import BoundStage
+from .runtime.turns import seconds_of
 from .scorers.base import SCORERS, Scorer
 from .selectors.base import SELECTORS, Selector
 from .spec import Budget, CompressorSpec, PipelineSpec, StageSpec, load_spec
@@ -63,6 +64,7 @@ class Pipeline:
         report: Literal["counts", "full"] = "counts",
         adapter: Adapter | None = None,
         spec: PipelineSpec | None = None,
+        wait: bool | float = False,
     ) -> None:
         """Builds a pipeline from parts; `from_spec` builds one from a spec.
 
@@ -78,11 +80,14 @@ class Pipeline:
             report: ``counts`` costs nothing; ``full`` keeps saliencies and measures times and bytes.
             adapter: in place of the one found for the model.
             spec: a whole spec in place of the parts.
+            wait: what a thread does while another uses the attached model: False refuses it (`BusyError`), True lets
+                it wait for its turn, first come, first served, a number says for how many seconds at most.
 
         Raises:
             SpecError: parts that contradict each other or do not fit the model's depth, or a spec and parts.
             UnsupportedModelError: no adapter takes the model, or a part needs what the model does not offer.
             UnknownNameError: a part of that name does not exist.
+            InputError: `wait` is no number of seconds.
         """
         given = (tuple(stages), compressor, positions, newlines, budget, name)
         if spec is not None and given != ((), None, "original", "with-row", None, "custom"):
@@ -114,6 +119,7 @@ class Pipeline:
             full_report=report == "full",
             newlines=spec.newlines,
             compressor=self._compressor,
+            wait=seconds_of(wait),
             # Neither holds the pipeline: one that nobody refers to goes, and takes its hooks along.
             on_prefill=self._records.append,
             on_decode=functools.partial(_decoded, self._records),
@@ -127,9 +133,10 @@ class Pipeline:
         *,
         report: Literal["counts", "full"] = "counts",
         adapter: Adapter | None = None,
+        wait: bool | float = False,
     ) -> Self:
         """Builds a pipeline from a shipped spec's name, a path, a mapping or a `PipelineSpec`; see `__init__`."""
-        return cls(model, spec=load_spec(spec), report=report, adapter=adapter)
+        return cls(model, spec=load_spec(spec), report=report, adapter=adapter, wait=wait)
 
     # Attaching
 
@@ -138,6 +145,7 @@ class Pipeline:
 
         Raises:
             AttachError: a pipeline is attached already, or the model is in training mode.
+            BusyError: a call of another thread compresses on this model, see `wait`.
             UnsupportedModelError: transformers is newer than the tests, and a promise does not hold on a tiny model.
         """
         check_release(self.adapter)
@@ -150,7 +158,7 @@ class Pipeline:
 
     @property
     def attached(self) -> bool:
-        """Whether the pipeline is attached."""
+        """Whether the pipeline is attached, for all threads or for this one."""
         return self._runtime.attached
 
     @property
@@ -167,6 +175,54 @@ class Pipeline:
     ) -> None:
         """Detaches, also after an error."""
         self.detach()
+
+    # A call of its own
+
+    @contextmanager
+    def in_this_thread(self, *, wait: bool | float = True) -> Iterator[Self]:
+        """Attached for the block and for the calling thread alone; other threads use the model as it is, meanwhile.
+
+        Threads that enter on one model, with whatever pipelines, are served one after another, in the order in which
+        they asked. Within the block the last report is of the block's own call. Where the pipeline is attached already,
+        the block is this thread's turn.
+
+        Args:
+            wait: True waits for the turn, a number for at most that many seconds, False refuses at once.
+
+        Raises:
+            BusyError: it was not this thread's turn in that time.
+            AttachError: another pipeline is attached for all threads or for this one, or the model is in training
+                mode.
+        """
+        seconds = seconds_of(wait)
+        if self.attached:
+            with self._runtime.turn(wait=seconds):
+                yield self
+            return
+        check_release(self.adapter)
+        try:
+            self._runtime.attach(here=True, wait=seconds)
+            yield self
+        finally:
+            self._runtime.detach_here()
+
+    def generate(self, *args: Any, wait: bool | float = True, **kwargs: Any) -> Any:
+        """Compresses this call of `model.generate` alone, whatever other threads do; see `in_this_thread`.
+
+        Args:
+            args: of the model's `generate`.
+            wait: True waits until the model is free, a number for at most that many seconds, False refuses at once.
+            kwargs: of the model's `generate`.
+
+        Returns:
+            What the model's `generate` returns.
+
+        Raises:
+            BusyError: it was not this thread's turn in that time.
+        """
+        with self.in_this_thread(wait=wait):
+            model: Any = self.adapter.model
+            return model.generate(*args, **kwargs)
 
     # Reports
 

@@ -6,15 +6,14 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.families import family
+from support.interrupts import interrupted, lines_of
 from support.models import inputs, llava
 
 import trio
@@ -27,51 +26,6 @@ pytestmark = pytest.mark.contract
 BATCH = inputs([[5, "image", 6, 7], [8, "image", "image", 9, 10, 11]])
 COMPRESSED = {"stages": [trio.Stage(after_layer=1, keep="50%")], "compressor": {"name": "visionzip", "keep": "60%"}}
 MERGING = {"compressor": {"name": "tome", "keep": "60%"}}
-
-
-def interrupted(call: Callable[[], Any], line: int) -> bool:
-    """Runs a call and raises KeyboardInterrupt at its n-th line within the package; whether it came that far."""
-    left = line
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal left
-        if "/trio/" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def lines_of(call: Callable[[], Any]) -> int:
-    count = 0
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal count
-        if "/trio/" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
-            return None
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.fixture

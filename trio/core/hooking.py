@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -16,13 +17,46 @@ _FORWARD = ("_forward_pre_hooks", "_forward_hooks")
 _BESIDE = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
+class _Here(threading.local):
+    """What is attached for one thread alone: torch.compile guards it by thread.
+
+    Attributes:
+        attached: whether it is.
+    """
+
+    attached: bool = False
+
+
 class Owner:
-    """Who puts hooks and patches on a model; they have an effect while it is attached."""
+    """Who puts hooks and patches on a model; they have an effect while it is attached, for all threads or for one."""
 
     def __init__(self, name: str = "") -> None:
         """An owner that is not attached yet; `name` is for messages."""
         self.name = name
-        self.attached = False
+        self.everywhere = False
+        self._here = _Here()
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is attached, as this thread sees it."""
+        return self.everywhere or self._here.attached
+
+    @property
+    def epoch(self) -> object:
+        """An object that is another one after each `detach`, in all threads."""
+        return self._here
+
+    def attach(self, *, here: bool = False) -> None:
+        """Attaches for all threads, or (`here`) for this one alone."""
+        if here:
+            self._here.attached = True
+        else:
+            self.everywhere = True
+
+    def detach(self) -> None:
+        """Ends the effect in all threads."""
+        self.everywhere = False
+        self._here = _Here()
 
 
 class Hook:
@@ -98,7 +132,7 @@ def remove_hooks(model: nn.Module, ours: Callable[[nn.Module, int, Any], bool]) 
     for module in model.modules():
         for name in _FORWARD:
             hooks = getattr(module, name)
-            for number in [number for number, hook in hooks.items() if ours(module, number, hook)]:
+            for number in [number for number, hook in list(hooks.items()) if ours(module, number, hook)]:
                 for beside in _BESIDE:
                     getattr(module, beside, {}).pop(number, None)
                 hooks.pop(number, None)
@@ -172,4 +206,4 @@ def _inert(module: nn.Module, name: str, before: Any) -> MethodPatch:
 def patches_on(model: nn.Module) -> Iterator[MethodPatch]:
     """The patches that stand on a model's modules."""
     for module in model.modules():
-        yield from [value for value in vars(module).values() if isinstance(value, MethodPatch)]
+        yield from [value for value in list(vars(module).values()) if isinstance(value, MethodPatch)]

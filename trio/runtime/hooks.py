@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..core.context import ProbeName
 from ..core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
 from ..core.probe import LayerInputs, Probe
 from ..core.upstream import LayerCall, ModelCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
-from ..errors import AttachError, InputError, NonFiniteError
+from ..errors import AttachError, BusyError, InputError, NonFiniteError
 from .cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
 from .encoder_side import BoundCompressor, EncoderSide, merged_features
 from .forward import Forward, Prefill, now
@@ -28,6 +29,10 @@ from .record import PrefillRecord
 from .shrink import Shrinker
 from .stage import BoundStage, run_stage
 from .state import NewlinePolicy, TokenState
+from .turns import Turn, is_within, turns_of
+
+#: Within these a forward and `generate` have their turn.
+_FORWARD, _GENERATE = nn.Module._call_impl.__code__, GuardedGenerate.__call__.__code__
 
 
 class _Running(threading.local):
@@ -38,12 +43,14 @@ class _Running(threading.local):
         generating: whether `generate` runs.
         appends: whether each of its steps adds tokens that are no padding.
         appends_to: the cache of its last forward.
+        turn: with which this thread uses the model.
     """
 
     forward: Forward | None = None
     generating: bool = False
     appends: bool = False
     appends_to: Any = None
+    turn: Turn | None = None
 
 
 class Runtime:
@@ -68,6 +75,7 @@ class Runtime:
         full_report: bool,
         newlines: NewlinePolicy = "with-row",
         compressor: BoundCompressor | None = None,
+        wait: float = 0.0,
         on_prefill: Callable[[PrefillRecord], None],
         on_decode: Callable[[float], None],
     ) -> None:
@@ -81,6 +89,7 @@ class Runtime:
             full_report: keep saliencies, measure times and bytes.
             newlines: what happens to tokens that end the rows of an image.
             compressor: works on the encoder side, in front of the first decoder layer.
+            wait: seconds that a thread waits for its turn while another uses the model.
             on_prefill: told after each forward that brought visual tokens.
             on_decode: told the seconds of each other forward, where `full_report` is set.
 
@@ -111,8 +120,10 @@ class Runtime:
         self._owner = Owner(pipeline_name)
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self._encoded_ahead: str | None = None
-        self._lock = threading.Lock()
-        self._claim: Forward | None = None  # the forward that holds the lock
+        self._wait = wait
+        self._turns = turns_of(backbone.language_model)
+        self._here: Turn | None = None  # of the thread for which alone it is attached
+        self._claim: Forward | None = None  # the forward that runs
         self._running = _Running()
         self._uncached: Prefill | None = None
         self.within_encoder = False
@@ -124,7 +135,7 @@ class Runtime:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are on the model and at work."""
+        """Whether the hooks are on the model and at work, as this thread sees it."""
         return self._owner.attached
 
     @property
@@ -132,25 +143,43 @@ class Runtime:
         """Whether a compressor has to see the vision tower at work."""
         return self._encoder is not None and self._encoder.reads_tower
 
-    def attach(self) -> None:
+    def attach(self, *, here: bool = False, wait: float | None = None) -> None:
         """Puts the hooks on the model.
+
+        Args:
+            here: they work for this thread alone, which has its turn until it detaches; others use the stock model.
+            wait: seconds to wait for the turn; None: as the runtime was told.
 
         Raises:
             AttachError: this or another pipeline is attached already, or the model is in training mode.
+            BusyError: another thread uses the model.
         """
         model = self._backbone.model
-        other = self._owner if self.attached else GuardedGenerate.owner_on(model)
-        if other is not None:
-            name = "this pipeline" if other is self._owner else f"the pipeline {other.name!r}"
-            raise AttachError(
-                f"attach: {name} is already attached to this {type(model).__name__}; detach it first "
-                "(a `with` block does so at its end)"
-            )
+        self._check_free()
         if model.training:
             raise AttachError(
                 f"attach: this {type(model).__name__} is in training mode; call model.eval() first: "
                 "compression is for inference"
             )
+        turn, owner = Turn(), self._owner
+        try:
+            self._wait_for(turn, self._wait if wait is None else wait)
+            self._check_free()
+            self._put_on(model)
+            if here:
+                self._here = self._running.turn = turn
+                epoch = owner.epoch  # until it is detached, and what follows has been done
+                turn.code, turn.receiver = Runtime._release.__code__, self
+                turn.used = lambda: owner.epoch is epoch
+            owner.attach(here=here)
+        except BaseException:
+            self._turns.leave(turn)
+            raise
+        if not here:
+            self._turns.leave(turn)
+
+    def _put_on(self, model: nn.Module) -> None:
+        """Hooks and patches, without effect yet."""
         _take_off(model, lambda owner: not owner.attached)  # what an interrupt left, of any pipeline
         self._release()
         try:
@@ -165,26 +194,42 @@ class Runtime:
                 patch.install()
             if self._encoder is not None:
                 self._encoder.attach(self._owner)
-            self._owner.attached = True
         except BaseException:
             self._release()
             raise
+
+    def _check_free(self) -> None:
+        model = self._backbone.model
+        other = self._owner if self.attached else GuardedGenerate.owner_on(model)
+        if other is not None:
+            name = "this pipeline" if other is self._owner else f"the pipeline {other.name!r}"
+            raise AttachError(
+                f"attach: {name} is already attached to this {type(model).__name__}; detach it first "
+                "(a `with` block does so at its end)"
+            )
 
     def detach(self) -> None:
         """Takes everything off again; does nothing where nothing is attached.
 
         Raises:
-            InputError: the model is in the middle of a forward.
+            InputError: the model is in the middle of a forward, or works for another thread alone.
         """
-        if self._claim is not None and _is_running(self._claim):
+        running = self._claim is not None and is_within(self._claim.thread, _FORWARD, self._claim.entry)
+        elsewhere = self._here is not None and not self._here.mine and not self._here.is_over
+        if running or elsewhere:
             raise InputError(
-                "detach: the model is in the middle of a forward, whose cache and masks the pipeline serves; detach "
-                "when the forward has ended"
+                "detach: the model is in the middle of a forward or of another thread's call, whose cache and masks "
+                "the pipeline serves; detach when it has ended"
             )
         self._release()
 
+    def detach_here(self) -> None:
+        """Detaches where it is attached for this thread alone, also where attaching did not come to its end."""
+        if self._here is not None and self._here.mine:
+            self.detach()
+
     def _release(self) -> None:
-        self._owner.attached = False
+        self._owner.detach()
         owner = self._owner
         _take_off(self._backbone.model, lambda other: other is owner)
         if self._encoder is not None:
@@ -194,8 +239,54 @@ class Runtime:
         self._uncached = None
         self._encoded.clear()
         self._encoded_ahead, self.within_encoder = None, False
-        if self._lock.locked():
-            self._lock.release()
+        if self._here is not None:
+            turn, self._here = self._here, None
+            self._turns.leave(turn)
+
+    # Taking turns
+
+    @contextmanager
+    def turn(self, *, code: CodeType | None = None, receiver: Any = None, wait: float | None = None) -> Iterator[None]:
+        """This thread's turn to use the model, for the block; nothing where it has it already.
+
+        Args:
+            code: a function within which the block runs, see `Turn`.
+            receiver: the `self` of that function.
+            wait: seconds to wait; None: as the runtime was told.
+
+        Raises:
+            BusyError: it was not this thread's turn in that time.
+        """
+        if self._has_turn():
+            yield
+            return
+        turn, running = Turn(code, receiver), self._running
+        try:
+            self._wait_for(turn, self._wait if wait is None else wait)
+            running.turn = turn
+            yield
+        finally:
+            turn.used = bool  # not any more
+            running.turn = None
+            self._turns.leave(turn)
+
+    def _has_turn(self) -> bool:
+        turn = self._running.turn  # one of a forward is of one that was interrupted
+        return turn is not None and turn.code is not _FORWARD and self._turns.has(turn) and not turn.is_over
+
+    def _wait_for(self, turn: Turn, seconds: float) -> None:
+        if self._turns.wait(turn, seconds):
+            return
+        name = type(self._backbone.model).__name__
+        if seconds == 0:
+            raise BusyError(
+                f"forward: another thread is running this {name}; a pipeline serves one thread at a time: build it "
+                "with wait=True (or seconds) to take turns, or load a model for each thread"
+            )
+        raise BusyError(
+            f"forward: another thread is still running this {name} after {seconds:g} seconds of waiting, and one "
+            f"thread at a time is served ({self._turns.waiting} in the queue); wait longer, or take in fewer requests"
+        )
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], *bound: Any, after: bool = False) -> None:
         module.register_forward_pre_hook(Hook(before, *bound, owner=self._owner), with_kwargs=True)
@@ -272,10 +363,19 @@ class Runtime:
         if self._encoder is not None:
             self._encoder.encoded(modality)
 
-    def generating(self, running: bool, *, appends: bool = False) -> None:
+    @contextmanager
+    def generating(self, guard: MethodPatch, *, appends: bool) -> Iterator[None]:
         """See `Listener`."""
+        with self.turn(code=_GENERATE, receiver=guard):
+            try:
+                self._generates(True, appends)
+                yield
+            finally:
+                self._generates(False, False)
+
+    def _generates(self, generating: bool, appends: bool) -> None:
         self._encoded_ahead = None
-        self._running.generating, self._running.appends, self._running.appends_to = running, appends, None
+        self._running.generating, self._running.appends, self._running.appends_to = generating, appends, None
 
     def _before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -358,10 +458,10 @@ class Runtime:
                 self._running.forward = None
                 if forward is self._claim:
                     self._claim = None
-                    self._lock.release()
+                    self._leave()
 
     def _enter(self, module: nn.Module) -> Forward:
-        """The running forward, or a new one; a second thread is refused.
+        """The running forward, or a new one; a second thread waits or is refused.
 
         A traced forward claims nothing: it shares no state with another thread, and locks cannot be traced.
         """
@@ -370,20 +470,25 @@ class Runtime:
             return running
         forward = Forward(entry=module)
         if not torch.compiler.is_compiling():
-            self._take(forward, running)
+            self._take(forward)
         self._running.forward = forward
         return forward
 
-    def _take(self, forward: Forward, interrupted: Forward | None) -> None:
-        """Claims the model for a forward of this thread; one that was interrupted never ended, and leaves its claim."""
-        mine = interrupted is not None and interrupted is self._claim
-        if not mine and not self._lock.acquire(blocking=False):
-            raise InputError(
-                "forward: another thread is running this model; an attached pipeline serves one thread at a time: "
-                "use a lock, or a model for each thread"
-            )
+    def _take(self, forward: Forward) -> None:
+        """Takes a turn for a forward of this thread, where it has none; an interrupted forward has left its own."""
+        if not self._has_turn():
+            turn = Turn(_FORWARD)
+            self._wait_for(turn, self._wait)
+            self._running.turn = turn
         forward.thread = threading.get_ident()
         self._claim = forward
+
+    def _leave(self) -> None:
+        """Ends the turn of a forward that has ended, where it took one."""
+        turn = self._running.turn
+        if turn is not None and turn.code is _FORWARD:
+            self._running.turn = None
+            self._turns.leave(turn)
 
     # A forward that brings visual tokens
 
@@ -575,7 +680,8 @@ def _take_off(model: nn.Module, owned: Callable[[Owner], bool]) -> None:
 
 def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSide | None) -> None:
     """A runtime is garbage: what it put on its model goes too."""
-    was_attached, owner.attached = owner.attached, False
+    was_attached = owner.attached
+    owner.detach()
     living_model = model()
     if living_model is not None:
         _take_off(living_model, lambda other: other is owner)
@@ -588,16 +694,6 @@ def _left_behind(model: weakref.ref[nn.Module], owner: Owner, encoder: EncoderSi
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _is_running(forward: Forward) -> bool:
-    """Whether a forward's thread really stands within it: an interrupted forward leaves its state behind."""
-    frame = sys._current_frames().get(forward.thread)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is forward.entry:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _device(hidden: torch.Tensor | None, kwargs: Mapping[str, Any]) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import nn
@@ -25,8 +26,8 @@ class Listener(Protocol):
     def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
         """It has run; `counts` are the feature rows of each image, None where that cannot be told."""
 
-    def generating(self, running: bool, *, appends: bool = False) -> None:
-        """`generate` begins or ends; `appends`: each of its steps adds tokens that are no padding."""
+    def generating(self, guard: MethodPatch, *, appends: bool) -> AbstractContextManager[None]:
+        """`generate` runs in the block; `appends`: each of its steps adds tokens that are no padding."""
 
 
 class NotedEncoder(MethodPatch):
@@ -117,8 +118,5 @@ class GuardedGenerate(MethodPatch):
                 f"generate: {upstream.CACHE_KIND} {cache!r} cannot hold a different number of tokens in each layer; "
                 "use 'dynamic' (the default) or 'offloaded', or detach the pipeline"
             )
-        listener.generating(True, appends=kwargs.get(upstream.CUSTOM_GENERATE) is None)
-        try:
+        with listener.generating(self, appends=kwargs.get(upstream.CUSTOM_GENERATE) is None):
             return super().__call__(*args, **kwargs)
-        finally:
-            listener.generating(False)

@@ -54,7 +54,14 @@ class Merger:
     of the block, which is the merged residual plus the output.
     """
 
-    def __init__(self, tower: Tower, last: int, merges: int | None, keep: Callable[[int], int | None] | None) -> None:
+    def __init__(
+        self,
+        tower: Tower,
+        last: int,
+        merges: int | None,
+        keep: Callable[[int], int | None] | None,
+        works: Callable[[], bool],
+    ) -> None:
         """Binds a merger.
 
         Args:
@@ -62,6 +69,7 @@ class Merger:
             last: the last block that merges, from 0.
             merges: tokens merged in every block; None: as many as leave what `keep` says, evenly over the blocks.
             keep: the number of patches to leave, of the patches of an input.
+            works: whether it merges in the calls of this thread (others may run the tower while hooks are put on).
 
         Raises:
             UnsupportedModelError: tokens cannot be merged inside this tower.
@@ -74,7 +82,7 @@ class Merger:
             )
         for block in range(last + 1):
             tower.merge_points(block)
-        self._tower, self._last, self._merges, self._keep = tower, last, merges, keep
+        self._tower, self._last, self._merges, self._keep, self._works = tower, last, merges, keep, works
         self._tokens: _Tokens | None = None
 
     def hooks(self, told: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
@@ -99,6 +107,8 @@ class Merger:
 
     def _enter(self, block: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not self._works():
+                return None
             hidden: torch.Tensor = args[0]
             if block == 0:
                 self._tokens = self._start(hidden)
@@ -124,14 +134,19 @@ class Merger:
         return self._tokens
 
     def _bias(self) -> torch.Tensor | None:
+        if not self._works():
+            return None
         tokens = self._now()
         return None if tokens.whole else tokens.sizes.log()
 
     def _hear(self, heads: Heads) -> None:
-        self._now().keys = heads.keys.float().mean(2)
+        if self._works():
+            self._now().keys = heads.keys.float().mean(2)
 
     def _merge(self, block: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if not self._works():
+                return None
             tokens = self._now()
             patches = tokens.merge_map.shape[1] - self._tower.prefix
             # Where a block cannot merge its part (half of the tokens is the most), later ones make up for it.
@@ -148,11 +163,13 @@ class Merger:
         return before
 
     def _copy(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        matching = self._now().matching
+        matching = self._now().matching if self._works() else None
         return None if matching is None else rows(output, matching.into)
 
     def _leave(self, block: int, told: Callable[[torch.Tensor], None]) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self._works():
+                return None
             tokens, hidden = self._now(), hidden_of(output)
             if tokens.matching is not None:
                 hidden = tokens.matching.mean(hidden, tokens.sizes)

@@ -69,7 +69,7 @@ class Reader:
         self._blocks = {signal: _block(tower, signal) for signal in self.signals}
         self._merger = self._bind_merger(keep)
         self._handles: list[RemovableHandle] = []
-        self._owner = Owner("reader")
+        self._owner = self._works_for = Owner("reader")
         self._before: set[tuple[int, int]] | None = None  # the tower's hooks when attaching began
         self._calls: list[_Call] = []
 
@@ -86,7 +86,7 @@ class Reader:
                 )
         if len(groups) > 1:
             raise InputError(f"signals: tokens cannot be merged in {len(groups)} ways at once; ask for groups once")
-        return Merger(self.tower, last, groups[0].merges, keep)
+        return Merger(self.tower, last, groups[0].merges, keep, works=lambda: self._works_for.attached)
 
     def __enter__(self) -> Reader:
         self.attach()
@@ -109,21 +109,22 @@ class Reader:
         if self._before is not None:
             self.detach()  # an interrupted attach
         self._calls = []
+        self._works_for = self._owner if owner is None else owner
         self._before = hook_ids(self.tower.module)
         try:
             self._handles += self.tower.listen_layout(self._start)
             self._hook_blocks()
             for handle in self._handles:
-                adopt(handle, self._owner if owner is None else owner)
+                adopt(handle, self._works_for)
             self._before = None
-            self._owner.attached = True
+            self._owner.attach()
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Takes the hooks off and forgets what was read."""
-        self._owner.attached = False
+        self._owner.detach()
         before = self._before
         if before is not None:  # attaching was interrupted, perhaps before a handle was kept
             remove_hooks(self.tower.module, lambda module, number, hook: (id(module), number) not in before)
@@ -163,7 +164,8 @@ class Reader:
         return Reading(values, tuple(patches for call in calls for patches in call.layout.inputs))
 
     def _start(self, layout: Layout) -> None:
-        self._calls.append(_Call(layout))
+        if self._works_for.attached:
+            self._calls.append(_Call(layout))
 
     def _hook_blocks(self) -> None:
         if self._merger is not None:  # first, so that what is read of a block's output has a row for each patch
@@ -185,11 +187,15 @@ class Reader:
         self._calls[-1].values[signal] = first - self.tower.prefix
 
     def _keep(self, signals: Sequence[Signal], module: nn.Module, args: Any, output: Any) -> None:
+        if not self._works_for.attached:
+            return
         rows = hidden_of(output).detach()
         self._calls[-1].values.update(dict.fromkeys(signals, rows))
 
     @torch.no_grad()
     def _hear(self, signals: Sequence[Signal], heads: Heads) -> None:
+        if not self._works_for.attached:
+            return
         call = self._calls[-1]
         for signal in signals:
             if signal.kind == "keys":

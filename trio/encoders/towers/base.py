@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,23 @@ from ...registry import Registry
 
 #: What `Signal.kind` may name, for messages.
 KINDS = ("attention", "keys", "hidden", "cls", "groups")
+
+
+class Held(threading.local):
+    """Outputs of submodules, kept until their attention has ended; each thread's own: others may run the tower, too."""
+
+    def __init__(self) -> None:
+        """Nothing held; called once in each thread."""
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    def keep(self, name: str, output: torch.Tensor) -> None:
+        """Holds an output."""
+        self._outputs[name] = output.detach()
+
+    def take(self, *names: str) -> list[torch.Tensor]:
+        """The outputs, which are then forgotten; an empty list where hooks were put on in the middle of the call."""
+        outputs, self._outputs = self._outputs, {}
+        return [outputs[name] for name in names] if set(names) <= set(outputs) else []
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.shape import TowerShape
-from .base import TOWERS, Heads, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
+from .base import TOWERS, Heads, Held, Tower, is_a, pair, pixel_grid, pixels_of, split_heads
 from .weights import shape_of_weights
 
 
@@ -123,17 +123,18 @@ def bias_argument(
 
 def listen_to_norms(attention: nn.Module, query: str, key: str, told: Callable[[Heads], None]) -> list[RemovableHandle]:
     """Hooks on modules that give queries and keys ``(B, heads, S, head_dim)``, and on the attention that holds them."""
-    held: dict[str, torch.Tensor] = {}
+    held = Held()
 
     def hold(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            held[name] = output.detach().transpose(1, 2)
+            held.keep(name, output.transpose(1, 2))
 
         return after
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        queries, keys = held.pop(query), held.pop(key)
-        told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
+        if outputs := held.take(query, key):
+            queries, keys = outputs
+            told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
 
     return [
         *(attention.get_submodule(name).register_forward_hook(hold(name)) for name in (query, key)),

@@ -13,7 +13,7 @@ from ...core.configs import grid_of, patch_values, read
 from ...core.shape import TowerShape
 from ...core.upstream import HIDDEN, MASK
 from ...errors import UnsupportedModelError
-from .base import Heads, Tower, pair, pixel_grid, split_heads
+from .base import Heads, Held, Tower, pair, pixel_grid, split_heads
 
 
 class ProjectedTower(Tower):
@@ -69,17 +69,18 @@ class ProjectedTower(Tower):
     def listen(self, block: int, told: Callable[[Heads], None]) -> list[RemovableHandle]:
         """See `Tower.listen`."""
         attention = self.attention(block)
-        held: dict[str, torch.Tensor] = {}
+        held = Held()
 
         def hold(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
             def after(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-                held[name] = output.detach()
+                held.keep(name, output)
 
             return after
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            queries, keys = (split_heads(held.pop(name), self.heads) for name in ("queries", "keys"))
-            told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
+            if outputs := held.take("queries", "keys"):
+                queries, keys = (split_heads(rows, self.heads) for rows in outputs)
+                told(Heads(queries, keys, keys, queries.shape[-1] ** -0.5))
 
         return [
             attention.get_submodule(self.query_path).register_forward_hook(hold("queries")),

@@ -13,7 +13,7 @@ from ...core.configs import pair, patch_values, read
 from ...core.shape import TowerShape
 from ...core.upstream import ROTARY
 from ...errors import InputError
-from .base import TOWERS, Heads, Layout, Tower, is_a, split_heads
+from .base import TOWERS, Heads, Held, Layout, Tower, is_a, split_heads
 
 _MODELS = "transformers.models."
 
@@ -128,13 +128,16 @@ class QwenTower(Tower):
         """See `Tower.listen`."""
         attention = self.attention(block)
         heads = int(attention.num_heads)  # type: ignore[arg-type]  # an int attribute
-        held: dict[str, torch.Tensor] = {}
+        held = Held()
 
         def hold(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            held["qkv"] = output.detach()
+            held.keep("qkv", output)
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            queries, plain, _ = split_heads(held.pop("qkv"), 3 * heads).chunk(3, dim=1)
+            outputs = held.take("qkv")
+            if not outputs:
+                return
+            queries, plain, _ = split_heads(outputs[0], 3 * heads).chunk(3, dim=1)
             cos, sin = kwargs[ROTARY]
             told(
                 Heads(
