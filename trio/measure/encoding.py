@@ -72,13 +72,13 @@ class EncodedImages:
             _ReusedEncoder(self, self._adapter.multimodal, name, owner=owner)
             for name in self._adapter.encoders.values()
         ]
-        owner.attached = True
+        owner.attach()
         try:
             for patch in patches:
                 patch.install()
             yield
         finally:
-            owner.attached = False
+            owner.detach()
             for patch in reversed(patches):
                 patch.remove()
 
