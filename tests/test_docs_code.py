@@ -18,6 +18,7 @@ PAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "choose-a-spec": (),
     "cost": (),
     "evaluation": (("limit=50", "limit=1"),),
+    "serving": (),
     "shapesvqa": (),
     "testing": (),
     "zoo": (),
