@@ -43,10 +43,11 @@ def start_prefill(
     Raises:
         InputError: the placeholders do not fit the images, the mask does not fit the ids, or a sample is all padding.
     """
-    ids, valid = _on_host(backbone.upstream.multimodal.read(Role.IDS, forward.call), forward.mask)
-    _check_samples(valid)
     here = forward.modalities | set(encoder_outputs(forward.call))
-    used = {name: encoded[name] for name in here if name in encoded}
+    used: Mapping[str, Mapping[str, Any]] = {name: encoded[name] for name in here if name in encoded}
+    ids = backbone.upstream.multimodal.read(Role.IDS, forward.call)
+    ids, valid, used = _on_host(ids, forward.mask, used)
+    _check_samples(valid)
     layout = backbone.layout(ids, used)
     if not any(layout.images):
         return None
@@ -68,23 +69,53 @@ def start_prefill(
     )
 
 
-def _on_host(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and padding, int64 and bool ``(B, S)`` on the CPU, in one copy: here the prefill waits for the device.
+def _on_host(
+    ids: torch.Tensor, mask: torch.Tensor | None, encoded: Mapping[str, Mapping[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, dict[str, Any]]]:
+    """All that the host must know of a forward, in one copy: here the prefill waits for the device.
+
+    Args:
+        ids: int ``(B, S)``.
+        mask: of the whole conversation, ``(B, past + S)``, or None.
+        encoded: by modality, arguments of the encoder methods.
+
+    Returns:
+        Ids and padding, int64 and bool ``(B, S)`` on the CPU, and the arguments, sizes and grids among them on the CPU.
 
     Raises:
         InputError: the mask does not fit the ids.
     """
-    if mask is None:
-        ids = ids.cpu()
-        return ids, torch.ones_like(ids, dtype=torch.bool)
     batch, length = ids.shape
-    if mask.shape[0] != batch or mask.shape[1] < length:
+    if mask is not None and (mask.shape[0] != batch or mask.shape[1] < length):
         raise InputError(
             f"mask: found {tuple(mask.shape)} (batch, length), the forward brings {batch} samples of {length} tokens; "
             "pass the mask that the processor made with the ids, with ones in front for the tokens of earlier turns"
         )
-    ids, present = torch.stack([ids, mask[:, -length:].to(ids)]).cpu()
-    return ids, present.bool()
+    looked: dict[tuple[str, str], torch.Tensor] = {
+        (modality, name): value
+        for modality, arguments in encoded.items()
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32) and value.device.type != "cpu"
+    }
+    masks = [] if mask is None else [mask[:, -length:]]
+    host = _downloaded([ids, *masks, *looked.values()])
+    present = host[1].bool() if masks else torch.ones_like(host[0], dtype=torch.bool)
+    known = dict(zip(looked, host[1 + len(masks) :], strict=True))
+    copied = {
+        modality: {name: known.get((modality, name), value) for name, value in arguments.items()}
+        for modality, arguments in encoded.items()
+    }
+    return host[0], present, copied
+
+
+def _downloaded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of whole numbers on the CPU, int64, all on the first one's device: in one copy."""
+    device = tensors[0].device
+    if len(tensors) == 1 or device.type == "cpu":
+        return [tensor.to("cpu", torch.int64) for tensor in tensors]
+    flat = torch.cat([tensor.to(device, torch.int64).flatten() for tensor in tensors]).cpu()
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _check_samples(valid: torch.Tensor) -> None:

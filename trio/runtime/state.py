@@ -338,8 +338,11 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     newlines, newlines_dropped = state.newlines, [0] * len(state.counts)
     if newlines is not None:
         ends = _newlines_that_stay(newlines, state, keep)
-        # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
-        newlines_kept = newlines.counts if newlines.policy == "always" else tuple(ends.sum(1).tolist())
+        if newlines.policy == "with-row":
+            # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
+            newlines_kept = tuple(ends.sum(1).tolist())
+        else:
+            newlines_kept = newlines.counts if newlines.policy == "always" else (0,) * len(newlines.counts)
         newlines_dropped = [before - after for before, after in zip(newlines.counts, newlines_kept, strict=True)]
         stays = stays & ~newlines.mask | ends
     lengths = tuple(

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.hooking import Owner, adopt, hook_ids, remove_hooks
 from ...core.tokens import Signal
+from ...core.transfer import upload
 from ...errors import AttachError, InputError, UnsupportedModelError
 from ..towers.base import Heads, Layout, Tower, hidden_of
 from .attention import as_one_head, class_row, received
@@ -213,7 +214,7 @@ class Reader:
             values = class_row(queries[:, 0], keys, scale)[:, layout.prefix :].flatten()
         else:
             values = _received(queries.flatten(0, 1), keys.flatten(0, 1), scale, layout)
-        return values if layout.order is None else values[layout.order.to(values.device)]
+        return values if layout.order is None else values[upload(layout.order, values.device)]
 
 
 def _received(queries: torch.Tensor, keys: torch.Tensor, scale: float, layout: Layout) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.shape import TowerShape
+from ...core.transfer import upload
 from ...errors import InputError, UnsupportedModelError
 from ...registry import Registry
 
@@ -89,7 +90,7 @@ class Layout:
             picked = rows.reshape(len(self.spans), full, *rows.shape[1:])[:, self.prefix :].flatten(0, 1)
         else:
             picked = torch.cat([rows[start + self.prefix : stop] for start, stop in self.spans])
-        return picked if self.order is None else picked[self.order.to(picked.device)]
+        return picked if self.order is None else picked[upload(self.order, picked.device)]
 
     def first_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The first of the ``(R, ...)`` rows of each input: ``(inputs, ...)``."""

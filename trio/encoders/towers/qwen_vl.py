@@ -100,6 +100,7 @@ class QwenTower(Tower):
         return [self.module.register_forward_pre_hook(before, with_kwargs=True)]
 
     def _layout(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> Layout:
+        grid = grid.cpu()  # windows are worked out from it on the host, too: the one look a call takes
         spans, start = [], 0
         for frames, rows, columns in grid.tolist():
             for _ in range(frames):
