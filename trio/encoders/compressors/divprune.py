@@ -13,10 +13,8 @@ from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
 from ..reading.batched import keep
+from ..reading.blocks import row_blocks
 from .base import COMPRESSORS, BatchCompressor, Space
-
-#: What all similarities of a batch, or those of a block of tokens with all others, may take in float32.
-BLOCK_BYTES = 2**28
 
 
 @COMPRESSORS.register("divprune")
@@ -43,7 +41,9 @@ class DivPrune(BatchCompressor):
 def farthest(features: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> torch.Tensor:
     """k tokens of each input, each the farthest from those before it.
 
-    All similarities are held where they take no more than `BLOCK_BYTES`; elsewhere rows of them are computed as needed.
+    The first one is the one whose nearest other token is farthest, for which all pairs are compared once: O(N^2) time
+    is the method itself, the others take O(k N). Similarities are held where one block has all of them; elsewhere rows
+    of them are computed as needed, in O(N) memory beyond one block.
 
     Args:
         features: ``(G, N, D)``.
@@ -57,15 +57,15 @@ def farthest(features: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> t
     unit = unit_length(features)
     columns = unit.transpose(1, 2)
     group = torch.arange(groups, device=unit.device)[:, None]
-    size = min(tokens, max(1, BLOCK_BYTES // (4 * groups * tokens)))
-    block, nearest = unit, list[torch.Tensor]()
+    blocks = list(row_blocks(unit, tokens, tokens))
+    similarity, nearest = unit, list[torch.Tensor]()
     with exact_products():
-        for start in range(0, tokens, size):
-            block = unit[:, start : start + size] @ columns
-            others = block.masked_fill(~valid[:, None], float("-inf"))
-            others.diagonal(start, 1, 2).fill_(float("-inf"))
+        for block in blocks:
+            similarity = unit[:, block] @ columns
+            others = similarity.masked_fill(~valid[:, None], float("-inf"))
+            others.diagonal(block.start, 1, 2).fill_(float("-inf"))
             nearest.append(others.amax(2))
-        whole = block if size == tokens else None
+        whole = similarity if len(blocks) == 1 else None
 
         def distances(index: torch.Tensor, to: Literal["all", "among"]) -> torch.Tensor:
             similarity = unit[group, index] @ columns if whole is None else whole[group, index]

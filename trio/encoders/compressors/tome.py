@@ -15,6 +15,7 @@ from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
 from ...core.tokens import Signal
 from ..reading.batched import first_of, merge, per_input, slots
+from ..reading.blocks import row_blocks
 from .base import COMPRESSORS, BatchCompressor
 
 
@@ -110,6 +111,9 @@ def grouped(groups: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> tupl
 def paired(batch: TokenBatch, r: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs the most similar of every second token with one of the others, as `trio.encoders.reading.matching.match`.
 
+    All pairs of the two halves are compared, which is the method itself and takes O(N^2) time; memory is O(N) beyond
+    one block.
+
     Args:
         batch: the tokens; they are compared by their features.
         r: tokens of each input that go into another one, at most half of its own.
@@ -119,8 +123,12 @@ def paired(batch: TokenBatch, r: Sequence[int]) -> tuple[torch.Tensor, torch.Ten
         -1 at padding.
     """
     unit, valid = unit_length(batch.features), batch.valid
-    scores = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).masked_fill_(~valid[:, None, 1::2], float("-inf"))
-    best, partner = scores.max(2)
+    a, b, absent = unit[:, ::2], unit[:, 1::2].transpose(1, 2), ~valid[:, None, 1::2]
+    found = [
+        (a[:, block] @ b).masked_fill_(absent, float("-inf")).max(2)
+        for block in row_blocks(unit, a.shape[1], b.shape[2])
+    ]
+    best, partner = torch.cat([one.values for one in found], 1), torch.cat([one.indices for one in found], 1)
     order = best.masked_fill_(~valid[:, ::2], float("-inf")).sort(dim=1, descending=True, stable=True).indices
     (gone,) = per_input(order.device, r)
     target = torch.arange(valid.shape[1], device=order.device).repeat(len(r), 1)

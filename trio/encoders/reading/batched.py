@@ -14,6 +14,7 @@ import torch
 from ...core.token_batch import LazySignals, TokenBatch
 from ...core.tokens import CLS, MERGED, ImageTokens, Signal
 from ...core.transfer import upload
+from .blocks import row_blocks
 
 
 def per_input(device: torch.device, *numbers: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -66,7 +67,7 @@ def most_similar(unit: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor)
     return similarity.masked_fill_(~valid[:, None], float("-inf")).argmax(2)
 
 
-def members(into: torch.Tensor, groups: int, weights: torch.Tensor) -> torch.Tensor:
+def members(into: torch.Tensor, groups: int, weights: torch.Tensor, first: int = 0) -> torch.Tensor:
     """float32 ``(G, groups, N)``, the weight of each token in the row of its group, 0 elsewhere.
 
     Sums by group are products with this matrix: unlike a scatter they come out the same every time on a GPU.
@@ -75,8 +76,9 @@ def members(into: torch.Tensor, groups: int, weights: torch.Tensor) -> torch.Ten
         into: int64 ``(G, N)``, the group of each token, -1 for none.
         groups: how many groups.
         weights: float32 ``(G, N)``.
+        first: the first of the groups.
     """
-    same = into[:, None] == torch.arange(groups, device=into.device)[:, None]
+    same = into[:, None] == torch.arange(first, first + groups, device=into.device)[:, None]
     return torch.where(same, weights[:, None], 0.0)
 
 
@@ -93,11 +95,14 @@ def group_mean(values: torch.Tensor, weights: torch.Tensor, into: torch.Tensor, 
         ``(G, M, ...)`` in the dtype of `values`; behind the groups of an input values without a meaning.
     """
     flat = values.flatten(2) if values.ndim > 2 else values[..., None]
-    matrix = members(into, leaders.shape[1], weights)
     dtype = torch.promote_types(values.dtype, torch.float32)
-    means = (matrix.to(dtype) @ flat.to(dtype)).div_(matrix.sum(2)[..., None]).to(values.dtype)
-    several = (matrix > 0).sum(2)[..., None] > 1
-    return torch.where(several, means, rows(flat, leaders)).view(*leaders.shape, *values.shape[2:])
+    wide, own, parts = flat.to(dtype), rows(flat, leaders), []
+    for block in row_blocks(flat, leaders.shape[1], flat.shape[1]):
+        matrix = members(into, block.stop - block.start, weights, first=block.start)
+        means = (matrix.to(dtype) @ wide).div_(matrix.sum(2)[..., None]).to(values.dtype)
+        several = (matrix > 0).sum(2)[..., None] > 1
+        parts.append(torch.where(several, means, own[:, block]))
+    return torch.cat(parts, 1).view(*leaders.shape, *values.shape[2:])
 
 
 def keep(batch: TokenBatch, chosen: torch.Tensor, counts: Sequence[int]) -> TokenBatch:
