@@ -184,17 +184,17 @@ def waits(held: float) -> Budget:
 
 #: What is held today; wherever that is more than the target, the target is missed by as much.
 CASES = [
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(299), selecting(3, 150), NONE, waits(5)),
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(321), selecting(3, 150), NONE, waits(11)),
-    Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(324), selecting(2, 165), NONE, waits(8)),
-    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(394), selecting(1, 50), encoder(168), waits(8)),
-    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(77), NONE, encoder(263), waits(4)),
-    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(338), selecting(3, 186), NONE, waits(17)),
-    Case("llava-next-7b", "trio-soft-33", 8, a_stage(342), selecting(2, 165), NONE, waits(11)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(64), NONE, encoder(267), waits(5)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(81), NONE, encoder(291), waits(14)),
-    Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(303), selecting(2, 165), NONE, waits(5)),
-    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(367), selecting(1, 50), encoder(330), waits(15)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(221), selecting(3, 150), NONE, waits(5)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(241), selecting(3, 150), NONE, waits(5)),
+    Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(242), selecting(2, 165), NONE, waits(4)),
+    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(289), selecting(1, 50), encoder(150), waits(4)),
+    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(45), NONE, encoder(212), waits(2)),
+    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(258), selecting(3, 186), NONE, waits(10)),
+    Case("llava-next-7b", "trio-soft-33", 8, a_stage(258), selecting(2, 165), NONE, waits(6)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(32), NONE, encoder(214), waits(3)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(48), NONE, encoder(231), waits(3)),
+    Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(223), selecting(2, 165), NONE, waits(4)),
+    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(258), selecting(1, 50), encoder(309), waits(5)),
 ]
 DECODING = Budget(8, 84)
 DECODING_WAITS = Budget(0, 3)
