@@ -485,10 +485,23 @@ def features_of(output: Any) -> Any:
 
     A model reads the projected features alone; the hidden states of LLaVA-1.5's tower are six times as large.
     """
+    return copied_output(output, leave_out=("hidden_states", "attentions"))
+
+
+def copied_output(output: Any, *, leave_out: Sequence[str] = ()) -> Any:
+    """An output whose containers are new, so that who gets it may put other values into them; tensors are shared.
+
+    Some releases set the projected features as an attribute that is no field of the output.
+    """
+    if isinstance(output, list):
+        return list(output)
     if not isinstance(output, Mapping):
         return output
-    inner = ("hidden_states", "attentions")
-    return type(output)(**{name: value for name, value in output.items() if name not in inner})
+    new = type(output)(**{name: value for name, value in output.items() if name not in leave_out})
+    for name, value in vars(output).items():
+        if name not in leave_out and value is not None:
+            setattr(new, name, list(value) if isinstance(value, list) else value)
+    return new
 
 
 # Generation

@@ -12,7 +12,7 @@ import torch
 
 from ..adapters.base import Adapter
 from ..core.hooking import MethodPatch, Owner
-from ..core.upstream import features_of
+from ..core.upstream import copied_output, features_of
 from ..pipeline import Pipeline
 from .answering import wait
 
@@ -94,7 +94,7 @@ class EncodedImages:
         for one in self._kept:
             if one.method == method and _same(one.args, args) and _same(one.kwargs, kwargs):
                 self.saved_seconds += one.seconds
-                return _copied(one.output)
+                return copied_output(one.output)
         device: Any = self._adapter.model.device
         wait(device)
         start = time.perf_counter()
@@ -102,7 +102,7 @@ class EncodedImages:
         wait(device)
         seconds = time.perf_counter() - start
         self.encoded += 1
-        kept = _copied(output if self._adapter.fallback else features_of(output))
+        kept = copied_output(output) if self._adapter.fallback else features_of(output)
         size = _bytes(kept)
         if self.kept_bytes + size <= self._limit:
             self.kept_bytes += size
@@ -136,13 +136,6 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool | int | float | str) and one == other
 
 
-def _copied(output: Any) -> Any:
-    """An output whose containers are new, so that who gets it may put other values into them; tensors are shared."""
-    if isinstance(output, Mapping):
-        return type(output)(**{str(name): _copied(value) for name, value in output.items()})
-    return list(map(_copied, output)) if isinstance(output, list) else output
-
-
 def _bytes(output: Any) -> int:
     """Bytes that are alive while an output is: each storage once."""
     storages: dict[int, int] = {}
@@ -152,7 +145,7 @@ def _bytes(output: Any) -> int:
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, Mapping):
-            for one in value.values():
+            for one in [*value.values(), *getattr(value, "__dict__", {}).values()]:
                 note(one)
         elif isinstance(value, list | tuple):
             for one in value:
