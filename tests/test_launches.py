@@ -187,14 +187,14 @@ CASES = [
     Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(221), selecting(3, 150), NONE, waits(5)),
     Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(241), selecting(3, 150), NONE, waits(5)),
     Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(242), selecting(2, 165), NONE, waits(4)),
-    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(289), selecting(1, 50), encoder(150), waits(4)),
-    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(45), NONE, encoder(212), waits(2)),
+    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(289), selecting(1, 50), encoder(141), waits(4)),
+    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(45), NONE, encoder(201), waits(2)),
     Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(258), selecting(3, 186), NONE, waits(10)),
     Case("llava-next-7b", "trio-soft-33", 8, a_stage(258), selecting(2, 165), NONE, waits(6)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(32), NONE, encoder(214), waits(3)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(48), NONE, encoder(231), waits(3)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(32), NONE, encoder(203), waits(3)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(48), NONE, encoder(220), waits(3)),
     Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(223), selecting(2, 165), NONE, waits(4)),
-    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(258), selecting(1, 50), encoder(309), waits(5)),
+    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(258), selecting(1, 50), encoder(300), waits(5)),
 ]
 DECODING = Budget(8, 84)
 DECODING_WAITS = Budget(0, 3)

@@ -33,6 +33,7 @@ class TokenBatch:
         cls: ``(G, D)`` or None.
         seeds: of each input.
         host_index: `token_index` on the CPU, where the host knows it without asking the device.
+        whole: whether no token is known to have been dropped or merged, so that indices and map are 0, 1, 2, ...
     """
 
     features: torch.Tensor
@@ -46,6 +47,7 @@ class TokenBatch:
     cls: torch.Tensor | None = None
     seeds: tuple[int, ...] = ()
     host_index: torch.Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def start(
@@ -65,7 +67,18 @@ class TokenBatch:
         seeds = (0,) * len(counts) if seeds is None else tuple(seeds)
         host = torch.arange(shape[1]).expand(shape)
         return cls(
-            features, counts, tuple(origins), ones, every, every, counts, dict(signals), class_tokens, seeds, host
+            features,
+            counts,
+            tuple(origins),
+            ones,
+            every,
+            every,
+            counts,
+            dict(signals),
+            class_tokens,
+            seeds,
+            host,
+            whole=True,
         )
 
     @classmethod

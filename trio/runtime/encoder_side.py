@@ -455,8 +455,9 @@ def _mark(part: _Compressed, slots: torch.Tensor, kept: torch.Tensor, merge_map:
         most: N.
     """
     tokens, nowhere = part.tokens, len(kept) - 1
-    padding = ~first(tokens.starts, part.index.shape[1], slots.device)
-    place = (part.samples * most + part.index).masked_fill_(padding, nowhere)
+    place, width = part.samples * most + part.index, part.index.shape[1]
+    if min(tokens.starts) < width:
+        place.masked_fill_(~first(tokens.starts, width, slots.device), nowhere)
     kept.index_fill_(0, pad(place, (0, 1), value=nowhere).gather(1, slots).flatten(), True)
     target = pad(part.index, (0, 1)).gather(1, slots)
     went = torch.where(tokens.merge_map < 0, -1, target.gather(1, tokens.merge_map.clamp_min(0)))

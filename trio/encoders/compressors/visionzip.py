@@ -17,7 +17,7 @@ from ..reading.batched import (
     in_order,
     largest,
     members,
-    merge,
+    merge_at,
     most_similar,
     per_input,
     rows,
@@ -75,10 +75,10 @@ class VisionZip(BatchCompressor):
         dominant, contextual = [d - with_cls for d, _ in splits], [c for _, c in splits]
         chosen, into = dominant_and_contextual(attention, keys.float().mean(2), batch, dominant, contextual)
         counts = [d + c for d, c in zip(dominant, contextual, strict=True)]
-        features = None
+        features, leaders = None, in_order(chosen, max(counts))
         if self.combine == "add-mean":
-            features = target_plus_mean(batch.features, batch.sizes, chosen, into, max(counts))
-        compressed = merge(batch, chosen, into, counts, features)
+            features = target_plus_mean(batch.features, batch.sizes, chosen, into, leaders)
+        compressed = merge_at(batch, leaders, torch.where(chosen, slots(chosen), into), counts, features)
         return with_class(compressed) if with_cls else compressed
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
@@ -131,7 +131,7 @@ def dominant_and_contextual(
 
 
 def target_plus_mean(
-    features: torch.Tensor, sizes: torch.Tensor, chosen: torch.Tensor, into: torch.Tensor, most: int
+    features: torch.Tensor, sizes: torch.Tensor, chosen: torch.Tensor, into: torch.Tensor, leaders: torch.Tensor
 ) -> torch.Tensor:
     """Each chosen token plus the mean, weighted by size, of the tokens that go into it; alone where there is none.
 
@@ -140,13 +140,13 @@ def target_plus_mean(
         sizes: float32 ``(G, N)``.
         chosen: bool ``(G, N)``.
         into: int64 ``(G, N)``, for each other token the one of the chosen that it goes into, or -1.
-        most: the most chosen tokens of an input.
+        leaders: int64 ``(G, M)``, the indices of the chosen.
 
     Returns:
-        ``(G, most, D)`` in the dtype of `features`.
+        ``(G, M, D)`` in the dtype of `features`.
     """
-    own = rows(features, in_order(chosen, most))
-    followers = members(into.masked_fill(chosen, -1), most, sizes)
+    own = rows(features, leaders)
+    followers = members(into.masked_fill(chosen, -1), leaders.shape[1], sizes)
     weight = followers.sum(2, keepdim=True)
     mean = (followers @ features.float()) / torch.where(weight > 0, weight, 1.0)
     return torch.where(weight > 0, (own.float() + mean).to(features.dtype), own)

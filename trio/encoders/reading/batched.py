@@ -125,8 +125,8 @@ def keep_at(batch: TokenBatch, leaders: torch.Tensor, into: torch.Tensor, counts
         tuple(counts),
         origins,
         rows(batch.sizes, leaders),
-        rows(batch.token_index, leaders),
-        _brought_forward(batch.merge_map, into),
+        leaders if batch.whole else rows(batch.token_index, leaders),
+        into if batch.whole else _brought_forward(batch.merge_map, into),
         batch.starts,
         LazySignals(batch.signals, lambda one, value: value if one.kind == "cls" else rows(value, leaders)),
         batch.cls,
@@ -181,8 +181,8 @@ def merge_at(
         tuple(counts),
         origins,
         summed[:, :groups],
-        rows(batch.token_index, leaders),
-        _brought_forward(batch.merge_map, into),
+        leaders if batch.whole else rows(batch.token_index, leaders),
+        into if batch.whole else _brought_forward(batch.merge_map, into),
         batch.starts,
         LazySignals(batch.signals, forward),
         batch.cls,
@@ -209,6 +209,7 @@ def with_class(batch: TokenBatch) -> TokenBatch:
         signals=LazySignals(batch.signals, lambda one, value: value if one.kind == "cls" else before(value, 0.0)),
         cls=None,  # it is among the tokens now
         host_index=None if batch.host_index is None else before(batch.host_index, -1),
+        whole=False,
     )
 
 
