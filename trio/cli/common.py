@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import time
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,8 @@ import typer
 from .. import DEFAULT_SPEC
 from ..core.images import inputs_for, load_image
 from ..core.printable import HIDDEN, visible
-from ..errors import InputError, UnsupportedModelError, first_line
+from ..errors import InputError, first_line
+from ..zoo.checkpoint import load_model
 from ..zoo.find import find_model
 
 if TYPE_CHECKING:
@@ -103,18 +104,32 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error where that is a terminal, else nothing; gives what to tell (done, of how many)."""
+def progress_bar(what: str, *, rate: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error where that is a terminal, else nothing; gives what to tell (done, of how many).
+
+    Args:
+        what: its title.
+        rate: also how many are done in a second.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .terminal import SafeConsole
 
     err = SafeConsole(stderr=True)
     title = TextColumn("{task.description}", markup=False)
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    speed = [TextColumn("{task.fields[rate]}")] if rate else []
+    columns = (title, BarColumn(), MofNCompleteColumn(), *speed, TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(what, total=None, rate="")
+        first: list[tuple[int, float]] = []
+
+        def tell(done: int, total: int) -> None:
+            begun, start = first[0] if first else (done, time.monotonic())
+            first[:] = [(begun, start)]
+            passed = time.monotonic() - start
+            bar.update(task, completed=done, total=total, rate=f"{(done - begun) / passed:.1f}/s" if passed else "")
+
+        yield tell
 
 
 def check_outputs(files: Mapping[str, Path | None], *, force: bool) -> None:
@@ -172,48 +187,6 @@ def write_text(file: Path, text: str, option: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{option} {str(file)!r}: cannot be written ({error.strerror or error}).") from error
-
-
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """A model in evaluation mode, and its processor.
-
-    Args:
-        name: what `find_model` takes.
-        dtype: `auto` (as the checkpoint says), `float32`, `bfloat16` or `float16`.
-        device: `auto` (an accelerator where there is one), or a torch device such as `cpu` or `cuda:1`.
-
-    Raises:
-        InputError: there is no such model, it cannot be loaded, or there is no such device.
-        UnsupportedModelError: it is no image-text-to-text model.
-    """
-    import torch
-    import transformers
-
-    place = find_model(name)
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
-    auto: Any = transformers  # its typing changes from version to version
-    if not sys.stderr.isatty():
-        auto.utils.logging.disable_progress_bar()
-    try:
-        model = auto.AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
-        processor = auto.AutoProcessor.from_pretrained(place)
-    except ValueError as error:
-        if "Unrecognized" in str(error) or "not recognized" in str(error) or "does not recognize" in str(error):
-            raise UnsupportedModelError(
-                f"model {name!r}: transformers has no image-text-to-text model for it ({first_line(error)}); give a "
-                "vision-language model such as llava-hf/llava-1.5-7b-hf."
-            ) from error
-        raise InputError(f"model {name!r}: cannot be loaded ({first_line(error)}).") from error
-    except Exception as error:  # whatever a damaged checkpoint or a missing network raises is the user's to know
-        raise InputError(
-            f"model {name!r}: cannot be loaded ({type(error).__name__}: {first_line(error)}); check that the folder is "
-            "complete, or that the hub can be reached."
-        ) from error
-    try:
-        return model.to(device).eval(), processor
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r}: {first_line(error)}; give cpu, cuda or cuda:N.") from error
 
 
 def load_config(name: str) -> Any:

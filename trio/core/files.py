@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import InputError, TrioError
 
-__all__ = ["read_plain", "replace_file", "sync_folder"]
+__all__ = ["read_plain", "read_plain_lines", "replace_file", "sync_folder"]
 
 
 def read_plain(
@@ -27,17 +29,40 @@ def read_plain(
     Raises:
         TrioError: of the type `error`: it cannot be read, is no plain file, or is larger.
     """
+    with _opened(file, label, remedy, error) as opened:
+        data = opened.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise error(f"{label}: larger than {most} bytes; {remedy}")
+    return data
+
+
+def read_plain_lines(file: Path, label: str, remedy: str) -> Iterator[bytes]:
+    """The lines of a plain file with their line feeds, one after the other: the file may be larger than the memory.
+
+    Args:
+        file: what to read.
+        label: what the message calls it.
+        remedy: how the message ends.
+
+    Raises:
+        InputError: as `read_plain`.
+    """
+    with _opened(file, label, remedy, InputError) as opened:
+        yield from opened
+
+
+@contextmanager
+def _opened(file: Path, label: str, remedy: str, error: type[TrioError]) -> Iterator[BinaryIO]:
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             what = "a folder" if file.is_dir() else "a pipe, a socket or a device"
             raise error(f"{label}: cannot be read ({what}, not a plain file); {remedy}")
         with file.open("rb") as opened:
-            data = opened.read(-1 if most is None else most + 1)
+            yield opened
+    except TrioError:  # some are ValueErrors
+        raise
     except (OSError, ValueError) as problem:  # ValueError: a path with a zero byte
         raise error(f"{label}: cannot be read ({getattr(problem, 'strerror', None) or problem}); {remedy}") from problem
-    if most is not None and len(data) > most:
-        raise error(f"{label}: larger than {most} bytes; {remedy}")
-    return data
 
 
 def replace_file(file: Path, text: str) -> None:

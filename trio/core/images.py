@@ -9,10 +9,11 @@ from ..errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from io import BytesIO
 
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "batch_for", "inputs_for", "load_image", "prompt_for"]
+__all__ = ["MAX_PIXELS", "batch_for", "decode_image", "inputs_for", "load_image", "prompt_for"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
 
@@ -23,15 +24,33 @@ def load_image(path: Path) -> Image:
     Raises:
         InputError: it is missing, is not an image, is damaged or is larger than 89 million pixels.
     """
+    return _load(path, f"image {str(path)!r}")
+
+
+def decode_image(data: bytes, place: str) -> Image:
+    """An image as RGB, upright, from the bytes of its file.
+
+    Args:
+        data: of a PNG, JPEG or WebP file.
+        place: what the message calls it.
+
+    Raises:
+        InputError: as `load_image`.
+    """
+    from io import BytesIO
+
+    return _load(BytesIO(data), place)
+
+
+def _load(source: Path | BytesIO, place: str) -> Image:
     import warnings
 
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    place = f"image {str(path)!r}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(source) as opened:
                 width, height = opened.size
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombWarning

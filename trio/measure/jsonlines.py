@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.files import read_plain, sync_folder
+from ..core.files import read_plain_lines, sync_folder
 from ..errors import InputError
 from ..spec.messages import short
 
@@ -55,12 +55,12 @@ def read_lines(file: Path, shape: TypeAdapter[T], *, what: str, form: str, torn:
         InputError: the file cannot be read, or a line is no such object; the message has the line.
     """
     name = f"{what} {str(file)!r}"
-    *lines, last = read_plain(file, name, "give a file with one JSON object a line.").split(b"\n")
-    if last and not torn:
-        lines.append(last)
+    lines = read_plain_lines(file, name, "give a file with one JSON object a line.")
     end = 0
     for number, line in enumerate(lines, start=1):
-        end += len(line) + 1
+        if torn and not line.endswith(b"\n"):
+            return
+        end += len(line)
         text = line.removeprefix(_BOM) if number == 1 else line
         if not text.strip():
             continue

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
-from ...measure.answering import generate
+from ...measure.answering import answer_length, generate
 from .requests import Conversation, cut
 
 if TYPE_CHECKING:
-    import torch
-
     from ...pipeline import Pipeline
 
 
@@ -86,7 +84,7 @@ class ConversationAnswerer:
         texts = self.processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         counts = self._counts(len(conversations)) if seeing else [(0.0, 0.0)] * len(conversations)
         return [
-            ConversationAnswer(cut(text, until), self._length(row), visual, kept)
+            ConversationAnswer(cut(text, until), answer_length(self.model, row), visual, kept)
             for text, row, (visual, kept) in zip(texts, new, counts, strict=True)
         ]
 
@@ -98,12 +96,3 @@ class ConversationAnswerer:
         each = len(report.samples) // rows  # beams repeat a row
         chosen = report.samples[::each]
         return [(sample.visual_tokens, sample.average_kept(report.num_layers)) for sample in chosen]
-
-    def _length(self, row: torch.Tensor) -> int:
-        """Tokens of an answer up to its end token."""
-        end = self.model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
-        for number, token in enumerate(row.tolist(), start=1):
-            if token in ends:
-                return number
-        return len(row)
