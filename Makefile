@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 PREVIOUS := .venv-previous
 LMMS := .venv-lmms
+RAY := .venv-ray
 ALIAS := .venv-alias
 ALONE := .venv-wheel
 DOCS := .venv-docs
@@ -19,7 +20,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check launches lowest previous versions lmms-eval wheel alias docs format clean
+.PHONY: demo test quick check launches lowest previous versions lmms-eval ray wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -64,6 +65,10 @@ lmms-eval: $(LMMS)/.installed
 	$(LMMS)/bin/python -c 'import lmms_eval, transformers as t; assert t.__version__.startswith("5."), t.__version__'
 	$(LMMS)/bin/python -m pytest tests/integrations
 
+# Jobs on Ray: an actor dies, the driver is killed, and every row comes out once.
+ray: $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -n 0 tests/integrations/test_ray_run.py
+
 # The wheel, installed alone with what it names into a fresh environment, runs the demo.
 wheel: $(VENV)/.dev
 	rm -rf $(ALONE) dist/trio_vlm-*.whl
@@ -100,7 +105,7 @@ $(VENV)/.dev: pyproject.toml zoo/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./zoo
 	@touch $@ $(VENV)/.demo
 
-# Environments that hold only what differs (transformers and what it pins; lmms-eval and what it needs) and see the rest
+# Environments that hold only what differs (transformers and what it pins; lmms-eval or Ray and what they need) and see the rest
 # through a .pth file: torch is not installed twice.
 define beside
 	$(BIN)/python -m venv --clear $(1)
@@ -127,6 +132,11 @@ $(PREVIOUS)/.installed: $(VENV)/.dev
 $(LMMS)/.installed: $(VENV)/.dev
 	$(call beside,$(LMMS))
 	$(LMMS)/bin/python -m pip install --quiet 'lmms-eval==0.7.*'
+	@touch $@
+
+$(RAY)/.installed: $(VENV)/.dev
+	$(call beside,$(RAY))
+	$(RAY)/bin/python -m pip install --quiet 'ray[data]>=2.60'
 	@touch $@
 
 $(ALIAS)/.installed: $(VENV)/.dev

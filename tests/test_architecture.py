@@ -27,6 +27,7 @@ LAYERS = [
     ["testing"],
     ["zoo"],
     ["measure"],
+    ["batch"],
     ["integrations"],
     ["cli"],
 ]

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "concepts": "test_examples.py",
     "fidelity": "test_fidelity.py",
     "quick-start": "test_spec_docs.py",
+    "scale": "integrations/test_ray_run.py",
     "towers": "test_towers_examples.py",
     "tune": "test_tuning.py",
     "write-a-spec": "test_docs_code.py",

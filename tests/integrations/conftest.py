@@ -1,7 +1,8 @@
-"""lmms-eval has an environment of its own (`make lmms-eval`); elsewhere only what needs no lmms-eval is tested."""
+"""lmms-eval and Ray have environments of their own (`make lmms-eval`, `make ray`); not collected elsewhere."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("lmms_eval") else ["test_lmms_eval_run.py"]
+NEEDS = {"test_lmms_eval_run.py": "lmms_eval", "test_ray_run.py": "ray"}
+collect_ignore = [file for file, library in NEEDS.items() if find_spec(library) is None]

@@ -1,4 +1,4 @@
-"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench.
+"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench, batch.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
 what it needs when it runs.
@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import TrioError
+from .batch import batch
 from .bench import bench
 from .check import check
 from .common import say
@@ -85,3 +86,4 @@ app.command("eval")(evaluate)
 app.command("fidelity")(fidelity)
 app.command("tune")(tune)
 app.command("bench")(bench)
+app.command("batch")(batch)
