@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .direct import compress
+    from .features import compress_features
 
-__all__ = ["compress"]
+__all__ = ["compress", "compress_features"]
+
+_MODULES = {"compress": "direct", "compress_features": "features"}
 
 
 def __getattr__(name: str) -> Any:
-    """Resolves `compress` when it is first used: importing a compressor imports no tower."""
-    if name != "compress":
+    """Resolves the public functions when they are first used: importing a compressor imports no tower."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .direct import compress
-
-    globals()[name] = compress
-    return compress
+    function = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = function
+    return function

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.tokens import ImageTokens, Signal, VisualTokens
-from ..errors import InputError, UnknownNameError
-from ..spec.rules import parse_share
-from .compressors.base import COMPRESSORS, Compressor
+from ..errors import InputError
+from .compressors.base import Compressor
+from .features import compress_tokens, kept_of, named_compressor
 from .reading.reader import Reader, Reading
 from .towers import Tower, tower_for
 
@@ -55,7 +53,7 @@ def compress(
         InputError: the number is missing or wrong, or the images do not fit the tower.
     """
     found = tower_for(tower)
-    part, number_kept = _compressor(compressor, keep)
+    part, number_kept = named_compressor(compressor, keep)
     merged = found.patches_per_token > 1
     if merged and layer is not None:
         raise InputError(
@@ -67,7 +65,7 @@ def compress(
     with_cls = part.wants_cls and found.has_cls and not merged
     wanted = [*part.reads(), *([] if merged else [hidden]), *([cls] if with_cls else [])]
     grids = found.grids(images)
-    with Reader(found, wanted, keep=lambda patches: _count(number_kept, patches)) as reader:
+    with Reader(found, wanted, keep=lambda patches: kept_of(number_kept, patches)) as reader:
         output = found.run(images)
         reading = reader.take()
     counts = [rows * columns for rows, columns in grids]
@@ -79,47 +77,23 @@ def compress(
     rows = output.pooler_output if merged else reading.values[hidden]
     class_rows = reading.values[cls] if with_cls else [None] * len(grids)
     seeds = _seeds(images, counts) if part.draws else [0] * len(counts)  # pixels are copied to the host for it
-    results, first, per_token = [], 0, found.patches_per_token
+    tokens, counted, first, per_token = [], [], 0, found.patches_per_token
     side = int(per_token**0.5)
     for number, (height, width) in enumerate(grids):
         n = counts[number] // per_token
         here = slice(first // per_token, first // per_token + n)
         signals = {one: _signal(one, reading, number, first, counts[number], per_token) for one in part.reads()}
-        tokens = VisualTokens.start(
+        one_input = VisualTokens.start(
             rows[here],
             ImageTokens.from_grid(height // side, width // side, size=per_token),
             signals,
             class_token=class_rows[number],
             seed=seeds[number],
         )
-        results.append(_one(part, tokens, number_kept, project))
+        tokens.append(one_input)
+        counted.append(kept_of(number_kept, n))
         first += counts[number]
-    return results
-
-
-def _one(
-    part: Compressor,
-    tokens: VisualTokens,
-    keep: int | Fraction | None,
-    project: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> VisualTokens:
-    n = tokens.tokens
-    k = _count(keep, n)
-    early = project is not None and part.space == "language"
-    if project is not None and early:
-        cls = None if tokens.cls is None else project(tokens.cls[None])[0]
-        tokens = replace(tokens, features=project(tokens.features), cls=cls)
-    out = tokens if k == n and not part.decides_count else part.compress(tokens, k)
-    if project is None or early:
-        return out
-    return replace(out, features=project(out.features), cls=None if out.cls is None else project(out.cls[None])[0])
-
-
-def _count(keep: int | Fraction | None, tokens: int) -> int:
-    """The number to keep of so many; all where the compressor decides."""
-    if keep is None:
-        return tokens
-    return min(tokens, keep if isinstance(keep, int) else max(1, int(keep * tokens + Fraction(1, 2))))
+    return compress_tokens(part, tokens, counted, project)
 
 
 def _signal(signal: Signal, reading: Reading, number: int, first: int, patches: int, per_token: int) -> torch.Tensor:
@@ -141,45 +115,6 @@ def _seeds(images: Images, counts: list[int]) -> list[int]:
     else:
         parts = list(pixels)
     return [zlib.crc32(part.detach().float().cpu().contiguous().numpy().tobytes()) for part in parts]
-
-
-def _compressor(
-    given: str | Mapping[str, Any] | type[Compressor] | Compressor, keep: int | str | None
-) -> tuple[Compressor, int | Fraction | None]:
-    if isinstance(given, Mapping) and "keep" in given:
-        if keep is not None:
-            raise InputError("keep is given twice, in the compressor's mapping and beside it; give it once")
-        keep = given["keep"]
-        given = {name: value for name, value in given.items() if name != "keep"}
-    if isinstance(given, str) and keep is None:
-        name, _, count = given.rpartition("-")
-        if count.isdigit() and name in COMPRESSORS.names():
-            given, keep = name, int(count)
-    try:
-        part: Compressor = COMPRESSORS.build(given)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{error} A count behind the name is the number of tokens: 'visionzip-64'.") from error
-    return part, _number(part, keep)
-
-
-def _number(part: Compressor, keep: int | str | None) -> int | Fraction | None:
-    name = COMPRESSORS.name_of(type(part)) or type(part).__name__
-    if part.decides_count:
-        if keep is not None:
-            raise InputError(f"keep: found {keep!r}, but {name!r} decides its own count; leave it out")
-        return None
-    if keep is None:
-        raise InputError(f"keep: missing; say how many tokens {name!r} leaves, as in '{name}-64' or keep='11.1%'")
-    if isinstance(keep, str):
-        try:
-            share = parse_share(keep)
-        except ValueError as error:
-            raise InputError(f"keep: found {keep!r}; give a count, or a percentage such as '11.1%'") from error
-        if 0 < share <= 1:
-            return share
-    elif isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
-        return keep
-    raise InputError(f"keep: found {keep!r}; give a count of 1 or more, or a percentage above 0% and up to 100%")
 
 
 __all__ = ["compress"]

@@ -23,6 +23,7 @@ from pydantic import (
 from ..core.printable import HIDDEN
 from ..errors import SpecError, TrioError, did_you_mean
 from ..registry import registry_of
+from .engines import EngineReadiness, engine_readiness
 from .messages import Wrong, at, short, translate
 from .reading import dump, load
 from .rules import check_budget, check_groups, check_growth, check_order, format_share, parse_share
@@ -452,6 +453,14 @@ class PipelineSpec(_Model):
             yield "compressor", self.compressor
         for index, stage in enumerate(self.stages):
             yield f"stages[{index}]", stage
+
+    @property
+    def engine_ready(self) -> EngineReadiness:
+        """Whether it can be decided before the language model runs; where not, `.reason` says why.
+
+        Serving engines need that: stages inside the model leave its layers with different numbers of keys.
+        """
+        return engine_readiness(self)
 
     def check_parts(self) -> None:
         """Make every part once, so that wrong names and parameters are found before a model is there.
