@@ -1,0 +1,180 @@
+"""Specs as an engine takes them: of the whole engine, of one request, and in the one form that keys are made of."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...core.tokens import ImageTokens
+from ...encoders.compressors.base import COMPRESSORS, Compressor
+from ...errors import InputError, SpecError, UnsupportedModelError
+from ...runtime.encoder_side import split
+from ...spec import PipelineSpec, load_spec
+from ...spec.schedule import ResolvedSchedule, resolve
+
+#: The key of the engine's `hf_overrides` and of a request's `mm_processor_kwargs`.
+KEY = "trio"
+#: What a request writes to have its images whole.
+WHOLE = "none"
+#: The compressors that the plugin has been tested with; they read nothing off the tower.
+COMPRESSORS_TESTED = ("average-pool", "divprune", "random", "uniform-grid")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the plugin must know of a family of models before an image is encoded.
+
+    Attributes:
+        name: as in messages.
+        positions: how vLLM numbers the tokens that are left.
+        why: the reason, for a spec that asks for another numbering.
+        has_newlines: whether newline tokens end the rows of its images.
+    """
+
+    name: str
+    positions: Literal["compact", "original"]
+    why: str
+    has_newlines: bool = False
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """A spec that an engine can carry out.
+
+    Attributes:
+        text: JSON, equal for equal specs: the part of an item's key that tells one spec from another.
+        spec: the spec.
+        compressor: built from it.
+        schedule: its numbers.
+    """
+
+    text: str
+    spec: PipelineSpec
+    compressor: Compressor
+    schedule: ResolvedSchedule
+
+    def counts(self, sizes: Sequence[int]) -> list[int]:
+        """Tokens to leave of each input of the tower (a tile) of one image.
+
+        Args:
+            sizes: tokens of each.
+
+        Raises:
+            BudgetError: the image has fewer tokens than the count, and the spec says that this is an error.
+        """
+        keep = self.spec.compressor.keep if self.spec.compressor is not None else None
+        if keep is not None and keep.per == "tile":
+            return [self._count(size) for size in sizes]
+        return split(self._count(sum(sizes)), sizes, [float(size) for size in sizes])
+
+    def _count(self, started: int) -> int:
+        count = self.schedule.compressed_count(started)
+        assert count is not None  # refused in `read_spec`
+        return count
+
+
+def written_spec(source: object, family: Family) -> PipelineSpec:
+    """A spec in any of the forms that an engine takes.
+
+    Args:
+        source: a compressor's name with a count or a share (``"divprune-64"``, ``"divprune-11.1%"``), the name of a
+            shipped spec, the path of a file, JSON text, a mapping or a `PipelineSpec`.
+        family: of the model. Short names take its positions, and drop newlines.
+
+    Raises:
+        TrioError: as `load_spec`.
+    """
+    if isinstance(source, str):
+        if source.lstrip().startswith("{"):
+            try:
+                source = json.loads(source)
+            except json.JSONDecodeError as error:
+                raise SpecError(f"{KEY}: found text that is no JSON object ({error}); write a mapping") from error
+        else:
+            name, _, count = source.rpartition("-")
+            if name in COMPRESSORS.names() and (count.isdigit() or count.endswith("%")):
+                keep = int(count) if count.isdigit() else count
+                source = {
+                    "name": source,
+                    "compressor": {"name": name, "keep": keep},
+                    "positions": "auto",
+                    "newlines": "never" if family.has_newlines else "with-row",
+                }
+    if not isinstance(source, str | Path | Mapping | PipelineSpec):
+        raise InputError(
+            f"{KEY}: found {type(source).__name__}; give a name such as 'divprune-64', a mapping, or {WHOLE!r}"
+        )
+    return load_spec(source)
+
+
+def read_spec(source: object, family: Family, compressors: Sequence[str] = COMPRESSORS_TESTED) -> EngineSpec | None:
+    """A spec, checked against what an engine can do before anything runs.
+
+    Args:
+        source: see `written_spec`; None and ``"none"``: images stay whole.
+        family: of the model.
+        compressors: the names that are allowed.
+
+    Raises:
+        TrioError: the spec is wrong, or cannot work in this engine on this family.
+    """
+    if source is None or source == WHOLE:
+        return None
+    if isinstance(source, str):
+        return _read_text(source, family, tuple(compressors))
+    return _read(written_spec(source, family), family, compressors)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_text(source: str, family: Family, compressors: tuple[str, ...]) -> EngineSpec:
+    return _read(written_spec(source, family), family, compressors)
+
+
+def _read(spec: PipelineSpec, family: Family, compressors: Sequence[str]) -> EngineSpec:
+    place = f"{KEY}: spec {spec.name!r}"
+    if not spec.engine_ready:
+        raise UnsupportedModelError(f"{place}: {spec.engine_ready.reason}.")
+    named = spec.compressor
+    assert named is not None  # engine_ready
+    if named.name not in compressors or named.obj is not None:
+        raise UnsupportedModelError(
+            f"{place}: the compressor {named.name!r} was not tested in this engine; tested are "
+            f"{', '.join(compressors)}. Others work through image embeddings (trio export-embeds)."
+        )
+    compressor: Compressor = COMPRESSORS.build(named)
+    if compressor.decides_count or named.keep is None:
+        raise UnsupportedModelError(
+            f"{place}: how many tokens {named.name!r} leaves is known only when the image has been encoded, and the "
+            "engine lays out the prompt before; write `keep`, or use image embeddings (trio export-embeds)."
+        )
+    if named.split != "even":
+        raise UnsupportedModelError(
+            f"{place}: compressor.split: found {named.split!r}, which needs the tower's attention; write split: even."
+        )
+    positions = family.positions if spec.positions == "auto" else spec.positions
+    if positions != family.positions:
+        raise UnsupportedModelError(
+            f"{place}: positions: found {positions!r}; {family.why}. Write positions: {family.positions}."
+        )
+    if family.has_newlines and spec.newlines == "with-row":
+        raise UnsupportedModelError(
+            f"{place}: newlines: found 'with-row'; which rows keep a token is known only when the image has been "
+            "encoded, and the engine lays out the prompt before. Write newlines: never or newlines: always."
+        )
+    same = spec.model_copy(update={"name": "engine", "description": "", "source": "", "positions": positions})
+    text = json.dumps(same.to_dict(), sort_keys=True)
+    return EngineSpec(text, same, compressor, resolve(same, 1))
+
+
+def pieces_of(tiles: Any) -> list[Any]:
+    """The tokens of each input of the tower, from int64 ``(n,)`` that says which input each token comes from."""
+    return [(tiles == tile).nonzero().squeeze(1) for tile in sorted(set(tiles.tolist()))]
+
+
+def without_newlines(image: ImageTokens) -> ImageTokens:
+    """The tokens of an image that are no structure."""
+    return image.select(image.is_visual.nonzero().squeeze(1))
