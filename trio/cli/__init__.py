@@ -1,4 +1,5 @@
 """The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench, batch.
+"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench and more.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
 what it needs when it runs.
@@ -20,6 +21,7 @@ from .check import check
 from .common import say
 from .doctor import doctor
 from .eval import evaluate
+from .export_embeds import export_embeds
 from .fidelity import fidelity
 from .listing import list_parts
 from .run import run
@@ -87,3 +89,4 @@ app.command("fidelity")(fidelity)
 app.command("tune")(tune)
 app.command("bench")(bench)
 app.command("batch")(batch)
+app.command("export-embeds")(export_embeds)

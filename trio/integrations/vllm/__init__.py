@@ -8,6 +8,8 @@ from __future__ import annotations
 
 __all__ = ["register"]
 
+#: Versions of vLLM that the plugin was tested with: from, and below.
+TESTED = ((0, 32), (0, 33))
 #: Architectures of vLLM, and the classes of this package in their places.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava:TrioLlavaForConditionalGeneration",

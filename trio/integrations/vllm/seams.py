@@ -12,10 +12,9 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.registry import MultiModalRegistry
 
 from ...errors import UnsupportedModelError
+from . import TESTED
 from .settings import KEY, WHOLE
 
-#: Versions of vLLM that the plugin was tested with: from, and below.
-TESTED = ((0, 32), (0, 33))
 #: Methods that the plugin overrides or calls, with the arguments that it relies on.
 SEAMS: dict[str, tuple[str, ...]] = {
     "apply": ("inputs", "timing_ctx"),
