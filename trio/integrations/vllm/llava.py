@@ -20,9 +20,9 @@ from ...core.tokens import ImageTokens
 from ...errors import UnsupportedModelError
 from .encoding import EncodedItem, compress_items
 from .processing import FIELD, SpecProcessor, spec_of_field
-from .settings import KEY, EngineSpec, Family, read_spec
+from .settings import KEY, EngineSpec, ServedFamily, read_spec
 
-FAMILY = Family(
+FAMILY = ServedFamily(
     "LLaVA",
     "compact",
     "vLLM numbers the tokens of such a model without gaps, from their place in the prompt",

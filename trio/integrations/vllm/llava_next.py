@@ -21,9 +21,9 @@ from .encoding import CompressedItem, EncodedItem, compress_items
 from .llava import FAMILY as LLAVA
 from .llava import REMEMBERED
 from .processing import FIELD, SpecProcessor, spec_of_field
-from .settings import KEY, EngineSpec, Family, pieces_of, read_spec, without_newlines
+from .settings import KEY, EngineSpec, ServedFamily, pieces_of, read_spec, without_newlines
 
-FAMILY = Family("LLaVA-NeXT", LLAVA.positions, LLAVA.why, has_newlines=True)
+FAMILY = ServedFamily("LLaVA-NeXT", LLAVA.positions, LLAVA.why, has_newlines=True)
 
 
 def layout(config: Any, size: tuple[int, int]) -> tuple[ImageTokens, PatchMap]:

@@ -12,7 +12,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems
 from vllm.multimodal.processing import PromptReplacement
 
 from ...errors import InputError, UnsupportedModelError
-from .settings import KEY, EngineSpec, Family, read_spec
+from .settings import KEY, EngineSpec, ServedFamily, read_spec
 
 #: The field of an item that carries its spec to the model: its text as bytes.
 FIELD = "trio_spec"
@@ -28,7 +28,7 @@ def spec_field(spec: EngineSpec) -> torch.Tensor:
     return torch.frombuffer(bytearray(spec.text.encode("utf-8")), dtype=torch.uint8)
 
 
-def spec_of_field(field: torch.Tensor, family: Family) -> EngineSpec:
+def spec_of_field(field: torch.Tensor, family: ServedFamily) -> EngineSpec:
     """What `spec_field` wrote."""
     spec = read_spec(bytes(field.flatten().tolist()).decode("utf-8"), family)
     assert spec is not None  # only specs are written
@@ -44,7 +44,7 @@ class SpecProcessor(_Base):  # type: ignore[misc]  # vLLM has no types where thi
     """
 
     takes_specs: ClassVar[bool] = True
-    family: ClassVar[Family]
+    family: ClassVar[ServedFamily]
     pixels: ClassVar[str] = "pixel_values"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

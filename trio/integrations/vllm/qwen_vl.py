@@ -27,9 +27,11 @@ from .encoding import EncodedItem, compress_items
 from .llava import REMEMBERED
 from .mrope import placed, prompt_positions, split_places, with_places
 from .processing import FIELD, SpecProcessor, spec_of_field
-from .settings import KEY, EngineSpec, Family, read_spec
+from .settings import KEY, EngineSpec, ServedFamily, read_spec
 
-FAMILY = Family("Qwen-VL", "original", "positions of such a model have rows and columns, which renumbering would move")
+FAMILY = ServedFamily(
+    "Qwen-VL", "original", "positions of such a model have rows and columns, which renumbering would move"
+)
 
 if TYPE_CHECKING:
     from torch.nn import Module as _Base

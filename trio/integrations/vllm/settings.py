@@ -25,7 +25,7 @@ COMPRESSORS_TESTED = ("average-pool", "divprune", "random", "uniform-grid")
 
 
 @dataclass(frozen=True)
-class Family:
+class ServedFamily:
     """What the plugin must know of a family of models before an image is encoded.
 
     Attributes:
@@ -77,7 +77,7 @@ class EngineSpec:
         return count
 
 
-def written_spec(source: object, family: Family) -> PipelineSpec:
+def written_spec(source: object, family: ServedFamily) -> PipelineSpec:
     """A spec in any of the forms that an engine takes.
 
     Args:
@@ -111,7 +111,9 @@ def written_spec(source: object, family: Family) -> PipelineSpec:
     return load_spec(source)
 
 
-def read_spec(source: object, family: Family, compressors: Sequence[str] = COMPRESSORS_TESTED) -> EngineSpec | None:
+def read_spec(
+    source: object, family: ServedFamily, compressors: Sequence[str] = COMPRESSORS_TESTED
+) -> EngineSpec | None:
     """A spec, checked against what an engine can do before anything runs.
 
     Args:
@@ -130,11 +132,11 @@ def read_spec(source: object, family: Family, compressors: Sequence[str] = COMPR
 
 
 @functools.lru_cache(maxsize=256)
-def _read_text(source: str, family: Family, compressors: tuple[str, ...]) -> EngineSpec:
+def _read_text(source: str, family: ServedFamily, compressors: tuple[str, ...]) -> EngineSpec:
     return _read(written_spec(source, family), family, compressors)
 
 
-def _read(spec: PipelineSpec, family: Family, compressors: Sequence[str]) -> EngineSpec:
+def _read(spec: PipelineSpec, family: ServedFamily, compressors: Sequence[str]) -> EngineSpec:
     place = f"{KEY}: spec {spec.name!r}"
     if not spec.engine_ready:
         raise UnsupportedModelError(f"{place}: {spec.engine_ready.reason}.")

@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     cases: list[Any] = []
     speeds: list[Any] = []
-    for model in given.models:
-        found, speed = _model(Path(model), given)
+    for number, model in enumerate(given.models):
+        found, speed = _model(Path(model), given, first=number == 0)
         cases += found
         speeds += speed
     result = EngineParity(
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if result.passed else 1
 
 
-def _model(model: Path, given: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[Any], list[Any]]:
     import transformers
 
     from ...core.images import load_image
@@ -73,9 +73,11 @@ def _model(model: Path, given: argparse.Namespace) -> tuple[list[Any], list[Any]
     found = [
         engine.run_case(case, model, processor, asked, expected, given.spec, ends)
         for case in engine.CASES
-        if case.quick or not given.quick
+        if (case.quick or not given.quick) and (case.every or first)
     ]
     speed = []
+    if not given.quick and first:
+        found.append(engine.run_server(model, asked, expected, given.spec, ends))
     if not given.quick:
         images = [sized(image)[at % 3].rotate(at) for at in range(64)]
         speed.append(engine.throughput(model, processor, images, given.question[0], given.spec))

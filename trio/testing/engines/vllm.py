@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
+import io
+import json
 import os
+import socket
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...core.images import prompt_for
+from ...errors import InputError
 from .prompts import Answer, Request, until
 from .results import CaseResult, Throughput, compared
 
@@ -30,6 +40,7 @@ class Case:
         together: whether all requests are given at once; else one after the other.
         process: whether the engine has a process of its own.
         quick: whether it belongs to the short run.
+        every: whether each model is asked so; else the first alone, since the case is about the engine.
     """
 
     name: str
@@ -38,6 +49,7 @@ class Case:
     together: bool = True
     process: bool = False
     quick: bool = True
+    every: bool = True
 
 
 CASES = (
@@ -47,8 +59,14 @@ CASES = (
         {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": False},
     ),
     Case("little memory", {"num_gpu_blocks_override": 14, "block_size": 32, "max_model_len": 384}, quick=False),
-    Case("one after the other, no prefix cache", {"enable_prefix_caching": False}, together=False, quick=False),
-    Case("an engine process of its own", process=True, quick=False),
+    Case(
+        "one after the other, no prefix cache",
+        {"enable_prefix_caching": False},
+        together=False,
+        quick=False,
+        every=False,
+    ),
+    Case("an engine process of its own", process=True, quick=False, every=False),
 )
 
 
@@ -123,7 +141,7 @@ def run_embeddings(
     start = time.perf_counter()
     with _engine(model, None, {"enable_mm_embeds": True}) as engine:
         prompts = [
-            {**_prompt(processor, one), "multi_modal_data": {"image": [rows[None] for rows in given]}}
+            {**_prompt(processor, one), "multi_modal_data": {"image": list(given)}}
             for one, given in zip(asked, embeddings, strict=True)
         ]
         for prompt in prompts:
@@ -135,6 +153,84 @@ def run_embeddings(
     return compared(
         model.name, "image embeddings from trio export-embeds", expected, found, None, time.perf_counter() - start
     )
+
+
+def run_server(
+    model: Path, asked: Sequence[Request], expected: Sequence[Answer], spec: str, ends: frozenset[int]
+) -> CaseResult:
+    """As `run_case`, for ``vllm serve`` on this machine, asked over HTTP by several clients at once.
+
+    Args:
+        model: its folder.
+        asked: the requests.
+        expected: what transformers answered.
+        spec: of the engine.
+        ends: ids that end an answer.
+    """
+    start = time.perf_counter()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # What `vllm serve` runs; the command itself does not start in the distribution for CPUs, whose name it does not know.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 4}']
+    command += ["--hf-overrides", json.dumps({KEY: spec}), "--served-model-name", "model"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _wait(port, server)
+            with ThreadPoolExecutor(4) as clients:
+                found = list(clients.map(lambda one: until(_posted(port, one), ends), asked))
+        finally:
+            server.terminate()
+    return compared(model.name, "vllm serve over HTTP", expected, found, None, time.perf_counter() - start)
+
+
+def _wait(port: int, server: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    """Waits until a server answers.
+
+    Raises:
+        InputError: it ended, or did not answer in time.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.5)
+    code = server.poll()
+    why = f"did not answer on port {port} within {seconds:.0f} s" if code is None else f"ended with exit code {code}"
+    raise InputError(f"vllm serve: {why}; run it by hand to see the reason")
+
+
+def _posted(port: int, one: Request) -> Answer:
+    content: list[dict[str, Any]] = []
+    for image in one.images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    body: dict[str, Any] = {
+        "model": "model",
+        "messages": [{"role": "user", "content": [*content, {"type": "text", "text": one.question}]}],
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "logprobs": True,
+        "return_token_ids": True,
+    }
+    if one.images and one.spec is not None:
+        body["mm_processor_kwargs"] = {KEY: one.spec}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer = json.load(response)
+    choice = answer["choices"][0]
+    logprobs = [float(step["logprob"]) for step in choice["logprobs"]["content"]]
+    return Answer(list(choice["token_ids"]), logprobs, int(answer["usage"]["prompt_tokens"]), [])
 
 
 def throughput(model: Path, processor: Any, images: Sequence[Any], question: str, spec: str) -> Throughput:
