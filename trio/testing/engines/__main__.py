@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[Any], list[Any]]:
     import transformers
 
+    from ...adapters import adapter_for
     from ...core.images import load_image
     from ...pipeline import Pipeline
     from . import vllm as engine
@@ -58,7 +59,7 @@ def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[An
     stock = loader.AutoModelForImageTextToText.from_pretrained(model, dtype="float32").eval()
     processor = loader.AutoProcessor.from_pretrained(model)
     name, _, count = given.spec.rpartition("-")
-    tiled = type(stock).__name__.startswith("LlavaNext")
+    tiled = adapter_for(stock).whole_beside_tiles
     default = {
         "compressor": {"name": name, "keep": int(count) if count.isdigit() else count},
         "positions": "auto",

