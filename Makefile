@@ -21,8 +21,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check launches lowest previous versions lmms-eval ray wheel alias docs format clean
-.PHONY: demo test quick check launches lowest previous versions lmms-eval vllm vllm-full wheel alias docs format clean
+.PHONY: demo test quick check launches lowest previous versions lmms-eval ray vllm vllm-full wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run

@@ -1,4 +1,3 @@
-"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench, batch.
 """The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench and more.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
