@@ -77,10 +77,11 @@ def _embedded(pipeline: Pipeline, processor: Any, image: Any) -> torch.Tensor:
     entering: list[torch.Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[name]
         entering.append(hidden.detach())
         raise _Stop
 
+    name = adapter.upstream.layers[0].hidden
     handle = adapter.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad():

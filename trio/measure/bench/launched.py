@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...core.upstream import Role, keywords
 from ...pipeline import Pipeline
 from ...spec import PipelineSpec
 from ...testing.launches import META, answered, count
@@ -38,7 +39,7 @@ class Twin:
         if not self._same:
             return None
         host = {name: value.cpu() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        call = partial(self._model, logits_to_keep=1)
+        call = partial(self._model, **keywords({Role.LOGITS_TO_KEEP: 1}))
         with torch.no_grad():
             if spec is None:
                 return count(call, host).operators
