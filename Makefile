@@ -69,9 +69,10 @@ lmms-eval: $(LMMS)/.installed
 # Jobs on Ray: an actor dies, the driver is killed, and every row comes out once.
 ray: $(RAY)/.installed
 	$(RAY)/bin/python -m pytest -n 0 tests/integrations/test_ray_run.py
+
 # The plugin for vLLM, in vLLM on the CPU: about 8 engines are started.
 vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/integrations/test_vllm_run.py
+	$(VLLM)/bin/python -m pytest -W default tests/integrations/test_vllm_run.py # vLLM warns of the future by itself
 
 # All cases of parity and the throughput, and the tables in docs/vllm.md.
 vllm-full: $(VLLM)/.installed
