@@ -176,6 +176,7 @@ def run_server(
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--limit-mm-per-prompt", '{"image": 4}']
     command += ["--hf-overrides", json.dumps({KEY: spec}), "--served-model-name", "model"]
+    command += ["--trust-request-mm-kwargs"]  # without it the server takes no spec from a request
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait(port, server)
