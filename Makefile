@@ -82,7 +82,7 @@ vllm-full: $(VLLM)/.installed
 wheel: $(VENV)/.dev
 	rm -rf $(ALONE) dist/trio_vlm-*.whl
 	$(BIN)/python -m hatchling build -t wheel -d dist
-	test "$$(wc -c < dist/trio_vlm-*.whl)" -lt 7000000
+	test "$$(cat dist/trio_vlm-*.whl | wc -c)" -lt 7000000
 	$(BIN)/python -m venv $(ALONE)
 	$(ALONE)/bin/python -m pip install --quiet dist/trio_vlm-*.whl
 	cd $(ALONE) && bin/trio run

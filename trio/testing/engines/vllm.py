@@ -219,6 +219,7 @@ def _posted(port: int, one: Request) -> Answer:
         "temperature": 0,
         "logprobs": True,
         "return_token_ids": True,
+        "add_special_tokens": True,  # as a processor does; the zoo's chat templates do not begin with one
     }
     if one.images and one.spec is not None:
         body["mm_processor_kwargs"] = {KEY: one.spec}
