@@ -80,7 +80,7 @@ def marks(name: str) -> tuple[str, str]:
 def blocks(result: EngineParity) -> dict[str, str]:
     """The page's blocks, with the lines that mark them."""
     versions = f"{result.engine}, transformers {result.transformers}, torch {result.torch}, {result.device}, float32."
-    texts = {"parity": f"{versions}\n\n{table(result)}"}
+    texts = {"parity": f"{versions}\n\n{table(result)}", "throughput": throughput_table(result)}
     return {name: "\n".join([marks(name)[0], "", text, "", marks(name)[1]]) for name, text in texts.items()}
 
 

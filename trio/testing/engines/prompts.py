@@ -42,7 +42,7 @@ class Answer:
     """What came out.
 
     Attributes:
-        tokens: ids that were written, greedily, without the end of the sequence.
+        tokens: ids that were written, greedily, up to the end of the sequence.
         logprobs: of each.
         prompt_tokens: length of the prompt in the language model.
         kept: of each image that lost tokens, which are left.
@@ -127,6 +127,6 @@ def _generated(
 
 
 def until(answer: Answer, ends: frozenset[int]) -> Answer:
-    """An answer without the end of the sequence and what follows it."""
-    stop = next((at for at, token in enumerate(answer.tokens) if token in ends), len(answer.tokens))
+    """An answer up to the end of the sequence, which is a token like others: no comparison is of nothing."""
+    stop = next((at + 1 for at, token in enumerate(answer.tokens) if token in ends), len(answer.tokens))
     return Answer(answer.tokens[:stop], answer.logprobs[:stop], answer.prompt_tokens, answer.kept)
