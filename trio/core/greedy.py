@@ -55,10 +55,7 @@ def most_distant(weights: torch.Tensor, exists: torch.Tensor, k: Sequence[int], 
         if not counts.any():
             break
         remaining = np.where(counts > 0, remaining - counts, 0)
-        # Padding repeats the first choice, which changes no minimum; behind the last token it marks nothing.
-        padding, first = chosen < 0, chosen[:, :1].clip(0)
-        picked = np.stack([np.where(padding, first, chosen), np.where(padding, tokens, chosen)])
-        repeated, marked = upload(torch.from_numpy(picked), weights.device)
+        repeated, marked = uploaded_choice(chosen, tokens, weights.device)
         closed.scatter_(1, marked, True)
         if size == tokens:  # nothing is outside the block
             break
@@ -103,6 +100,19 @@ def _within(
         score = np.where(closed, np.float32(-1.0), weight * nearest)
     tokens = np.stack(chosen, 1).astype(np.int64) if chosen else np.full((len(packed), 0), -1)
     return tokens, (tokens >= 0).sum(1)
+
+
+def uploaded_choice(chosen: NDArray[np.int64], tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that were chosen on the host, int64 ``(G, p)`` with -1 as padding, on the device in two forms.
+
+    Returns:
+        Padding repeats the first choice, which changes no minimum and suppresses the same; and padding stands behind
+        the last of the `tokens`, where a mask of one column more takes it.
+    """
+    padding, first = chosen < 0, chosen[:, :1].clip(0)
+    forms = np.stack([np.where(padding, first, chosen), np.where(padding, tokens, chosen)])
+    repeated, behind = upload(torch.from_numpy(forms), device)
+    return repeated, behind
 
 
 @contextmanager

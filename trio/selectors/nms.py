@@ -13,11 +13,10 @@ from torch.nn.functional import pad
 
 from ..core.context import SelectionContext
 from ..core.flops import blocked_flops
-from ..core.greedy import exact_products
+from ..core.greedy import exact_products, uploaded_choice
 from ..core.ops import first_k, kept_first, ranking, take_rows, unit_length
 from ..core.part import Choice, FloatRange
 from ..core.shape import ModelShape
-from ..core.transfer import upload
 from .base import SELECTORS, Selector
 
 #: Candidates that are compared with each other in a round.
@@ -100,10 +99,7 @@ def suppress(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: Sequ
         if not counts.any():
             break
         remaining = np.where(counts > 0, remaining - counts, 0)
-        # Padding repeats the first choice, which suppresses the same; behind the last token it marks nothing.
-        padding, first = chosen < 0, chosen[:, :1].clip(0)
-        picked = np.stack([np.where(padding, first, chosen), np.where(padding, tokens, chosen)])
-        repeated, marked = upload(torch.from_numpy(picked), unit.device)
+        repeated, marked = uploaded_choice(chosen, tokens, unit.device)
         kept.scatter_(1, marked, True)
         if size == tokens:  # nothing is outside the block
             break
