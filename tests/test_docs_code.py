@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_examples import blocks, run_page
 
 import trio
+from trio.core.images import prompt_for
 
 ROOT = Path(trio.__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -79,8 +81,12 @@ def test_the_blocks_about_specs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return ctx.at_visual(ctx.hidden.norm(dim=-1))
 
     monkeypatch.setattr(trio.SCORERS, "_parts", {**trio.SCORERS._parts, "my-scorer": MyScorer})
-    names: dict[str, Any] = {"MyScorer": MyScorer}
-    assert run_page(DOCS / "write-a-spec.md", names) == 2
+    model, processor = trio.zoo.load("tiny-qwen2.5-vl")
+    text = prompt_for(processor, 1, "What is on the left?")
+    image = Image.open(trio.zoo.demo_image()).convert("RGB").resize((168, 168))
+    names: dict[str, Any] = {"MyScorer": MyScorer, "model": model, "processor": processor, "text": text, "image": image}
+    assert run_page(DOCS / "write-a-spec.md", names) == 3
+    assert names["inputs"]["image_grid_thw"].tolist() == [[1, 20, 18]]  # 9 by 10 tokens, as the page says
     assert names["spec"].stages[0].selector.name == "top-k"
 
 

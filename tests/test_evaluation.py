@@ -21,12 +21,14 @@ from trio.measure.evaluation.floors import Oracle, UniformGridScorer, oracle_ord
 from trio.measure.evaluation.images import Counter, Shown, without_floor
 from trio.measure.evaluation.protocol import named_specs, weights
 from trio.measure.evaluation.results import EvaluationResults
-from trio.measure.evaluation.rows import plan
+from trio.measure.evaluation.rows import EvaluationRow, plan
 from trio.measure.evaluation.runner import Runner
 from trio.measure.evaluation.task import LabelledSample, Task, jsonl, normalise
 from trio.spec import PipelineSpec
 
 SPEC = {"name": "ours", "stages": [{"after_layer": 0, "keep": "11.1%"}]}
+#: Images as they are.
+OWN = EvaluationRow("full", "full", "full")
 Loaded = tuple[Any, Any]
 
 
@@ -229,7 +231,7 @@ def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> 
     samples = [sample for sample in task.samples if sample.kind in ("corner", "relation", "number")][:4]
     spec = PipelineSpec.parse({"stages": [{"after_layer": 0, "keep": 24, "scorer": Oracle(), "selector": "top-k"}]})
     pipeline = trio.Pipeline.from_spec(spec, model)
-    inputs = runner.inputs([([s.load()], s.question) for s in samples], "own")
+    inputs = runner.inputs([([s.load()], s.question) for s in samples], OWN)
     runner.generate(inputs, samples, pipeline, 1)
     for sample, report in zip(samples, pipeline.report.samples, strict=True):
         assert sample.item_map is not None
@@ -240,13 +242,13 @@ def test_the_oracle_keeps_the_things_asked_about(loaded: Loaded, task: Task) -> 
             assert set(np.nonzero(share > 0.5)[0]) <= kept
         assert len(kept) == 24
     with pytest.raises(trio.InputError, match=r"1 prompts and 4 questions.*show"), pipeline:
-        model(**runner.inputs([([samples[0].load()], "?")], "own"))
+        model(**runner.inputs([([samples[0].load()], "?")], OWN))
 
 
 def test_the_uniform_floor_spreads_and_nests(loaded: Loaded, task: Task) -> None:
     runner = Runner(*loaded, task, 1)
     sample = task.samples[0]
-    inputs = runner.inputs([([sample.load()], sample.question)], "own")
+    inputs = runner.inputs([([sample.load()], sample.question)], OWN)
     kept = {}
     for keep in (4, 16, 64):
         stage = trio.Stage(after_layer=0, keep=keep, scorer=UniformGridScorer(), selector="top-k")
@@ -329,7 +331,7 @@ def test_images_encoded_once_change_no_answer(loaded: Loaded, task: Task, tmp_pa
         pipeline = runner.pipeline(row) if row.spec is not None else None
         for batch in runner.batches:
             samples = [task.samples[i] for i in batch]
-            inputs = runner.inputs([([s.load()], s.question) for s in samples], "own")
+            inputs = runner.inputs([([s.load()], s.question) for s in samples], OWN)
             out = runner.generate(inputs, samples, pipeline, task.max_new_tokens)
             texts = [text.strip() for text in loaded[1].batch_decode(out, skip_special_tokens=True)]
             assert [found[row.name][i].text for i in batch] == texts

@@ -26,6 +26,7 @@ FULL: dict[str, Any] = {
     "name": "full",
     "description": "every field",
     "source": "here",
+    "resize": "60%",
     "compressor": {"name": "scan", "keep": 96, "if_fewer": "error", "split": "saliency", "window": 6},
     "stages": [
         {
@@ -341,6 +342,7 @@ OUT_OF_RANGE = {
     "after_layer": -1,
     "keep": -1,
     "average": 0,
+    "resize": 0,
 }
 
 

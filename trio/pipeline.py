@@ -17,6 +17,7 @@ from .adapters import adapter_for
 from .adapters.base import ADAPTERS, Adapter
 from .core.tokens import Signal
 from .encoders.compressors.base import COMPRESSORS, Compressor
+from .encoders.resizing import resizing_processor
 from .errors import InputError, SpecError, UnsupportedModelError
 from .report import CompressionReport
 from .report.build import make_report, saliencies
@@ -57,6 +58,7 @@ class Pipeline:
         *,
         stages: Sequence[StageSpec | Mapping[str, Any]] = (),
         compressor: CompressorSpec | Mapping[str, Any] | str | None = None,
+        resize: int | str | None = None,
         positions: Literal["auto", "compact", "original"] = "original",
         newlines: Literal["with-row", "always", "never"] = "with-row",
         budget: Budget | Mapping[str, Any] | None = None,
@@ -72,6 +74,7 @@ class Pipeline:
             model: a transformers vision-language model (or a PEFT wrapper around one), in evaluation mode.
             stages: reductions inside the language model, in order of their layers.
             compressor: the reduction on the encoder side.
+            resize: what images become in front of the processor, see `processor`.
             positions: numbering of the survivors: each its own, gapless, or (``auto``) as in the family's published
                 code.
             newlines: what happens to tokens that end the rows of a tiled image.
@@ -89,15 +92,15 @@ class Pipeline:
             UnknownNameError: a part of that name does not exist.
             InputError: `wait` is no number of seconds.
         """
-        given = (tuple(stages), compressor, positions, newlines, budget, name)
-        if spec is not None and given != ((), None, "original", "with-row", None, "custom"):
+        given = (tuple(stages), compressor, resize, positions, newlines, budget, name)
+        if spec is not None and given != ((), None, None, "original", "with-row", None, "custom"):
             raise SpecError(
-                "pipeline: found a spec and parts (stages, compressor, positions, newlines, budget or name), which "
-                "would be ignored; give one or the other: spec.model_copy(update=...) changes a spec"
+                "pipeline: found a spec and parts (stages, compressor, resize, positions, newlines, budget or name), "
+                "which would be ignored; give one or the other: spec.model_copy(update=...) changes a spec"
             )
         if spec is None:
             fields: dict[str, Any] = {"stages": list(stages), "positions": positions, "newlines": newlines}
-            fields["name"] = name
+            fields |= {"name": name, "resize": resize}
             if compressor is not None:
                 fields["compressor"] = compressor
             if budget is not None:
@@ -106,6 +109,7 @@ class Pipeline:
         self.spec = spec
         self.adapter = adapter_for(model) if adapter is None else adapter
         self.schedule = resolve(spec, len(self.adapter.layers))
+        self._check_resize()
         self._compressor = None if spec.compressor is None else self._bind_compressor(spec.compressor)
         self.positions = self._numbering()
         self._level: Literal["counts", "full"] = report
@@ -224,6 +228,24 @@ class Pipeline:
             model: Any = self.adapter.model
             return model.generate(*args, **kwargs)
 
+    # In front of the model
+
+    def processor(self, processor: Any) -> Any:
+        """The processor to make this pipeline's inputs with: where the spec has `resize`, a copy that resizes images.
+
+        The pipeline itself sees what a processor gives, and cannot know whether the images were resized.
+
+        Args:
+            processor: of the model.
+
+        Returns:
+            The same processor where the spec has no `resize`.
+
+        Raises:
+            InputError: the processor is of a kind that is not known.
+        """
+        return processor if self.spec.resize is None else resizing_processor(processor, self.spec.resized)
+
     # Reports
 
     @property
@@ -292,6 +314,21 @@ class Pipeline:
     def adapter_name(self) -> str:
         """The registered name of the adapter, or its class's."""
         return ADAPTERS.name_of(type(self.adapter)) or type(self.adapter).__name__
+
+    def _check_resize(self) -> None:
+        """Refuses `resize` where an image's size does not say how many tokens it has."""
+        if self.spec.resize is None or self.adapter.image_tokens == "by-size":
+            return
+        model = type(self.adapter.model).__name__
+        why = (
+            "gives every image the same number of tokens, whatever its size"
+            if self.adapter.image_tokens == "one"
+            else f"counts an image's tokens by a rule that the adapter {self.adapter_name!r} does not describe"
+        )
+        raise UnsupportedModelError(
+            f"resize: found {self.spec.resize!r}, but {model} {why}; leave `resize` out, or take what comes nearest: "
+            "compressor: {name: average-pool, keep: ...}"
+        )
 
     def _numbering(self) -> Literal["compact", "original"]:
         numbering = self.adapter.default_positions if self.spec.positions == "auto" else self.spec.positions
@@ -424,6 +461,7 @@ class Pipeline:
             positions=self.positions,
             notes=[*self.probe_notes(), *self.wait_notes()],
             level=self._level,
+            resize=self.spec.resize,
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

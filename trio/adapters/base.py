@@ -124,11 +124,25 @@ class Adapter(Backbone):
         layout = self.layout(input_ids, encoded)
         return [sum(int(image.is_visual.sum()) for image in images) for images in layout.images]
 
+    def image_counts(self, inputs: Mapping[str, Any]) -> list[list[int]]:
+        """Visual tokens of each image of each prompt, from what a processor gives; nothing runs.
+
+        Args:
+            inputs: a batch with images, as `batch_for` makes it.
+        """
+        images = {name: value for name, value in inputs.items() if name not in ("input_ids", upstream.MASK)}
+        layout = self.layout(inputs["input_ids"].cpu(), {"image": images})
+        return [[int(image.is_visual.sum()) for image in row] for row in layout.images]
+
     #: The methods of `multimodal` that encode images, by the modality's name in ``mm_encoder_outputs``. Their
     #: arguments are noted while a pipeline is attached: `generate` may encode before the forward, which sees no grids.
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features"}
     #: Arguments of `multimodal` that hold pixels.
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    #: How many visual tokens an image has: as many as its size in pixels gives (``by-size``), always as many
+    #: (``one``), or by a rule that is not described.
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "unknown"
 
     def brings_images(self, call: Mapping[str, Any]) -> bool:
         """Whether a call of `multimodal` brings images or features of images; looks at no tensor's content."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ class InternVLAdapter(LlavaAdapter):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"internvl": "InternVL"}
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "unknown"  # tiles
     model_types: ClassVar[frozenset[str]] = frozenset({"internvl"})
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ class LlavaAdapter(Adapter):
 
     labels: ClassVar[Mapping[str, str]] = {"llava": "LLaVA-1.5"}
     model_types: ClassVar[frozenset[str]] = frozenset({"llava"})
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "one"
 
     @classmethod
     def cost_shape(cls, config: Any) -> ModelShape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ class LlavaNextAdapter(LlavaAdapter):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"llava-next": "LLaVA-NeXT"}
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "unknown"  # tiles
     model_types: ClassVar[frozenset[str]] = frozenset({"llava_next"})
     whole_beside_tiles: ClassVar[bool] = True
 

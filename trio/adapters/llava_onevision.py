@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
     """
 
     labels: ClassVar[Mapping[str, str]] = {"llava-onevision": "LLaVA-OneVision"}
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "unknown"  # tiles
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class QwenVLAdapter(Adapter):
     allowed_positions: ClassVar[frozenset[Positions]] = frozenset({"original"})
     encoders: ClassVar[Mapping[str, str]] = {"image": "get_image_features", "video": "get_video_features"}
     pixels: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    image_tokens: ClassVar[Literal["by-size", "one", "unknown"]] = "by-size"
     vision_tower_path: ClassVar[str] = "model.visual"
     projector_path: ClassVar[str] = "model.visual.merger"
 

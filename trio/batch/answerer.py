@@ -30,7 +30,7 @@ class RowOutput:
         id: of the row.
         answer: the text; None where there is an error.
         error: why there is no answer, one line; None where there is one.
-        visual_tokens: of the image, before any reduction; 0 with an error.
+        visual_tokens: of the image as the processor gave it, resized where the spec does; 0 with an error.
         kept: visual tokens averaged over the decoder layers; 0 with an error.
         new_tokens: of the answer, its end token included; 0 with an error.
         right: whether the answer is one of those that the row gives; None where it gives none.
@@ -57,7 +57,8 @@ class RowAnswerer:
             pipeline: bound to the model.
             max_new_tokens: longest answer.
         """
-        self.model, self.processor, self.pipeline, self.max_new_tokens = model, processor, pipeline, max_new_tokens
+        self.model, self.pipeline, self.max_new_tokens = model, pipeline, max_new_tokens
+        self.processor = pipeline.processor(processor)
 
     def answer(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
         """What became of each row, in their order; they are asked as one batch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,13 +103,18 @@ def _answer_twice(
     from .common import inputs_for
 
     pipeline = Pipeline.from_spec(spec, model, report="full")
-    inputs = inputs_for(processor, images, question).to(model.device, dtype=model.dtype)
-    prompt = inputs["input_ids"].shape[1]
+    both = {False: processor, True: pipeline.processor(processor)}
+    inputs = {
+        compressed: inputs_for(one, images, question).to(model.device, dtype=model.dtype)
+        for compressed, one in both.items()
+    }
 
-    def answer(length: int) -> Any:
-        return model.generate(**inputs, max_new_tokens=length, do_sample=False)[0, prompt:]
+    def answer(compressed: bool, length: int) -> Any:
+        given = inputs[compressed]
+        tokens = model.generate(**given, max_new_tokens=length, do_sample=False)
+        return tokens[0, given["input_ids"].shape[1] :]
 
-    works = (lambda: answer(1), lambda: answer(max_new_tokens))
+    lengths = (1, max_new_tokens)
     seconds: dict[tuple[bool, int], list[float]] = {}
     results: dict[bool, Any] = {}
     begin = time.perf_counter()
@@ -118,12 +124,13 @@ def _answer_twice(
     while rounds < 2 or (rounds < ROUNDS and time.perf_counter() - begin < PATIENCE):
         for compressed in (False, True):
             with pipeline if compressed else nullcontext():
-                for which, work in enumerate(works):
-                    taken, results[compressed] = _timed(model, work)
+                for which, length in enumerate(lengths):
+                    taken, results[compressed] = _timed(model, partial(answer, compressed, length))
                     seconds.setdefault((compressed, which), []).append(taken)
         rounds += 1
     medians = {key: median(taken[1:]) for key, taken in seconds.items()}
     report = pipeline.report
+    before = None if report.resize is None else pipeline.adapter.image_counts(inputs[False])
     answers = [results[compressed] for compressed in (False, True)]
     return {
         "answers": [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in answers],
@@ -131,7 +138,8 @@ def _answer_twice(
         "prefill": (medians[False, 0], medians[True, 0]),
         "total": (medians[False, 1], medians[True, 1]),
         "report": report,
-        "cost": _cost(report, spec, model),
+        "visual_tokens": report.visual_tokens if before is None else sum(before[0]),
+        "cost": _cost(report, spec, model, before),
     }
 
 
@@ -150,13 +158,13 @@ def _timed(model: Any, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _cost(report: CompressionReport, spec: Any, model: Any) -> CostPrediction | str:
+def _cost(report: CompressionReport, spec: Any, model: Any, before: list[list[int]] | None) -> CostPrediction | str:
     """The predicted cost of what ran, or why it is not known."""
     from ..cost import of_report, shape_of
     from ..errors import TrioError
 
     try:
-        return of_report(report, spec, shape_of(model.config))
+        return of_report(report, spec, shape_of(model.config), before=before)
     except TrioError as error:
         return str(error)
 
@@ -188,9 +196,10 @@ def _facts(
         "question": question,
         "answer": {"full": full, "compressed": compressed},
         "same_answer": full == compressed,
-        "visual_tokens": report.visual_tokens,
+        "visual_tokens": result["visual_tokens"],
+        "resize": None if report.resize is None else {"asked": report.resize, "visual_tokens": report.visual_tokens},
         "average_kept": report.average_kept,
-        "retention": report.retention,
+        "retention": report.average_kept / max(1, result["visual_tokens"]),
         "kept": sample.kept_by_stage,
         "stages": [
             {"after_layer": stage.after_layer, "tokens_in": stage.tokens_in, "kept": stage.kept}
@@ -203,8 +212,8 @@ def _facts(
         "flops_reduction": None if isinstance(cost, str) else cost.flops_reduction,
         "kv_bytes": None
         if report.kv_bytes is None
-        else {"full": report.kv_bytes.full_equivalent, "compressed": report.kv_bytes.measured},
-        "kv_reduction": None if report.kv_bytes is None else report.kv_bytes.reduction,
+        else {"full": (full_kv := _full_kv(report, result["visual_tokens"])), "compressed": report.kv_bytes.measured},
+        "kv_reduction": None if report.kv_bytes is None else full_kv / max(1, report.kv_bytes.measured),
         "seconds": {
             "prefill": dict(zip(("full", "compressed"), result["prefill"], strict=True)),
             "answer": dict(zip(("full", "compressed"), result["total"], strict=True)),
@@ -214,6 +223,17 @@ def _facts(
         "notes": _notes(report, cost),
         "overlay": None if target is None else str(target),
     }
+
+
+def _full_kv(report: CompressionReport, visual_tokens: int) -> int:
+    """Bytes of the cache of the full model, whose images are not resized and have so many tokens."""
+    assert report.kv_bytes is not None  # of a report of the level ``full``
+    if visual_tokens == report.visual_tokens:
+        return report.kv_bytes.full_equivalent
+    held = sum(map(sum, report.layer_tokens))  # one prompt: nothing is padded
+    return report.kv_bytes.full_equivalent + (
+        report.kv_bytes.measured * report.num_layers * (visual_tokens - report.visual_tokens) // max(1, held)
+    )
 
 
 def _notes(report: CompressionReport, cost: CostPrediction | str) -> list[str]:
@@ -250,6 +270,9 @@ def _print(facts: dict[str, Any], result: dict[str, Any]) -> None:
 
     by_layer = facts["visual_by_layer"]
     full_tokens = facts["visual_tokens"]
+    if facts["resize"] is not None:
+        resized = facts["resize"]["visual_tokens"]
+        table.add_row("visual tokens, resized", str(full_tokens), str(resized), ratio(full_tokens, resized))
     for layers, (kept,) in layer_ranges(by_layer):
         table.add_row(f"visual tokens, layer {layers}", str(full_tokens), str(kept), ratio(full_tokens, kept))
     average = facts["average_kept"]

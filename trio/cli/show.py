@@ -41,7 +41,7 @@ def show(
     shape, default = _shape(model)
     started = tokens or default
     schedule = resolve(loaded, shape.layers)
-    schedule.check(started)
+    schedule.check(loaded.resized(started))
     cost = predict(loaded, shape, images=(started,), text_tokens=text_tokens, new_tokens=new_tokens)
     if as_json:
         print_json(
@@ -51,7 +51,7 @@ def show(
                 "visual_tokens": started,
                 "stages": [
                     {"after_layer": layer, "kept": kept}
-                    for layer, kept in zip(schedule.layers, schedule.stage_counts(started), strict=True)
+                    for layer, kept in zip(schedule.layers, schedule.stage_counts(loaded.resized(started)), strict=True)
                 ],
                 "visual_by_layer": cost.compressed.visual_by_layer,
                 "average_kept": cost.average_kept,

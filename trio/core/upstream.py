@@ -7,6 +7,7 @@ taken for a meaning: a forward that was asked for a cache must meet one in every
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -657,6 +658,64 @@ def _check_shape(mask: Any, queries: int, keys: int) -> None:
 
 def _is_block_mask(mask: Any) -> bool:
     return type(mask).__name__ == "BlockMask" and hasattr(mask, "seq_lengths")
+
+
+# Image processors
+
+
+@dataclass(frozen=True)
+class PatchProcessor:
+    """An image processor that cuts an image of any size into patches (those of Qwen2-VL and its heirs).
+
+    Attributes:
+        unit: pixels of a visual token's side.
+        inner: the image processor itself.
+    """
+
+    unit: int
+    inner: Any
+
+    @property
+    def resample(self) -> int:
+        """Pillow's number of the filter that it resizes with; bicubic where it does not say."""
+        found = getattr(self.inner, "resample", None)
+        return 3 if found is None else int(found)
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of an image of that width and height.
+
+        Raises:
+            InputError: the processor takes no image of that size.
+        """
+        width, height = size
+        try:
+            patches = self.inner.get_number_of_image_patches(height, width, {})
+        except ValueError as error:
+            raise InputError(f"image of {width}x{height} pixels: the processor refuses it ({error})") from error
+        return int(patches) // int(self.inner.merge_size) ** 2
+
+    def without_floor(self) -> PatchProcessor:
+        """A copy that does not enlarge images that have few pixels."""
+        inner = copy.copy(self.inner)
+        inner.size = {**dict(inner.size), "shortest_edge": self.unit**2}
+        return PatchProcessor(self.unit, inner)
+
+
+def patch_processor(processor: Any) -> PatchProcessor | None:
+    """The image processor of a processor where it is of that kind; None for every other one."""
+    inner: Any = getattr(processor, "image_processor", None)
+    size, merge, patch = (getattr(inner, name, None) for name in ("size", "merge_size", "patch_size"))
+    counts = callable(getattr(inner, "get_number_of_image_patches", None))
+    if not (merge and patch and size and counts) or "shortest_edge" not in dict(size):
+        return None
+    return PatchProcessor(int(patch) * int(merge), inner)
+
+
+def with_image_processor(processor: Any, images: Any) -> Any:
+    """A copy of a processor with another image processor."""
+    changed = copy.copy(processor)
+    changed.image_processor = images
+    return changed
 
 
 # Cache layers

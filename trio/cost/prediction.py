@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..core.part import Part
 from ..core.record import Record
 from ..core.shape import ModelShape
 from ..encoders.compressors.base import COMPRESSORS
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 from ..report import CompressionReport, SampleReport
 from ..scorers.base import SCORERS
 from ..selectors.base import SELECTORS
@@ -153,12 +153,16 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One sample: visual tokens by image, text tokens, tokens of each image that enter the decoder, and its stages."""
+    """One sample: visual tokens by image, text tokens, tokens of each image that enter the decoder, and its stages.
+
+    `before` are the visual tokens by image in front of `resize`.
+    """
 
     images: tuple[int, ...]
     text: int
     entering: tuple[int, ...]
     stages: tuple[_Stage, ...]
+    before: tuple[int, ...]
 
     @property
     def entered(self) -> int:
@@ -186,7 +190,8 @@ def predict(
     Args:
         spec: what `load_spec` takes.
         shape: the model's shape.
-        images: visual tokens of each image before any reduction; empty for a text-only prompt.
+        images: visual tokens of each image before any reduction, `resize` included (which is taken to reach the number
+            that it aims at); empty for a text-only prompt.
         text_tokens: all other tokens of the prompt.
         new_tokens: tokens to generate; 0 and 1 both mean the prefill alone.
         compressed: tokens of each image after a compressor that decides its own count.
@@ -196,6 +201,7 @@ def predict(
         SpecError: the spec is wrong, or does not fit a model of that depth.
         BudgetError: the counts cannot be met for these images.
         InputError: a number is negative, the prompt is empty, or `compressed` does not match `images`.
+        UnsupportedModelError: the spec resizes images, and such a model gives every image or tile the same tokens.
     """
     for name, value in (("images", min(images, default=0)), ("text_tokens", text_tokens), ("new_tokens", new_tokens)):
         if value < 0:
@@ -205,7 +211,13 @@ def predict(
     if compressed is not None and len(compressed) != len(images):
         raise InputError(f"compressed: found {len(compressed)} counts for {len(images)} images; give one for each.")
     loaded = load_spec(spec)
-    sample = _walk(resolve(loaded, shape.layers), tuple(images), text_tokens, compressed)
+    if loaded.resize is not None and shape.tower is not None and shape.tower.crop_patches is not None:
+        raise UnsupportedModelError(
+            f"resize: found {loaded.resize!r}, but a {shape.name} gives every image, or tile, the same number of "
+            "tokens; leave `resize` out, or take compressor: {name: average-pool, keep: ...}"
+        )
+    resized = tuple(loaded.resized(image) for image in images)
+    sample = _walk(resolve(loaded, shape.layers), resized, text_tokens, compressed, tuple(images))
     return _compare(loaded, shape, [sample], new_tokens, attention)
 
 
@@ -216,6 +228,7 @@ def of_report(
     *,
     new_tokens: int = 0,
     attention: Attention = "dense",
+    before: Sequence[Sequence[int]] | None = None,
 ) -> CostPrediction:
     """The cost of what a run really kept, all samples of the batch together (padding not counted).
 
@@ -225,6 +238,8 @@ def of_report(
         shape: the shape of the model that ran.
         new_tokens: tokens generated for each sample.
         attention: how query-key pairs are counted: see `trio.cost.flops`.
+        before: for each sample the visual tokens of its images in front of `resize`, which no report knows; without it
+            the full model is counted on the resized images, and `notes` says so.
 
     Raises:
         InputError: report, spec and shape do not belong together.
@@ -237,7 +252,15 @@ def of_report(
         )
     rows = zip(report.samples, report.layer_tokens, strict=True)
     samples = [_of_sample(sample, tokens, loaded) for sample, tokens in rows]
-    return _compare(loaded, shape, samples, new_tokens, attention)
+    notes = []
+    if before is not None:
+        if [len(images) for images in before] != [len(sample.images) for sample in samples]:
+            raise InputError("before: the images are not those of the report; give the tokens of each of its images.")
+        samples = [replace(one, before=tuple(images)) for one, images in zip(samples, before, strict=True)]
+    elif loaded.resize is not None:
+        notes = ["the full model is counted on the resized images: what they were before is in no report"]
+    made = _compare(loaded, shape, samples, new_tokens, attention)
+    return made.model_copy(update={"notes": [*notes, *made.notes]})
 
 
 def _of_sample(sample: SampleReport, tokens: Sequence[int], spec: PipelineSpec) -> _Sample:
@@ -252,10 +275,17 @@ def _of_sample(sample: SampleReport, tokens: Sequence[int], spec: PipelineSpec) 
         _Stage(index, stage.after_layer, tuple((group.tokens_in, group.kept) for group in stage.groups))
         for index, stage in enumerate(sample.stages)
     )
-    return _Sample(tuple(image.tokens for image in sample.images), tokens[0] - first, entered, stages)
+    given = tuple(image.tokens for image in sample.images)
+    return _Sample(given, tokens[0] - first, entered, stages, given)
 
 
-def _walk(schedule: ResolvedSchedule, images: tuple[int, ...], text: int, compressed: Sequence[int] | None) -> _Sample:
+def _walk(
+    schedule: ResolvedSchedule,
+    images: tuple[int, ...],
+    text: int,
+    compressed: Sequence[int] | None,
+    before: tuple[int, ...],
+) -> _Sample:
     """What the schedule does to one sample; a count for the whole sample is shared in proportion between its images."""
     current = list(images)
     if schedule.compressor is not None and schedule.compressor_group() == "sample":
@@ -283,7 +313,7 @@ def _walk(schedule: ResolvedSchedule, images: tuple[int, ...], text: int, compre
             groups = tuple(zip(current, after, strict=True))
         stages.append(_Stage(index, layer, groups))
         current = after
-    return _Sample(images, text, entered, tuple(stages))
+    return _Sample(images, text, entered, tuple(stages), before)
 
 
 def _share(total: int, sizes: Sequence[int]) -> list[int]:
@@ -305,7 +335,7 @@ def _compare(
         for tokens in sorted({tokens for sample in samples for tokens in sample.images if tokens % crop}):
             crops, _ = shape.tower.crops(tokens)
             notes[f"an image of {tokens} tokens is no whole number of crops; the tower is counted for {crops}"] = None
-    plain = [_Sample(sample.images, sample.text, sample.images, ()) for sample in samples]
+    plain = [_Sample(one.before, one.text, one.before, (), one.before) for one in samples]
     costs = [
         [_cost(sample, spec, shape, new_tokens, attention, notes) for sample in column] for column in (plain, samples)
     ]
@@ -313,7 +343,7 @@ def _compare(
     return CostPrediction(
         spec=spec.name,
         model=shape.name,
-        visual_tokens=sum(sum(sample.images) for sample in samples),
+        visual_tokens=sum(sum(sample.before) for sample in samples),
         text_tokens=sum(sample.text for sample in samples),
         new_tokens=new_tokens,
         attention=attention,

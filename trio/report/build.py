@@ -37,6 +37,7 @@ def make_report(
     positions: Literal["compact", "original"],
     notes: list[str],
     level: Literal["counts", "full"],
+    resize: int | str | None = None,
 ) -> CompressionReport:
     """The report of a prefill; moves its tensors to the host."""
     on_host = {index: stage.on_host() for index, stage in record.stages.items()}
@@ -77,6 +78,7 @@ def make_report(
         positions=positions,
         notes=notes + extra,
         level=level,
+        resize=resize,
         timing=dict(record.seconds) if level == "full" else None,
         kv_bytes=_kv_bytes(record) if level == "full" else None,
     )

@@ -308,6 +308,8 @@ class CompressionReport(Document):
         positions: ``compact`` (survivors renumbered) or ``original`` (each keeps its own).
         notes: what a reader should know about the whole run, e.g. that the probe fell back to whole layers and why.
         level: ``counts`` or ``full``.
+        resize: what the spec asks of images in front of the processor, where it does. A pipeline cannot see it: all
+            numbers here are of what the processor gave.
         timing: level ``full``: seconds by phase; phases are ``prefill``, ``scoring``, ``selection``, ``decode``
             (scoring and selection happen within the prefill and are part of its time).
         kv_bytes: level ``full``: measured cache size.
@@ -323,6 +325,7 @@ class CompressionReport(Document):
     positions: Literal["compact", "original"]
     notes: list[str] = Field(default_factory=list)
     level: ReportLevel = "counts"
+    resize: int | str | None = None
     timing: dict[str, Seconds] | None = None
     kv_bytes: KVBytes | None = None
 
@@ -373,6 +376,9 @@ class CompressionReport(Document):
             f"{self.spec_name} on {self.model} ({self.num_layers} layers, positions {self.positions}): "
             f"{self.visual_tokens} visual tokens, {self.average_kept:.1f} kept on average ({self.retention:.1%})"
         ]
+        if self.resize is not None:
+            size = self.resize if isinstance(self.resize, str) else f"{self.resize} tokens"
+            lines.append(f"  asked of the processor: images resized to {size}; the numbers are of what it gave")
         for sample, average in zip(self.samples, self.average_kept_by_sample, strict=True):
             done = sample.compressor
             steps = [] if done is None else [f"{done.name}: {done.kept} of {done.tokens_in}"]

@@ -31,6 +31,11 @@ def engine_readiness(spec: PipelineSpec) -> EngineReadiness:
     Raises:
         UnknownNameError: there is no compressor of that name.
     """
+    if spec.resize is not None:
+        return EngineReadiness(
+            "resize: found a size of images; an engine's own processor reads them. Give it smaller images (or a lower "
+            "number of pixels in its processor's settings), and leave `resize` out"
+        )
     if spec.stages or spec.compressor is None:
         return EngineReadiness(
             "stages[0]: found a reduction inside the language model, after which its layers hold different numbers of "

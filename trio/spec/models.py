@@ -45,6 +45,10 @@ KEEP_HELP = (
 DEPTH_HELP = 'the number of decoder layers already run, 0 or more, or a share of the depth from "0%" to below "100%"'
 PART_HELP = "a registered name, or a mapping with `name` and the part's own parameters"
 COMPRESSOR_HELP = "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters"
+RESIZE_HELP = (
+    'what happens to an image in front of the processor: a share such as "60%" of its visual tokens, or a count such '
+    "as 256; larger than it is no image becomes"
+)
 IF_FEWER_HELP = "where an image has fewer tokens than the count: keep them all, or raise"
 Group = Literal["image", "sample", "tile"]
 IfFewer = Literal["keep-all", "error"]
@@ -248,6 +252,25 @@ def _average(value: Any) -> int | float | str:
     return format_share(share)
 
 
+def _resize(value: Any) -> int | str | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NUMBER):
+        return value
+    try:
+        share = parse_share(value)
+    except ValueError:
+        raise Wrong(f"found {short(value)}. Allowed: {RESIZE_HELP}.") from None
+    if not 0 < share <= 1:
+        raise Wrong(f"found {short(value)}; a share is above 0% and at most 100%. Allowed: {RESIZE_HELP}.")
+    return format_share(share)
+
+
+Resize = Annotated[
+    int | str | None,
+    PlainValidator(_resize),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, _PERCENT, {"type": "null"}]}),
+]
+
+
 class Budget(_Model):
     """A promise about the whole pipeline, checked, and what `keep: auto` is solved from.
 
@@ -399,6 +422,9 @@ class PipelineSpec(_Model):
         name: what reports call it.
         description: what it does, in a line or two.
         source: paper, address or file that it follows.
+        resize: images are made smaller in front of the processor: a share of their visual tokens, or a count; None:
+            they stay as they are. A pipeline only sees what the processor gives, so this is done by the processor of
+            `Pipeline.processor`. All other numbers of a spec are of what is left.
         compressor: the reduction on the encoder side, or None.
         stages: the reductions inside the language model, in the order of the layers.
         positions: `original` leaves each survivor its own, `compact` renumbers them, `auto` does as the family's
@@ -414,6 +440,7 @@ class PipelineSpec(_Model):
     )
     description: str = Field(default="", description="what it does, in a line or two")
     source: str = Field(default="", description="paper, address or file that it follows")
+    resize: Resize = Field(default=None, description=RESIZE_HELP)
     compressor: CompressorSpec | None = Field(default=None, description="the reduction on the encoder side")
     stages: list[StageSpec] = Field(
         default_factory=list, max_length=MAX_STAGES, description="the reductions inside the language model"
@@ -439,13 +466,25 @@ class PipelineSpec(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.compressor is None and not self.stages:
-            raise Wrong("the spec does nothing: give a compressor, at least one stage, or both.")
+        if self.compressor is None and not self.stages and self.resize is None:
+            raise Wrong("the spec does nothing: give a compressor, at least one stage, resize, or several of them.")
         check_order(self.stages)
         check_groups(self.compressor, self.stages)
         check_growth(self.compressor, self.stages)
         check_budget(self.budget, self.compressor, self.stages)
         return self
+
+    def resized(self, tokens: int) -> int:
+        """The visual tokens that `resize` aims at for an image that has `tokens` (0 or more); `tokens` without one.
+
+        What is reached is the nearest number that an image of these proportions can have: see
+        `trio.encoders.resizing.resized_size`.
+        """
+        if self.resize is None:
+            return tokens
+        if isinstance(self.resize, int):
+            return min(self.resize, tokens)
+        return min(tokens, max(1, int(parse_share(self.resize) * tokens + Fraction(1, 2))))
 
     def reductions(self) -> Iterator[tuple[str, CompressorSpec | StageSpec]]:
         """The compressor, where there is one, and the stages, each with its path in the spec."""

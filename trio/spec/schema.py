@@ -21,7 +21,7 @@ def json_schema(spec: type[BaseModel], *, parts: bool) -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "trio pipeline spec"
     schema["required"] = ["version"]
-    schema["anyOf"] = [{"required": ["compressor"]}, {"required": ["stages"]}]
+    schema["anyOf"] = [{"required": [name]} for name in ("resize", "compressor", "stages")]
     if parts:
         stage = schema["$defs"]["StageSpec"]["properties"]
         for kind in ("scorer", "selector"):

@@ -41,7 +41,8 @@ class ConversationAnswerer:
     """
 
     def __init__(self, model: Any, processor: Any, pipeline: Pipeline | None) -> None:
-        self.model, self.processor, self.pipeline = model, processor, pipeline
+        self.model, self.pipeline = model, pipeline
+        self.processor = processor if pipeline is None else pipeline.processor(processor)
 
     def answer(
         self, conversations: Sequence[Conversation], options: Mapping[str, Any], until: Sequence[str]

@@ -10,6 +10,7 @@ import torch
 
 from ...core.images import batch_for
 from ...core.upstream import MASK
+from ...encoders.resizing import Goal, resizing_processor
 from .architectures import Architecture, Size, SizedImage
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Prompts(Protocol):
 
     def visual(self, size: Size) -> int:
         """Visual tokens of an image of that size, without tokens that end its rows."""
+
+    def resized(self, samples: int, goal: Goal) -> tuple[Mapping[str, Any], int]:
+        """As `batch`, with the measured image resized (see `trio.encoders.resizing`), and its visual tokens."""
 
     def text(self, samples: int, length: int) -> Mapping[str, Any]:
         """Prompts of so many words without an image."""
@@ -89,6 +93,12 @@ class NoisePrompts:
         """See `Prompts.visual`."""
         return self._image(size).visual
 
+    def resized(self, samples: int, goal: Goal) -> tuple[Mapping[str, Any], int]:
+        """See `Prompts.resized`; the nearest one of `sizes`."""
+        wanted = goal(self.visual(self.sizes[0]))
+        size = min(self.sizes, key=lambda one: abs(self.visual(one) - wanted))
+        return self.batch(samples, size), self.visual(size)
+
     def text(self, samples: int, length: int) -> Mapping[str, Any]:
         """See `Prompts.text`."""
         return _text(_words(samples, length))
@@ -131,15 +141,24 @@ class ImagePrompts:
 
     def visual(self, size: Size) -> int:
         """See `Prompts.visual`; counted by what a smaller image takes off the prompt."""
-        without: int = batch_for(self.processor, [([], self.question)])["input_ids"].shape[1]
         made: int = batch_for(self.processor, [([self._scaled(size)], self.question)])["input_ids"].shape[1]
-        return int(made - without)
+        return made - self._without_image()
+
+    def resized(self, samples: int, goal: Goal) -> tuple[Mapping[str, Any], int]:
+        """See `Prompts.resized`."""
+        processor = resizing_processor(self.processor, goal)
+        made: Mapping[str, Any] = dict(batch_for(processor, [([self.image], self.question)] * samples))
+        return made, made["input_ids"].shape[1] - self._without_image()
 
     def text(self, samples: int, length: int) -> Mapping[str, Any]:
         """See `Prompts.text`."""
         ids = torch.as_tensor(batch_for(self.processor, [([], self.question)])["input_ids"])
         repeats = -(-length // ids.shape[1])
         return _text(ids.repeat(samples, repeats)[:, :length])
+
+    def _without_image(self) -> int:
+        """Tokens of the prompt where it has no image."""
+        return int(batch_for(self.processor, [([], self.question)])["input_ids"].shape[1])
 
     def _scaled(self, size: Size) -> Image:
         return self.image if size == (self.image.height, self.image.width) else self.image.resize((size[1], size[0]))

@@ -88,6 +88,7 @@ def speedup(spec: PipelineSpec, maker: Maker) -> float:
     """
     model = maker.adapter.model
     pipeline = Pipeline.from_spec(spec, model, adapter=maker.adapter)
-    ways = [TimedWay("full", maker.inputs, nullcontext, 0), TimedWay("spec", maker.inputs, lambda: pipeline, 0)]
+    inputs, _ = maker.inputs_of(spec)
+    ways = [TimedWay("full", maker.inputs, nullcontext, 0), TimedWay("spec", inputs, lambda: pipeline, 0)]
     found = rounds(model, ways, least=1, most=_PAIRS, seconds=_SECONDS)
     return median(one.prefill / other.prefill for one, other in zip(found["full"], found["spec"], strict=True))

@@ -104,24 +104,36 @@ class Maker:
         """A spec, its oracle, the cheap alternative at equal cost, and the untouched model with as short a cache."""
         pipeline = Pipeline.from_spec(spec, self._model, adapter=self.adapter)
         full_report = Pipeline.from_spec(spec, self._model, adapter=self.adapter, report="full")
+        inputs, visual = self.inputs_of(spec)
         with pipeline:
-            run(self._model, self.inputs, 0)
+            run(self._model, inputs, 0)
         report = pipeline.report
         cost, why = self._cost(report, spec)
         overhead = None if cost is None else cost.flops.scoring + cost.flops.selection + cost.flops.compression
         flops = None if cost is None else cost.flops.total
         kept = report.average_kept / self.samples
-        way = TimedWay(spec.name, self.inputs, lambda: pipeline, self.steps)
+        way = TimedWay(spec.name, inputs, lambda: pipeline, self.steps)
         notes = [*report.notes, *why]
-        made = [Entry(way, "spec", spec.name, self.visual, kept, flops, overhead, full_report, notes)]
-        made.append(self._oracle(spec, report, None if flops is None else flops - (overhead or 0)))
+        made = [Entry(way, "spec", spec.name, visual, kept, flops, overhead, full_report, notes)]
+        if spec.stages or spec.compressor is not None:
+            oracle = self._oracle(spec, report, None if flops is None else flops - (overhead or 0), inputs)
+            made.append(oracle)
         if flops is not None:
             made += self._alternative(spec, flops)
         if self.steps:
             made.append(self._short(spec, report))
         return made
 
-    def _oracle(self, spec: PipelineSpec, report: CompressionReport, flops: int | None) -> Entry:
+    def inputs_of(self, spec: PipelineSpec) -> tuple[Mapping[str, Any], int]:
+        """The batch for a spec, its images resized where it says so, and the visual tokens of a sample."""
+        if spec.resize is None:
+            return self.inputs, self.visual
+        inputs, visual = self.prompts.resized(self.samples, spec.resized)
+        return self._on_device(inputs), visual
+
+    def _oracle(
+        self, spec: PipelineSpec, report: CompressionReport, flops: int | None, inputs: Mapping[str, Any]
+    ) -> Entry:
         """The same tokens, given: nothing is scored, selected, compared or merged."""
         stages: list[Mapping[str, Any]] = [
             {**_GIVEN, "after_layer": stage.after_layer} for stage in report.samples[0].stages
@@ -142,9 +154,9 @@ class Maker:
             name=f"oracle of {spec.name}",
             adapter=self.adapter,
         )
-        way = TimedWay(f"oracle of {spec.name}", self.inputs, lambda: given.replay(selection), self.steps)
+        way = TimedWay(f"oracle of {spec.name}", inputs, lambda: given.replay(selection), self.steps)
         kept = report.average_kept / self.samples
-        return Entry(way, "oracle", spec.name, self.visual, kept, flops, 0)
+        return Entry(way, "oracle", spec.name, report.visual_tokens / self.samples, kept, flops, 0)
 
     def _alternative(self, spec: PipelineSpec, flops: int) -> list[Entry]:
         """A smaller image that costs as much; where images have one size, or none comes near, average pooling."""

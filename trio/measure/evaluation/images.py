@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from PIL import Image
 
 from ...adapters.base import Adapter
 from ...core.images import batch_for
-from ...core.upstream import MASK
+from ...core.upstream import MASK, patch_processor, with_image_processor
 from .rows import ImageChoice
 from .task import LabelledSample, Task
 
@@ -63,14 +62,8 @@ class Counter:
 
 def without_floor(processor: Any) -> Any:
     """A processor that does not enlarge small images (Qwen's do, up to a number of pixels); else the same one."""
-    images: Any = getattr(processor, "image_processor", None)
-    size, merge = getattr(images, "size", None), getattr(images, "merge_size", None)
-    if merge is None or not size or "shortest_edge" not in dict(size):
-        return processor
-    changed, own = copy.copy(processor), copy.copy(images)
-    own.size = {**dict(size), "shortest_edge": (own.patch_size * merge) ** 2}
-    changed.image_processor = own
-    return changed
+    patches = patch_processor(processor)
+    return processor if patches is None else with_image_processor(processor, patches.without_floor().inner)
 
 
 def _scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:

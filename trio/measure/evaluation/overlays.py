@@ -59,9 +59,9 @@ def overlays(
     drawings = []
     for number in _chosen(task, [results.right[spec.name] for spec in specs]):
         sample = task.samples[number]
-        inputs = runner.inputs([([sample.load()], sample.question)], "own")
         for spec in specs[:SPECS]:
-            pipeline = runner.pipeline(EvaluationRow(spec.name, spec.name, spec=spec))
+            row = EvaluationRow(spec.name, spec.name, spec=spec)
+            pipeline, inputs = runner.pipeline(row), runner.inputs([([sample.load()], sample.question)], row)
             out = runner.generate(inputs, [sample], pipeline, task.max_new_tokens)
             (given,) = decode(processor, out)
             try:

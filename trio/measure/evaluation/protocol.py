@@ -13,7 +13,6 @@ import transformers
 
 from ... import __version__
 from ...errors import InputError
-from ...pipeline import Pipeline
 from ...spec import PipelineSpec, load_spec
 from ..extras import require
 from ..statistics import DRAWS, FEW
@@ -93,7 +92,7 @@ def evaluate(
         several_images=task.scenes > 1,
         maps=all(sample.item_map is not None for sample in task.samples),
         smallest=runner.smallest(),
-        entered={spec.name: typical * _entered(runner, spec) for spec in loaded if _decides(spec)},
+        entered={spec.name: spec.resized(typical) * _entered(runner, spec) for spec in loaded if _decides(spec)},
     )
     facts = _model(model, name, runner, typical)
     versions = {
@@ -168,11 +167,12 @@ def _decides(spec: PipelineSpec) -> bool:
 
 def _entered(runner: Runner, spec: PipelineSpec) -> float:
     """Share of the tokens that a compressor leaves of the first images."""
-    pipeline = Pipeline.from_spec(spec, runner.model)
+    row = EvaluationRow(spec.name, spec.name, spec=spec)
+    pipeline = runner.pipeline(row)
     first = {sample.scene: sample for sample in reversed(runner.task.samples)}
     kept = full = 0
     for scene in sorted(first)[:LOOKED_AT]:
-        inputs = runner.inputs([([first[scene].load()], first[scene].question)], "own")
+        inputs = runner.inputs([([first[scene].load()], first[scene].question)], row)
         with pipeline, torch.no_grad():
             runner.model(**inputs)
         (sample,) = pipeline.report.samples

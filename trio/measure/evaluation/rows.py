@@ -147,29 +147,40 @@ def _schedule(
     spec: PipelineSpec, layers: int, started: int, entered: float | None, known: Iterable[ControlSchedule]
 ) -> ControlSchedule:
     stages = [stage.model_copy(update=_RANDOM) for stage in spec.stages]
-    budget = spec.budget
+    budget, resize = spec.budget, spec.resize
+    given = spec.resized(started)
+    if (
+        spec.compressor is None and not stages
+    ):  # resized and nothing else: as many tokens, dropped before the first layer
+        stages, resize, given = [StageSpec(after_layer=0, keep=_share(given, started), **_RANDOM)], None, started
     if spec.compressor is not None:  # the same count, dropped before the first layer
         keep = spec.compressor.keep
         if keep is None:
             if entered is None:
                 raise InputError(f"spec {spec.name!r}: its compressor decides its own count, which was not measured.")
-            keep, budget = Keep.parse(_share(entered, started)), None
+            keep, budget = Keep.parse(_share(entered, given)), None
         first = StageSpec(after_layer=0, keep=keep, if_fewer=spec.compressor.if_fewer, **_RANDOM)
         if stages and resolve(spec, layers).layers[0] == 0:  # two reductions in one place: what the second one leaves
             compressed = None if entered is None else round(entered)
-            count = resolve(spec, layers).stage_counts(started, compressed=compressed)[0]
-            first = first.model_copy(update={"keep": Keep.parse(_share(count, started) if count else 0)})
+            count = resolve(spec, layers).stage_counts(given, compressed=compressed)[0]
+            first = first.model_copy(update={"keep": Keep.parse(_share(count, given) if count else 0)})
             stages, budget = stages[1:], None
         stages = [first, *stages]
     plain = PipelineSpec(
-        name="schedule", stages=stages, positions=spec.positions, newlines=spec.newlines, budget=budget
+        name="schedule",
+        resize=resize,
+        stages=stages,
+        positions=spec.positions,
+        newlines=spec.newlines,
+        budget=budget,
     )
     resolved = resolve(plain, layers)
     for one in known:
         if _alike(one.spec, plain, layers, started):
             return one
-    average = resolved.average(started)
-    label = f"after {', '.join(map(str, resolved.layers))}: {100 * average / started:.1f}%"
+    average = resolved.average(given)
+    resized = "" if resize is None else f"resized to {resize}, "
+    label = f"{resized}after {', '.join(map(str, resolved.layers))}: {100 * average / started:.1f}%"
     taken = sum(one.label.partition(" #")[0] == label for one in known)
     return ControlSchedule(f"{label} #{taken + 1}" if taken else label, tuple(resolved.layers), plain, average, started)
 
@@ -183,7 +194,10 @@ def _share(count: float, started: int) -> str:
 
 def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) -> bool:
     """Whether two schedules drop at the same layers and leave as many, a token more or less in a typical image."""
-    rules = [(spec.positions, spec.newlines, [(s.keep.per, s.if_fewer) for s in spec.stages]) for spec in (one, other)]
+    rules = [
+        (spec.resize, spec.positions, spec.newlines, [(s.keep.per, s.if_fewer) for s in spec.stages])
+        for spec in (one, other)
+    ]
     if rules[0] != rules[1]:
         return False
     both = [resolve(spec, layers) for spec in (one, other)]
@@ -199,7 +213,7 @@ def _alike(one: PipelineSpec, other: PipelineSpec, layers: int, started: int) ->
 def _gate(like: ControlSchedule, layers: int) -> ControlSchedule:
     """One stage at the place of the first one that leaves 11.1% there."""
     stage = StageSpec(after_layer=like.first, keep=Keep.parse("11.1%"), **_RANDOM)
-    spec = like.spec.model_copy(update={"stages": [stage], "budget": None})
+    spec = like.spec.model_copy(update={"stages": [stage], "budget": None, "resize": None})
     average = resolve(spec, layers).average(like.started)
     return ControlSchedule(f"after {like.first}: 11.1% there", (like.first,), spec, average, like.started)
 
@@ -211,7 +225,7 @@ def none_name(first: int) -> str:
 
 def _nothing(schedule: ControlSchedule) -> EvaluationRow:
     stage = StageSpec(after_layer=schedule.first, keep=Keep.parse(0), **_RANDOM)
-    spec = schedule.spec.model_copy(update={"name": "none", "stages": [stage], "budget": None})
+    spec = schedule.spec.model_copy(update={"name": "none", "stages": [stage], "budget": None, "resize": None})
     name = none_name(schedule.first)
     return EvaluationRow(name, name, "none", "", spec)
 

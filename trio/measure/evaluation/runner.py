@@ -31,7 +31,7 @@ __all__ = ["Runner"]
 LOOKED_AT = 16
 Progress = Callable[[int, int], None]
 #: Which images a row shows, and how small.
-_Which = tuple[ImageChoice, float]
+_Which = tuple[ImageChoice, float, int | str | None]
 
 
 class Runner:
@@ -108,9 +108,16 @@ class Runner:
         assert row.spec is not None
         return Pipeline.from_spec(row.spec, self.model)
 
-    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], which: ImageChoice) -> Any:
-        """A batch on the model's device."""
-        return self.on_device(batch_for(self.small_processor if which == "small" else self.processor, prompts))
+    def inputs(self, prompts: Sequence[tuple[Sequence[Image.Image], str]], row: EvaluationRow) -> Any:
+        """A batch on the model's device, as a row sees it."""
+        return self.on_device(batch_for(self.processor_for(row), prompts))
+
+    def processor_for(self, row: EvaluationRow) -> Any:
+        """The processor that a row's images go through."""
+        if row.image == "small":
+            return self.small_processor
+        resized = row.spec is not None and row.spec.resize is not None
+        return self.pipeline(row).processor(self.processor) if resized else self.processor
 
     def on_device(self, batch: Any) -> Any:
         """A batch of the processor on the model's device, in its dtype."""
@@ -123,8 +130,7 @@ class Runner:
             if _which(row) not in found:
                 images = self.shown.images(samples, row.image, row.tokens)
                 prompts = [([image], sample.question) for image, sample in zip(images, samples, strict=True)]
-                processor = self.small_processor if row.image == "small" else self.processor
-                found[_which(row)] = batch_for(processor, prompts)
+                found[_which(row)] = batch_for(self.processor_for(row), prompts)
         return _Batch(self, samples, found)
 
     def smallest(self) -> float:
@@ -186,7 +192,7 @@ class _Batch:
 
 
 def _which(row: EvaluationRow) -> _Which:
-    return row.image, row.tokens
+    return row.image, row.tokens, None if row.spec is None else row.spec.resize
 
 
 def show(pipeline: Pipeline, samples: Sequence[LabelledSample]) -> None:

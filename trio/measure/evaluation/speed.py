@@ -36,7 +36,7 @@ def measure(runner: Runner, rows: Sequence[EvaluationRow], rounds: int) -> dict[
     for name, row in chosen.items():
         images = runner.shown.images(samples, row.image, row.tokens)
         prompts = [([image], sample.question) for image, sample in zip(images, samples, strict=True)]
-        inputs[name] = runner.inputs(prompts, row.image)
+        inputs[name] = runner.inputs(prompts, row)
     seconds: dict[tuple[str, int], list[float]] = {}
     lengths = (1, runner.task.max_new_tokens)
     for _ in range(rounds + 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...spec import CompressorSpec, Keep, PartSpec, PipelineSpec
 
 
@@ -19,10 +21,15 @@ def random_floor(spec: PipelineSpec, *, seed: int = 0, entered: float | None = N
         for stage in spec.stages
     ]
     compressor = spec.compressor
-    if compressor is not None:
+    update: dict[str, Any] = {}
+    if compressor is None and not stages:  # resized and nothing else: as many tokens in front of the language model
+        update["resize"] = None
+        compressor = CompressorSpec(name="random", keep=Keep.parse(spec.resize), params=chance)
+    elif compressor is not None:
         keep = compressor.keep
         if keep is None:
             assert entered is not None  # measured by the caller
             keep = Keep(share=f"{100 * entered:.3f}%")
         compressor = CompressorSpec(name="random", keep=keep, if_fewer=compressor.if_fewer, params=chance)
-    return spec.model_copy(update={"name": f"{spec.name}, random", "stages": stages, "compressor": compressor})
+    update |= {"name": f"{spec.name}, random", "stages": stages, "compressor": compressor}
+    return spec.model_copy(update=update)

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import __version__
+from ...core.images import batch_for
 from ...cost import ModelShape, shape_of
 from ...errors import InputError, UnsupportedModelError
 from ...spec import PipelineSpec, load_spec
@@ -22,6 +23,9 @@ from .report import Asked, FidelityReport, SpecFidelity
 from .samples import PromptSample
 from .ways import Pair, Way, gain, middle
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 #: Draws of the floor; batches take them in turn, because prompts that are alike draw alike.
 DRAWS = 5
 #: Batches timed at least; with fewer, the first one is answered again.
@@ -31,6 +35,8 @@ FEW = 10
 #: FLOPs of a prefill below which a processor's time goes to dispatching operations, not to them.
 SMALL = 10**11
 
+#: A batch by the `resize` of the specs that see it; None: the images as they are.
+Inputs = Mapping[int | str | None, Any]
 SpecSource = str | Path | Mapping[str, Any] | PipelineSpec
 
 
@@ -86,18 +92,16 @@ def measure(
     batches = [list(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
     whole = sum(len(batch) == len(batches[0]) for batch in batches)  # a shorter last one has times of its own
     host = model.device.type == "cpu"  # there, preparing beside the model would take from the times that are measured
-    coming = prepared(
-        lambda batch: answerer.prepare([one.question() for one in batch]), batches, ahead=0 if host else AHEAD
-    )
+    coming = prepared(lambda batch: run.prepare([one.question() for one in batch]), batches, ahead=0 if host else AHEAD)
     for index, batch in enumerate(batches):
         if progress is not None:
             progress(index, len(batches))
-        inputs = answerer.on_device(next(coming))
+        inputs = {resize: answerer.on_device(one) for resize, one in next(coming).items()}
         if index == 0:
             run.warm_up(inputs)
             for turn in range(whole, TURNS):
                 run.turn(inputs, turn)
-        run.compare(run.turn(inputs, index, timed=len(batch) == len(batches[0])))
+        run.compare(inputs, run.turn(inputs, index, timed=len(batch) == len(batches[0])))
     if progress is not None:
         progress(len(batches), len(batches))
     return run.report(samples, batch_size, name or type(answerer.adapter.model).__name__)
@@ -126,11 +130,22 @@ class _Run:
     def ways(self) -> list[Way]:
         return [way for pair in zip(self.specs, self.floors, strict=True) for way in pair]
 
-    def warm_up(self, inputs: Any) -> None:
+    def prepare(self, prompts: Sequence[tuple[Sequence[Image], str]]) -> Inputs:
+        """A batch on the host, once for each size of images that a spec asks for."""
+        by_resize = {way.spec.resize: way.pipeline(0) for way in self.specs}
+        resized: dict[int | str | None, Any] = {
+            resize: batch_for(pipeline.processor(self.answerer.processor), prompts)
+            for resize, pipeline in by_resize.items()
+            if resize is not None
+        }
+        return {None: self.answerer.prepare(prompts), **resized}
+
+    def warm_up(self, inputs: Inputs) -> None:
         """Pays for loading and caches, and finds how many tokens the floors are to keep."""
-        self.answerer(inputs, max_new_tokens=2, memory=self.memory)
+        self.answerer(inputs[None], max_new_tokens=2, memory=self.memory)
         for way in self.specs:
-            report = self.answerer(inputs, way.pipeline(0), max_new_tokens=2, memory=self.memory).report
+            given = inputs[way.spec.resize]
+            report = self.answerer(given, way.pipeline(0), max_new_tokens=2, memory=self.memory).report
             assert report is not None  # a pipeline was given
             images = [image for sample in report.samples for image in sample.images]
             entered = sum(image.start for image in images) / max(1, sum(image.tokens for image in images))
@@ -142,9 +157,10 @@ class _Run:
                 )
             floors = [random_floor(way.spec, seed=self.seed + draw, entered=entered) for draw in range(DRAWS)]
             self.floors.append(Way(floors, self.answerer))
-            self.answerer(inputs, self.floors[-1].pipeline(0), max_new_tokens=2, memory=self.memory)
+            floor = self.floors[-1]
+            self.answerer(inputs[floor.spec.resize], floor.pipeline(0), max_new_tokens=2, memory=self.memory)
 
-    def turn(self, inputs: Any, number: int, *, timed: bool = True) -> list[BatchAnswers]:
+    def turn(self, inputs: Inputs, number: int, *, timed: bool = True) -> list[BatchAnswers]:
         """The answers of the full model and of every way; who comes first changes from turn to turn."""
         ways: list[Way | None] = [None, *self.ways]
         self.memory.clear()  # each turn times the encoder
@@ -153,17 +169,20 @@ class _Run:
         for place in order:
             way = ways[place]
             pipeline = None if way is None else way.pipeline(number)
-            answers[place] = answer = self.answerer(inputs, pipeline, memory=self.memory)
+            given = inputs[None if way is None else way.spec.resize]
+            answers[place] = answer = self.answerer(given, pipeline, memory=self.memory)
             if timed:
                 (self.full if way is None else way.seconds).append((answer.first_token, answer.answer))
         return [answers[place] for place in range(len(ways))]
 
-    def compare(self, answers: Sequence[BatchAnswers]) -> None:
+    def compare(self, inputs: Inputs, answers: Sequence[BatchAnswers]) -> None:
         """Compares a batch's answers with the full model's, the first of them."""
         full, *others = answers
+        resized = any(way.spec.resize is not None for way in self.ways)
+        before = self.answerer.adapter.image_counts(inputs[None]) if resized else None
         self.texts += full.texts
         for way, other in zip(self.ways, others, strict=True):
-            way.add(other, compare(full.logits, other.logits, full.texts, other.texts), self.shape)
+            way.add(other, compare(full.logits, other.logits, full.texts, other.texts), self.shape, before)
 
     def report(self, samples: Sequence[PromptSample], batch_size: int, name: str) -> FidelityReport:
         """Everything, with intervals."""

@@ -31,15 +31,28 @@ class Tokens:
     unknown: str = ""
     notes: dict[str, None] = field(default_factory=dict)
 
-    def add(self, report: CompressionReport, spec: PipelineSpec, shape: ModelShape | None) -> None:
-        """Adds a batch's report; `shape` is None where the model's cost is not known."""
-        self.visual += report.visual_tokens
+    def add(
+        self,
+        report: CompressionReport,
+        spec: PipelineSpec,
+        shape: ModelShape | None,
+        before: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Adds a batch's report.
+
+        Args:
+            report: of the batch.
+            spec: that ran.
+            shape: of the model; None where its cost is not known.
+            before: visual tokens of each prompt's images in front of the spec's `resize`; None: it has none.
+        """
+        self.visual += report.visual_tokens if before is None else sum(map(sum, before))
         self.kept += report.average_kept
         self.notes.update(dict.fromkeys(report.notes))
         if shape is None or self.unknown:
             return
         try:
-            cost = of_report(report, spec, shape)
+            cost = of_report(report, spec, shape, before=before)
         except TrioError as error:
             self.unknown = str(error)
             return
@@ -73,10 +86,17 @@ class Way:
         """The pipeline for a batch."""
         return self.pipelines[batch % len(self.pipelines)]
 
-    def add(self, answered: BatchAnswers, likenesses: Sequence[Likeness], shape: ModelShape | None) -> None:
-        """Adds a batch."""
+    def add(
+        self,
+        answered: BatchAnswers,
+        likenesses: Sequence[Likeness],
+        shape: ModelShape | None,
+        before: Sequence[Sequence[int]] | None,
+    ) -> None:
+        """Adds a batch; `before` as of `Tokens.add`, whatever this way does."""
         assert answered.report is not None  # every way has a pipeline
-        self.tokens.add(answered.report, self.spec, shape)
+        resized = self.spec.resize is not None
+        self.tokens.add(answered.report, self.spec, shape, before if resized else None)
         self.likenesses += likenesses
         self.texts += answered.texts
 
