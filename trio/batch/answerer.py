@@ -16,10 +16,10 @@ from ..measure.evaluation.task import normalise
 from ..pipeline import Pipeline
 from .rows import BatchRow
 
-__all__ = ["RowAnswerer", "RowOutput"]
+__all__ = ["OF_A_ROW", "RowAnswerer", "RowOutput"]
 
 #: What one row may bring about while it is answered. Other errors, such as those of a device, are not the row's.
-_OF_A_ROW = (TrioError, ValueError, torch.OutOfMemoryError)
+OF_A_ROW = (TrioError, ValueError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RowAnswerer:
             return self._one_by_one(rows, images, error)
         try:
             tokens = generate(self.model, inputs, max_new_tokens=self.max_new_tokens)
-        except _OF_A_ROW as error:
+        except OF_A_ROW as error:
             return self._one_by_one(rows, images, error)
         report = self.pipeline.report
         texts = decode(self.processor, tokens)

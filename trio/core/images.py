@@ -13,9 +13,19 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "batch_for", "decode_image", "inputs_for", "load_image", "prompt_for"]
+__all__ = [
+    "MAX_PIXELS",
+    "WEB_FORMATS",
+    "batch_for",
+    "decode_image",
+    "inputs_for",
+    "load_image",
+    "prompt_for",
+]
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+#: Formats that strangers may send: Pillow decodes them itself.
+WEB_FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def load_image(path: Path) -> Image:
@@ -27,22 +37,28 @@ def load_image(path: Path) -> Image:
     return _load(path, f"image {str(path)!r}")
 
 
-def decode_image(data: bytes, place: str) -> Image:
+def decode_image(
+    data: bytes, place: str, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image:
     """An image as RGB, upright, from the bytes of its file.
 
     Args:
         data: of a PNG, JPEG or WebP file.
         place: what the message calls it.
+        max_pixels: width times height at most, known before any pixel is decoded; not above `MAX_PIXELS`.
+        formats: those that Pillow may try, such as `WEB_FORMATS`; None: all, some of which start other programs.
 
     Raises:
         InputError: as `load_image`.
     """
     from io import BytesIO
 
-    return _load(BytesIO(data), place)
+    return _load(BytesIO(data), place, max_pixels, formats)
 
 
-def _load(source: Path | BytesIO, place: str) -> Image:
+def _load(
+    source: Path | BytesIO, place: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image:
     import warnings
 
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -50,15 +66,16 @@ def _load(source: Path | BytesIO, place: str) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as opened:
+            with Image.open(source, formats=formats) as opened:
                 width, height = opened.size
-                if width * height > MAX_PIXELS:
+                if width * height > max_pixels:
                     raise Image.DecompressionBombWarning
                 return ImageOps.exif_transpose(opened).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(f"{place}: not an image that can be read; give a PNG, JPEG or WebP file.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{place}: more than {MAX_PIXELS // 10**6} million pixels; scale it down first.") from None
+        limit = f"{max_pixels // 10**6} million" if max_pixels >= 10**6 else f"{max_pixels:,}"
+        raise InputError(f"{place}: more than {limit} pixels; scale it down first.") from None
     except FileNotFoundError:
         raise InputError(f"{place}: there is no such file; check the path.") from None
     except (OSError, SyntaxError, ValueError) as error:

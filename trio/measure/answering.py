@@ -20,7 +20,7 @@ from ..report import CompressionReport
 if TYPE_CHECKING:
     from .encoding import EncodedImages
 
-__all__ = ["GREEDY", "BatchAnswers", "GreedyAnswerer", "answer_length", "decode", "generate", "wait"]
+__all__ = ["GREEDY", "BatchAnswers", "GreedyAnswerer", "answer_length", "decode", "end_tokens", "generate", "wait"]
 
 #: Options of `generate` for greedy answers, whatever the checkpoint has as its default.
 GREEDY: Mapping[str, Any] = {
@@ -60,10 +60,15 @@ def decode(processor: Any, tokens: torch.Tensor) -> list[str]:
     return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
+def end_tokens(model: Any) -> frozenset[int]:
+    """Tokens that end an answer of the model; empty where there are none."""
+    end = model.generation_config.eos_token_id
+    return frozenset((end,) if isinstance(end, int) else end or ())
+
+
 def answer_length(model: Any, tokens: torch.Tensor) -> int:
     """Tokens of one answer, int64 ``(T,)``, up to its end token, which counts."""
-    end = model.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
+    ends = end_tokens(model)
     return next((number for number, token in enumerate(tokens.tolist(), start=1) if token in ends), len(tokens))
 
 
