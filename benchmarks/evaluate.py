@@ -23,10 +23,9 @@ from trio.measure.shapesvqa.task import canvas_for
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = {"33": "33.3%", "22": "22.2%", "11": "11.1%"}
-PUBLISHED = {
-    "scorer": {"name": "objective-gradient", "rows": "prompt-end", "positions": 4},
-    "selector": {"name": "nms", "threshold": 0.8},
-}
+#: Rows as in the released code (for Qwen it also applies the layer that has just run once more) and in the paper.
+RELEASED = {"scorer": "trio", "selector": "nms"}
+PAPER = {"scorer": {"name": "trio", "rows": "prompt-end"}, "selector": "nms"}
 #: The tower of the small models has too few blocks for scan's published ones.
 SCAN = {"name": "scan", "window": 4, "local_layer": 1, "global_layer": -2}
 COMPRESSORS: tuple[dict[str, Any], ...] = (
@@ -84,14 +83,15 @@ def at_input(name: str, **parts: Any) -> Iterator[dict[str, Any]]:
 
 def methods() -> Iterator[dict[str, Any]]:
     """Every shipped method; the default comes first, so that the others of its budget are compared with it."""
-    yield from at_budget("TRIO", stages=two_stages())
-    yield from at_budget("TRIO as published", stages=three_stages(**PUBLISHED), positions="auto")
-    yield from at_budget("TRIO with nms", stages=two_stages(selector="nms"))
-    yield from at_budget("TRIO with top-k", stages=two_stages(selector="top-k"))
-    yield from at_budget("diversity without saliency", stages=two_stages(selector=soft(weight=0.0)))
+    yield from at_budget("trio-soft (ours)", stages=two_stages())
+    yield from at_budget("TRIO (released)", stages=three_stages(**RELEASED), positions="auto")
+    yield from at_budget("TRIO (paper)", stages=three_stages(**PAPER), positions="auto")
+    yield from at_budget("trio-soft with nms", stages=two_stages(selector="nms"))
+    yield from at_budget("trio-soft with top-k", stages=two_stages(selector="top-k"))
+    yield from at_budget("diversity only", stages=two_stages(selector=soft(weight=0.0)))
     yield from at_budget("soft-nms, spread 0.0", stages=two_stages(selector=soft(spread=0.0)))
-    yield from at_input("TRIO at the input")
-    yield from at_input("TRIO with nms at the input", selector="nms")
+    yield from at_input("trio-soft at the input")
+    yield from at_input("trio-soft with nms at the input", selector="nms")
     for compressor in COMPRESSORS:
         for label, share in SHARES.items():
             # prumerge decides its own count, by quartiles or, here, as a share of outliers with one token for the rest
@@ -101,7 +101,7 @@ def methods() -> Iterator[dict[str, Any]]:
         for label, share in SHARES.items():  # the compressor in place of the default's first stage
             yield {
                 "version": 1,
-                "name": f"{compressor['name']} + TRIO, {label}%",
+                "name": f"{compressor['name']} + trio-soft, {label}%",
                 "compressor": {**compressor, "keep": f"{1.25 * float(share.rstrip('%')):.2f}%"},
                 "stages": two_stages()[1:],
             }
@@ -113,7 +113,7 @@ def methods() -> Iterator[dict[str, Any]]:
 
 def parts() -> Iterator[dict[str, Any]]:
     """The default with one part varied."""
-    yield from at_budget("TRIO", stages=two_stages())
+    yield from at_budget("trio-soft (ours)", stages=two_stages())
     for what, scorer in (
         ("last 4 rows", {"rows": "prompt-end", "positions": 4}),
         ("last 4 rows, as released", {"rows": "released", "positions": 4}),

@@ -19,7 +19,7 @@ from trio.measure.evaluation.results import COUNTED, OVERALL, EvaluationResults,
 #: Methods and controls of the first figure, with colour and line style; "" is the default.
 CURVES = {
     "": ("#00695c", "-"),
-    "TRIO as published": ("#1f77b4", "-"),
+    "TRIO (paper)": ("#1f77b4", "-"),
     "divprune": ("#9467bd", "-"),
     "visionzip": ("#e377c2", "-"),
     "random": ("#7f7f7f", ":"),

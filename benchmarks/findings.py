@@ -25,26 +25,26 @@ class Pair:
 
 
 PAIRS = (
-    Pair("the default over random tokens", "TRIO", RANDOM),
-    Pair("the default over the published parts and schedule", "TRIO", "TRIO as published"),
-    Pair("published parts and schedule over random tokens", "TRIO as published", RANDOM),
-    Pair("saliency alone (top-k) over random tokens", "TRIO with top-k", RANDOM),
-    Pair("saliency over diversity alone", "TRIO", "diversity without saliency"),
+    Pair("the default over random tokens", "trio-soft (ours)", RANDOM),
+    Pair("the default over the published parts and schedule", "trio-soft (ours)", "TRIO (paper)"),
+    Pair("published parts and schedule over random tokens", "TRIO (paper)", RANDOM),
+    Pair("saliency alone (top-k) over random tokens", "trio-soft with top-k", RANDOM),
+    Pair("saliency over diversity alone", "trio-soft (ours)", "diversity only"),
     Pair(
         "gradient over attention (top-k after layer 1)",
         "objective-gradient + top-k after layer 1",
         "last-token-attention + top-k after layer 1",
     ),
     Pair("attention over random tokens", "last-token-attention + top-k after layer 1", RANDOM),
-    Pair("nms over top-k", "TRIO with nms", "TRIO with top-k"),
-    Pair("soft-nms over nms", "TRIO", "TRIO with nms"),
-    Pair("a second stage over one at the input", "TRIO", "TRIO at the input"),
-    Pair("16 rows of the text behind the image over the prompt's last 4", "TRIO", "last 4 rows"),
-    Pair("the question's own words over those with the template's", "the question's own words", "TRIO"),
+    Pair("nms over top-k", "trio-soft with nms", "trio-soft with top-k"),
+    Pair("soft-nms over nms", "trio-soft (ours)", "trio-soft with nms"),
+    Pair("a second stage over one at the input", "trio-soft (ours)", "trio-soft at the input"),
+    Pair("16 rows of the text behind the image over the prompt's last 4", "trio-soft (ours)", "last 4 rows"),
+    Pair("the question's own words over those with the template's", "the question's own words", "trio-soft (ours)"),
     Pair("rows to the prompt's end over those as released", "last 4 rows", "last 4 rows, as released"),
-    Pair("a spread over the image over features alone", "TRIO", "soft-nms, spread 0.0"),
-    Pair("original over renumbered positions", "TRIO", "renumbered positions"),
-    Pair("two stages over three", "TRIO", "three stages"),
+    Pair("a spread over the image over features alone", "trio-soft (ours)", "soft-nms, spread 0.0"),
+    Pair("original over renumbered positions", "trio-soft (ours)", "renumbered positions"),
+    Pair("two stages over three", "trio-soft (ours)", "three stages"),
 )
 
 
@@ -53,7 +53,7 @@ def findings(results: EvaluationResults, budgets: Sequence[str] = ("33", "22", "
 
     Args:
         results: of one model.
-        budgets: as they end the names of specs: ``TRIO, 33%``.
+        budgets: as they end the names of specs: ``visionzip, 33%``.
     """
     rows = {(method(row.name), budget): row for row in results.methods for budget in budgets if _at(row, budget)}
     bootstrap = Bootstrap(results.questions["scene"])

@@ -16,7 +16,15 @@ from trio.measure.evaluation.rows import none_name
 BEGIN, END = "<!-- results: python -m benchmarks.results -->", "<!-- end of results -->"
 MODEL = "tiny-llava"
 #: Methods beside the default.
-METHODS = ("TRIO as published", "TRIO with top-k", "divprune", "visionzip", "uniform-grid")
+METHODS = (
+    "TRIO (released)",
+    "TRIO (paper)",
+    "diversity only",
+    "trio-soft with top-k",
+    "divprune",
+    "visionzip",
+    "uniform-grid",
+)
 Found = dict[str, RowResult | None]
 
 
@@ -62,7 +70,7 @@ def with_block(readme: str, results: EvaluationResults) -> str:
 
 
 def defaults(results: EvaluationResults) -> dict[str, RowResult]:
-    """The default's rows by their budget, as its specs' names give it: ``33%`` of ``TRIO, 33%``."""
+    """The default's rows by their budget, as its specs' names give it: ``33%`` of ``trio-soft (ours), 33%``."""
     bases = [base for base, _ in budgets(results)]
     name = method(bases[0].name)
     return {base.name.removeprefix(f"{name}, "): base for base in bases if method(base.name) == name}

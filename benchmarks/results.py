@@ -71,7 +71,7 @@ def _short(found: Sequence[tuple[Path, EvaluationResults]]) -> str:
         return "\n".join([*lines, "No results have been committed yet."]) + "\n"
     tested = [results for file, results in found if not _varied(file)]
     lines += [
-        "How the default (TRIO, the first row of every table) does against every other method, budget by budget, on\n"
+        "How the default (trio-soft, the first row of each table) does against the other methods, by budget, on\n"
         "the same questions, of the sub-tasks that pass the [validity gate](evaluation.md#the-validity-gate).\n",
         *(_in_a_line(results) for results in tested),
         "",

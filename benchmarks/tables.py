@@ -11,7 +11,7 @@ LEVEL = 0.05
 
 
 def method(name: str) -> str:
-    """A spec's name without its budget: ``TRIO`` of ``TRIO, 33%``."""
+    """A spec's name without its budget: ``visionzip`` of ``visionzip, 33%``."""
     return re.sub(r", [\d.]+%$", "", name)
 
 

@@ -170,7 +170,7 @@ def test_row_probe_forward_and_backward(text: str, tokens: int) -> None:
     assert anatomy is not None
     anatomy = replace(anatomy, linear_values=True)
     inputs = LayerInputs(hidden, valid, language.rotary_emb(hidden, positions))
-    probe = RowProbe(anatomy, inputs, lambda x: model.lm_head(language.norm(x)), None)
+    probe = RowProbe(anatomy, inputs, lambda x, **_: model.lm_head(language.norm(x)), None)
     with PlainCounter() as saliency:
         probe.saliency(rows_at_end(valid, 4))
     assert saliency.total == flops.probe_flops(shape, tokens, 4)

@@ -17,7 +17,13 @@ LAYER = 3
 TEXTS = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def naive_saliency(adapter: Adapter, inputs: LayerInputs, rows: list[list[int]], layer: int = LAYER) -> torch.Tensor:
+def naive_saliency(
+    adapter: Adapter,
+    inputs: LayerInputs,
+    rows: list[list[int]],
+    layer: int = LAYER,
+    head: torch.nn.Module | None = None,
+) -> torch.Tensor:
     """One sample at a time, without its padding: the whole layer, all logits, torch's own cross-entropy."""
     model = adapter.model
     out = torch.zeros(inputs.valid.shape)
@@ -29,7 +35,7 @@ def naive_saliency(adapter: Adapter, inputs: LayerInputs, rows: list[list[int]],
         length = len(columns)
         mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
         result = adapter.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary)
-        logits = model.lm_head(model.model.language_model.norm(result))[0].float()
+        logits = (head or model.lm_head)(model.model.language_model.norm(result))[0].float()
         places = [int((columns == row).nonzero()) for row in chosen]
         loss = F.cross_entropy(logits[places], logits[places].argmax(-1))
         (gradient,) = torch.autograd.grad(loss, hidden)
@@ -152,6 +158,28 @@ def test_whole_layer_fallback_gives_the_same_values(text, monkeypatch):
     torch.testing.assert_close(a.saliency(rows)[inputs.valid], b.saliency(rows)[inputs.valid], rtol=1e-4, atol=1e-6)
 
 
+def test_the_input_embedding_can_be_the_output_head():
+    model = llava(attention="eager")
+    adapter = adapter_for(model)
+    inputs, table = layer_inputs(model, [23, 17]), model.get_input_embeddings().weight
+    head = torch.nn.Linear(table.shape[1], table.shape[0], bias=False)
+    head.weight = table
+    rows = rows_at_end(inputs.valid, 4)
+    saliency = adapter.probe(LAYER, inputs).saliency(rows, head="input-embedding")
+    expected = naive_saliency(adapter, inputs, last(inputs.valid, 4), head=head)
+    torch.testing.assert_close(saliency, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    assert not torch.allclose(saliency, adapter.probe(LAYER, inputs).saliency(rows), rtol=1e-2)  # its own head
+
+
+def test_a_packed_input_embedding_is_refused_by_name():
+    model = llava()
+    table = model.get_input_embeddings()
+    table.weight = torch.nn.Parameter(torch.zeros(table.weight.numel() // 2, dtype=torch.uint8), requires_grad=False)
+    adapter = adapter_for(model)
+    assert "no plain matrix" in adapter.why_not(LAYER, "input-embedding")
+    assert "input-embedding" not in adapter.offers(LAYER)
+
+
 def test_a_layer_that_computes_something_else_is_found_out(monkeypatch):
     model = llava()
     layer = model.model.language_model.layers[LAYER]
@@ -160,7 +188,7 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch):
     adapter = adapter_for(model)
     assert adapter.probe_kind(LAYER) == "layer"
     assert adapter.probe_kind(LAYER - 1) == "rows"
-    assert adapter.offers(LAYER) == {"objective"}
+    assert adapter.offers(LAYER) == {"objective", "input-embedding"}
 
 
 def test_past_keys_and_values_count():

@@ -15,6 +15,7 @@ from support.published import (
     PATCHES,
     attention_of,
     features_of,
+    forward_inputs,
     groups_of,
     marked,
     nms_inputs,
@@ -38,7 +39,9 @@ from trio.encoders.compressors.scan import Scan
 from trio.encoders.compressors.visionzip import VisionZip
 from trio.encoders.compressors.vispruner import VisPruner
 from trio.encoders.reading.matching import match
+from trio.scorers.base import SCORERS
 from trio.selectors.nms import NMS
+from trio.spec import load_spec, shipped_specs
 
 FOLDER = Path(__file__).parent / "fixtures" / "published"
 
@@ -57,7 +60,7 @@ def start(
 
 def test_every_fixture_names_its_source() -> None:
     found = sorted(FOLDER.glob("*.json"))
-    assert len(found) == 9
+    assert len(found) == 10
     for path in found:
         fixture = json.loads(path.read_text())
         assert len(fixture["commit"]) == 40 and "/" in fixture["repository"] and fixture["cases"], path.name
@@ -179,6 +182,38 @@ def test_stage(case: dict[str, Any]) -> None:
         model(**batch)
     (group,) = pipeline.report.samples[0].stages[0].groups
     assert group.indices == case["kept"]
+
+
+@pytest.mark.parametrize("case", cases("trio-forward"))
+def test_shipped_specs_in_a_full_forward(case: dict[str, Any]) -> None:
+    """The specs themselves, stage after stage of one forward: each stage reads what the one before has left."""
+    model, batch = forward_inputs(case["model"], case["prompt"])
+    pipeline = trio.Pipeline.from_spec(load_spec(case["spec"]), model)
+    with pipeline, torch.no_grad():
+        model(**batch)
+    sample = pipeline.report.samples[0]
+    compressed = [] if sample.compressor is None else [sample.compressor.images[0].indices]
+    assert [*compressed, *(stage.groups[0].indices for stage in sample.stages)] == case["kept"]
+
+
+def test_every_spec_of_the_released_code_is_among_the_cases() -> None:
+    """Those with counts of the authors' scripts; they only timed LLaVA-NeXT, and scan is checked by itself."""
+    found = {str(case.values[0]["spec"]) for case in cases("trio-forward")}
+    assert {"trio-llava-1.5-128", "trio-llava-1.5-64", "trio-qwen2.5-vl-11"} <= found
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_specs() if name.endswith("-paper")])
+def test_a_spec_of_the_paper_differs_from_the_released_one_in_its_scorer_alone(name: str) -> None:
+    paper, released = (load_spec(one) for one in (name, name.removesuffix("-paper")))
+    scorers = [SCORERS.build(stage.scorer.as_mapping()) for stage in (*paper.stages, *released.stages)]
+    assert [one.rows for one in scorers] == ["prompt-end"] * len(paper.stages) + ["released"] * len(released.stages)
+    same = [
+        stage.model_copy(update={"scorer": other.scorer})
+        for stage, other in zip(paper.stages, released.stages, strict=True)
+    ]
+    assert same == list(released.stages)
+    for field in ("compressor", "budget", "positions"):
+        assert getattr(paper, field) == getattr(released, field)
 
 
 def test_marks_survive_an_average() -> None:

@@ -49,19 +49,21 @@ def test_the_figures_are_made_from_the_committed_results(path: str) -> None:
 
 def test_the_figures_show_the_numbers_of_the_results(shown: EvaluationResults) -> None:
     curves, gaps = figures.accuracy(shown), figures.differences(shown)
-    for budget, (kept, *value) in zip(readme.defaults(shown).values(), curves["curves"]["TRIO"], strict=True):
+    for budget, (kept, *value) in zip(
+        readme.defaults(shown).values(), curves["curves"]["trio-soft (ours)"], strict=True
+    ):
         found = budget.accuracy["counted"]
         assert budget.average is not None and kept == pytest.approx(100 * budget.average / 144, abs=1e-3)
         assert value == pytest.approx([found.mean, found.low, found.high], abs=1e-3)
-    assert curves["curves"].keys() == {"TRIO", *figures.CURVES} - {""}
-    one = next(c for c in shown.comparisons if (c.row, c.baseline) == ("visionzip, 11%", "TRIO, 11%"))
+    assert curves["curves"].keys() == {"trio-soft (ours)", *figures.CURVES} - {""}
+    one = next(c for c in shown.comparisons if (c.row, c.baseline) == ("visionzip, 11%", "trio-soft (ours), 11%"))
     row = next(row for row in gaps["rows"] if row[0] == "visionzip")
     assert row[1] == pytest.approx(one.difference.mean, abs=1e-3) and row[4] is (one.p_holm < 0.05)
 
 
 def test_a_figure_says_what_it_was_drawn_from(shown: EvaluationResults) -> None:
     drawn = figures.drawn([shown])
-    less = figures.drawn([without(shown, "visionzip, 11%", "TRIO as published, 11%")])
+    less = figures.drawn([without(shown, "visionzip, 11%", "TRIO (paper), 11%")])
     for path, content in drawn.items():
         texts = [Image.open(io.BytesIO(one)).info["Description"] for one in (content, less[path])]
         assert texts[0] == figures.digest([figures.FIGURES[path](shown)]) != texts[1]
@@ -312,7 +314,7 @@ def test_findings_are_paired_differences_of_rows(shown: EvaluationResults) -> No
 
 
 def test_findings_leave_out_what_was_not_measured(shown: EvaluationResults) -> None:
-    less = without(shown, "TRIO with nms, 22%")
+    less = without(shown, "trio-soft with nms, 22%")
     (line,) = [line for line in findings(less) if line.startswith("| nms over top-k")]
     first, second, third = (cell.strip() for cell in line.split("|")[2:5])
     assert first and not second and third

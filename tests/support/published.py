@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from trio import zoo
+from trio.core.images import batch_for
+from trio.measure.evaluation import shapesvqa
+from trio.measure.shapesvqa.task import canvas_for
+
 PATCHES = 576
 
 
@@ -82,22 +87,18 @@ def nms_inputs(seed: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(random.random_sample(n).astype(np.float32)), torch.from_numpy(features.astype(np.float32))
 
 
-#: Visual tokens of `stage_model`.
-STAGE_TOKENS = 144
-
-
-def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A tiny LLaVA with every weight drawn from the seed, and one prompt with an image."""
+def stage_model(seed: int, *, layers: int = 4, side: int = 12) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A tiny LLaVA with every weight drawn from the seed, and one prompt with an image of side x side tokens."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(
         vocab_size=100,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
@@ -108,7 +109,7 @@ def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        image_size=48,
+        image_size=4 * side,
         patch_size=4,
     )
     model = LlavaForConditionalGeneration(
@@ -126,8 +127,8 @@ def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
             drawn = torch.from_numpy(random.standard_normal(tuple(weight.shape)).astype(np.float32))
             scale = 0.05 if weight.ndim < 2 else 0.5 if "vision_tower" in name else 0.15
             weight.copy_(scale * drawn + ("norm" in name and name.endswith("weight")))
-    ids = [1, *random.randint(3, 98, 5), *[99] * STAGE_TOKENS, *random.randint(3, 98, 9)]
-    pixels = torch.from_numpy(random.standard_normal((1, 3, 48, 48)).astype(np.float32))
+    ids = [1, *random.randint(3, 98, 5), *[99] * side**2, *random.randint(3, 98, 9)]
+    pixels = torch.from_numpy(random.standard_normal((1, 3, 4 * side, 4 * side)).astype(np.float32))
     input_ids = torch.tensor([[int(one) for one in ids]])
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixels}
     return model.eval(), batch
@@ -136,3 +137,14 @@ def stage_model(seed: int) -> tuple[Any, dict[str, torch.Tensor]]:
 def tome_inputs(seed: int, step: int, n: int) -> torch.Tensor:
     """What tokens are compared by in one of several merges in a row, ``(1, n, 16)``."""
     return normal(6000 + 100 * seed + step, 1, n, 16)
+
+
+def forward_inputs(name: str, prompt: int) -> tuple[Any, dict[str, Any]]:
+    """A model in float32 and a prompt: ``drawn`` has the depth and the tokens of LLaVA-1.5, others are the zoo's, with
+    the first question about a test scene of ShapesVQA."""
+    if name == "drawn":
+        return stage_model(prompt, layers=32, side=24)
+    model, processor = zoo.load(name)
+    task = shapesvqa("test", limit=prompt + 1, canvas=canvas_for(model))
+    sample = next(one for one in task.samples if one.scene == prompt)
+    return model.float(), dict(batch_for(processor, [([sample.load()], sample.question)]))

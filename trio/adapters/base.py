@@ -16,7 +16,7 @@ from torch import nn
 from ..core import upstream
 from ..core.backbone import Backbone, PromptLayout, TinyModel
 from ..core.patches import PatchMap
-from ..core.probe import LayerInputs, Past, Probe, Rows
+from ..core.probe import Head, LayerInputs, Past, Probe, Rows
 from ..core.prompts import InputsFactory
 from ..core.shape import ModelShape
 from ..core.tokens import ImageTokens
@@ -280,11 +280,17 @@ class Adapter(Backbone):
         layers: Sequence[nn.Module] = self.language_model.layers  # type: ignore[assignment]  # nn.Module attribute
         return layers
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, *, head: Head = "output") -> torch.Tensor:
         """Final norm and output head: ``(B, R, D) -> (B, R, vocabulary)``."""
-        head = self.model.get_output_embeddings()  # type: ignore[operator]  # a method of every transformers model
-        out: torch.Tensor = head(self.language_model.norm(hidden))  # type: ignore[operator]  # nn.Module attribute
+        normed: torch.Tensor = self.language_model.norm(hidden)  # type: ignore[operator]  # nn.Module attribute
+        if head == "input-embedding":
+            return torch.nn.functional.linear(normed, self._embedding().weight)
+        output = self.model.get_output_embeddings()  # type: ignore[operator]  # a method of every transformers model
+        out: torch.Tensor = output(normed)
         return out
+
+    def _embedding(self) -> Any:
+        return self.model.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
 
     def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
         """Rotary embeddings as the decoder layers receive them, for positions ``(B, S)``."""
@@ -326,12 +332,17 @@ class Adapter(Backbone):
 
     def offers(self, layer: int) -> frozenset[str]:
         """What scorers may need and this model gives at a decoder layer (see `Scorer.needs`)."""
-        return frozenset(need for need in ("objective", "attention-rows") if not self.why_not(layer, need))
+        needs = ("objective", "attention-rows", "input-embedding")
+        return frozenset(need for need in needs if not self.why_not(layer, need))
 
     def why_not(self, layer: int, need: str) -> str:
         """Why a decoder layer does not give what a scorer needs; empty where it does."""
         if need == "objective":
             return self._without_backward(layer)
+        if need == "input-embedding":
+            weight = getattr(self._embedding(), "weight", None)
+            plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
+            return "" if plain else "its input embedding holds no plain matrix of numbers"
         return self.why_whole(layer) if need == "attention-rows" else ""
 
     def why_whole(self, layer: int) -> str:

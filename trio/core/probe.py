@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+#: What gives the logits of a proxy loss: the model's output head, or its input embedding used as one.
+Head = Literal["output", "input-embedding"]
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ class Probe(ABC):
     #: "rows" where only the chosen rows are computed, "layer" where the whole layer runs.
     how: str
 
-    def __init__(self, inputs: LayerInputs, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, inputs: LayerInputs, logits: Callable[..., torch.Tensor]) -> None:
         """Binds a probe.
 
         Args:
             inputs: what enters the layer.
-            logits: the model's final norm and output head, ``(B, R, D) -> (B, R, vocabulary)``.
+            logits: the model's final norm and output head, ``(B, R, D) -> (B, R, vocabulary)``; with ``head`` as
+                `Head` has it.
         """
         self.inputs = inputs
         self._logits = logits
@@ -107,7 +111,7 @@ class Probe(ABC):
         with torch.no_grad():
             return self._forward_rows(self.inputs, rows)
 
-    def saliency(self, rows: Rows) -> torch.Tensor:
+    def saliency(self, rows: Rows, *, head: Head = "output") -> torch.Tensor:
         """L2 norm of the gradient of the layer-local proxy loss by every hidden state that enters the layer.
 
         The layer's output at the rows goes through the final norm and the output head; the loss of a sample is the
@@ -117,6 +121,7 @@ class Probe(ABC):
 
         Args:
             rows: the supervised rows.
+            head: what gives the logits.
 
         Returns:
             float32 ``(B, S)``, at least 0. A sample without a valid row is all zero.
@@ -125,7 +130,7 @@ class Probe(ABC):
             inputs = _detached(self.inputs)
             rows = Rows(_plain(rows.index), _plain(rows.valid))
             hidden = inputs.hidden.requires_grad_(True)
-            logits = self._logits(self._forward_rows(inputs, rows))
+            logits = self._logits(self._forward_rows(inputs, rows), head=head)
             weight, scale = _loss_gradient(logits.detach(), rows.valid.to(logits.device))
             (gradient,) = torch.autograd.grad(logits, hidden, grad_outputs=weight.to(logits.dtype))
             norms: torch.Tensor = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)

@@ -18,7 +18,8 @@ class Scorer(Part, ABC):
     A scorer is a small class whose fields are its validated parameters. `needs` says what it wants of the model's
     adapter; a pipeline that lacks it is refused when it is built. Known needs: ``"objective"`` (gradients of the
     layer-local loss), ``"attention-rows"`` (attention probabilities of chosen rows), ``"ran"`` (the layer that has just
-    run, with its own inputs: not after layer 0), ``"last"`` (the layer that has just run: not after layer 0).
+    run, with its own inputs: not after layer 0), ``"last"`` (the layer that has just run: not after layer 0),
+    ``"input-embedding"`` (the input embedding as output head).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

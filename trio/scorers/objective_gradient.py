@@ -11,12 +11,12 @@ from pydantic import Field
 from ..core.context import LayerContext
 from ..core.flops import probe_flops
 from ..core.part import Categorical, Choice, IntRange
-from ..core.probe import rows_at_end
+from ..core.probe import Head, rows_at_end
 from ..core.shape import ModelShape
 from .base import SCORERS, Scorer
 
 
-@SCORERS.register("objective-gradient", aliases=("trio",))
+@SCORERS.register("objective-gradient")
 class ObjectiveGradient(Scorer):
     """L2 norm of the gradient of a layer-local proxy loss by each visual token (TRIO, arXiv 2602.04657).
 
@@ -28,41 +28,45 @@ class ObjectiveGradient(Scorer):
     Which rows: the paper's four are mostly words of the chat template ("... assistant :"), which in the first layers
     know nothing of the question yet. The default supervises the text behind the image too: on `tiny-qwen2.5-vl`, on
     whose validation scenes it was chosen, the ranking comes much nearer to that of the end-to-end gradient
-    (docs/saliency.md); on `tiny-llava` answers do not measurably differ (docs/results.md). Specs named after published
-    ones say ``positions: 4, rows: prompt-end``.
+    (docs/saliency.md); on `tiny-llava` answers do not measurably differ (docs/results.md). The scorer ``trio`` has the
+    released code's rows.
 
     Parameters:
         positions: supervised rows, at most, counted back from the end (paper and code: 4).
         rows: ``"after-picture"`` supervises rows of the text behind the last image only: the question, and what the
             chat template puts behind it. ``"prompt-end"`` supervises up to the last prompt token, the one that predicts
             the first answer token, as the paper's figure shows; ``"released"`` leaves that one out, as the released
-            LLaVA code does.
+            code does.
         skip: last rows of the prompt to leave out: with the number of tokens that the chat template puts behind the
             question, the question's own words are left. A prompt without any row left scores 0 everywhere.
         probe_layer: ``"next"`` runs the layer that comes after the stage (paper and LLaVA code), ``"last"`` applies
             the layer that has just run once more (released Qwen code); not after layer 0.
+        head: what gives the logits: the model's ``"output"`` head, or its ``"input-embedding"``, which the released
+            Qwen code uses: the same where the two are tied, another matrix where they are not (7B).
     """
 
     positions: Annotated[int, Field(ge=1)] = 16
     rows: Literal["after-picture", "prompt-end", "released"] = "after-picture"
     skip: Annotated[int, Field(ge=0)] = 0
     probe_layer: Literal["next", "last"] = "next"
+    head: Head = "output"
 
     def required(self) -> frozenset[str]:
-        """Gradients, and with ``probe_layer: last`` a layer that has run."""
-        return frozenset({"objective"} | ({"last"} if self.probe_layer == "last" else set()))
+        """Gradients, with ``probe_layer: last`` a layer that has run, and the head."""
+        needs = {"last": self.probe_layer == "last", "input-embedding": self.head == "input-embedding"}
+        return frozenset({"objective", *(need for need, needed in needs.items() if needed)})
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """See `Scorer.score`; the magnitudes are those of the loss's gradient."""
         columns = ctx.after_images() if self.rows == "after-picture" else ctx.valid
         rows = rows_at_end(columns, self.positions, skip=self.skip + (self.rows == "released"))
-        return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows))
+        return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows, head=self.head))
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Forward and backward through the supervised rows of one layer."""
         return probe_flops(shape, tokens, min(self.positions, tokens))
 
     @classmethod
-    def search_space(cls) -> Mapping[str, Choice]:
+    def search_space(cls) -> Mapping[str, Choice] | None:
         """The default rows and the paper's, and how many."""
         return {"rows": Categorical(("after-picture", "prompt-end")), "positions": IntRange(1, 16)}

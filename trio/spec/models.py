@@ -110,7 +110,7 @@ def _keep_forms(schema: dict[str, Any]) -> None:
             "required": [names[0]],
             "additionalProperties": False,
         }
-        for names in (("count", "per"), ("share", "of", "per"))
+        for names in (("count", "per"), ("share", "of", "per", "rounding"))
     ]
     schema.clear()
     schema.update({"description": KEEP_HELP, "anyOf": [fields["count"], fields["share"], auto, *long]})
@@ -134,6 +134,8 @@ class Keep(_Model):
         of: what the share is of: the tokens that the group started with, or those that reach the stage.
         per: the group that the number is for: each image, all images of a sample together, or (compressors only) each
             input of the vision tower: a tile of a tiled image, a frame of a video.
+        rounding: of a share that is no whole number of tokens: to the nearest (half up), or down, as the released
+            code for Qwen does. At least one token of any is kept.
         auto: solved from `budget.average`.
     """
 
@@ -145,6 +147,9 @@ class Keep(_Model):
     )
     of: Literal["start", "current"] = Field(default="start", description="what the share is of")
     per: Group = Field(default="image", description="the group that the number is for")
+    rounding: Literal["nearest", "down"] = Field(
+        default="nearest", description="how a share becomes a number of tokens"
+    )
     auto: bool = Field(default=False, description="solved from budget.average")
 
     @model_validator(mode="before")
@@ -177,7 +182,7 @@ class Keep(_Model):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise Wrong(f"found {found}; give exactly one of count and share. Allowed: {KEEP_HELP}.")
-        for key in ("of", "per"):
+        for key in ("of", "per", "rounding"):
             options = get_args(cls.model_fields[key].annotation)
             if key in value and value[key] not in options:
                 raise Wrong(f"found {short(value[key])}; allowed: {' or '.join(options)}.", (key,))
@@ -194,6 +199,8 @@ class Keep(_Model):
             value["share"] = format_share(share)
         elif value.get("of", "start") != "start":
             raise Wrong("only a share is `of: current`; remove `of`, or write a share.", ("of",))
+        elif value.get("rounding", "nearest") != "nearest":
+            raise Wrong("only a share is rounded; remove `rounding`, or write a share.", ("rounding",))
         if "count" in given:
             count = value["count"]
             if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_NUMBER:

@@ -47,12 +47,13 @@ class Reduction:
 
 @dataclass(frozen=True)
 class KeepRule:
-    """A hashable `Keep`: exactly one of count, share (an exact fraction) and neither (auto)."""
+    """A hashable `Keep`: exactly one of count, share (an exact fraction) and neither (auto); `down` rounds a share."""
 
     count: int | None
     share: Fraction | None
     of_current: bool
     per: Group
+    down: bool = False
 
     @property
     def auto(self) -> bool:
@@ -216,7 +217,7 @@ def _plain(keep: KeepRule, started: int, current: int) -> int:
         return keep.count
     assert keep.share is not None  # auto is the solver's
     base = current if keep.of_current else started
-    return max(_round(keep.share * base), min(1, base))
+    return max(int(keep.share * base) if keep.down else _round(keep.share * base), min(1, base))
 
 
 def _round(value: Fraction) -> int:
@@ -382,7 +383,7 @@ def _layer(after: int | str, num_layers: int, spec_path: str) -> int:
 
 
 def _rule(keep: Keep) -> KeepRule:
-    return KeepRule(keep.count, keep.fraction, keep.of == "current", keep.per)
+    return KeepRule(keep.count, keep.fraction, keep.of == "current", keep.per, keep.rounding == "down")
 
 
 def _check_any_size(schedule: ResolvedSchedule) -> None:
