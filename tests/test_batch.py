@@ -24,7 +24,7 @@ from trio.batch.rows import ParquetRows
 from trio.cli import app
 from trio.integrations.ray import RayAnswerer
 from trio.integrations.ray.answerer import results_of
-from trio.integrations.ray.engine import check_room
+from trio.integrations.ray.cluster import check_room
 
 ROWS = 22
 SETTINGS = {"model": "m"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from test_examples import blocks
 import trio
 from trio import zoo
 from trio.batch import LocalEngine, RowAnswerer, Shards, open_rows, run_job
-from trio.integrations.ray import RayAnswerer, RayEngine
+from trio.integrations.ray import RayAnswerer, RayEngine, RayEvaluation
+from trio.integrations.ray.evaluation import EvaluationWorker
+from trio.measure.evaluation.job import EvaluationJob
+from trio.spec import load_spec
 
 DOCS = Path(trio.__file__).parent.parent / "docs"
 ROWS = 400
@@ -148,3 +152,55 @@ def test_the_block_of_the_page_about_scale_runs(table: Path, cluster: None) -> N
     found = {row["id"]: row for row in names["answered"].take_all()}
     assert len(found) == 6 and found[f"row-{BAD}"]["error"] and not found["row-0"]["error"]
     assert found["row-0"]["answer"] and found["row-0"]["visual_tokens"] == 144
+
+
+# `trio eval` ---------------------------------------------------------------------------------------------------------
+
+
+def evaluation_files(out: Path) -> dict[str, bytes]:
+    """All that an evaluation wrote, by path."""
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluationJob, dict[str, bytes]]:
+    """A job, and what one process without Ray writes."""
+    out = tmp_path_factory.mktemp("eval") / "out"
+    job = EvaluationJob((load_spec(SPEC),), out, limit=1, batch_size=3, speed_rounds=0, html=False, threads=1)
+    job.run()
+    return job, evaluation_files(out)
+
+
+def test_an_evaluation_on_actors_writes_what_one_process_writes(
+    evaluated: tuple[EvaluationJob, dict[str, bytes]], cluster: None, tmp_path: Path
+) -> None:
+    """One of them is lost on the way; the others end, and the next run goes on."""
+    job, expected = evaluated
+    job = replace(job, out=tmp_path / "out")
+
+    class Dies(EvaluationWorker):  # within the test, so that actors get its code by value
+        def _tell(self, done: int, total: int) -> None:
+            if self._processes.rank == 1 and done > total // 2:
+                os._exit(1)
+            super()._tell(done, total)
+
+    with pytest.raises(trio.TrioError, match=r"a worker failed.*goes on where it was"):
+        RayEvaluation(2, cpus=0.5, worker=Dies).evaluate(job)
+    begun = evaluation_files(job.out)
+    assert "results.json" not in begun and any(name.startswith("answers") for name in begun)
+    told: list[tuple[int, int]] = []
+    results = RayEvaluation(2, cpus=0.5).evaluate(job, lambda *now: told.append(now))
+    assert evaluation_files(job.out) == expected
+    assert results.to_json().encode() == expected["results.json"]
+    assert told and told[0][0] > 0
+
+
+def test_what_an_actor_refuses_is_told_as_without_ray(
+    evaluated: tuple[EvaluationJob, dict[str, bytes]], cluster: None
+) -> None:
+    job, expected = evaluated
+    with pytest.raises(trio.InputError, match="answers with other batch_size"):
+        RayEvaluation(2, cpus=0.5).evaluate(replace(job, batch_size=4))
+    with pytest.raises(trio.InputError, match="do not fit"):
+        RayEvaluation(9).evaluate(job)
+    assert evaluation_files(job.out) == expected

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import DEFAULT_SPEC
-from .common import OUT, BatchSize, Device, DType, DTypeName, Json, MaxNewTokens, ModelName, SpecName
+from .common import (
+    OUT,
+    BatchSize,
+    Device,
+    DType,
+    DTypeName,
+    Json,
+    MaxNewTokens,
+    ModelName,
+    RayAddress,
+    RayWorkers,
+    SpecName,
+    WorkerCpus,
+    WorkerGpus,
+)
 
 if TYPE_CHECKING:
     from ..batch import BatchSummary, Engine
@@ -33,15 +47,10 @@ def batch(
     model: ModelName = "tiny-llava",
     spec: SpecName = DEFAULT_SPEC,
     question: Annotated[str | None, typer.Option("--question", "-q", help="For rows without one of their own.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Models that answer at the same time; above 1 with --ray.")] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Address of a Ray cluster (auto: the one of this machine); local starts one here."),
-    ] = None,
-    worker_cpus: Annotated[float, typer.Option(min=0.0, help="With --ray: logical CPUs of a worker.")] = 1.0,
-    worker_gpus: Annotated[
-        float | None, typer.Option(min=0.0, help="With --ray: GPUs of a worker. Default: 1 where there are any.")
-    ] = None,
+    workers: RayWorkers = 1,
+    ray: RayAddress = None,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     ordered: Annotated[bool, typer.Option("--ordered", help="With --ray: answers in the order of the rows.")] = False,
     engine: Annotated[BatchEngine, typer.Option(help="What answers the rows.")] = BatchEngine.transformers,
     batch_size: BatchSize = 8,

@@ -34,8 +34,12 @@ __all__ = [
     "ModelArgument",
     "ModelName",
     "Prompts",
+    "RayAddress",
+    "RayWorkers",
     "SpecName",
     "SpecNames",
+    "WorkerCpus",
+    "WorkerGpus",
     "check_outputs",
     "find_model",
     "first_line",
@@ -82,6 +86,18 @@ Prompts = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=4096, help="Longest answer, in tokens.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Prompts in a batch.")]
 DTypeName = Annotated[DType, typer.Option("--dtype", help="Number format of the weights.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", help="Address of a Ray cluster (auto: the one of this machine); local starts one here."),
+]
+RayWorkers = Annotated[
+    int, typer.Option("--workers", min=1, help="Models that answer at the same time; above 1 with --ray.")
+]
+WorkerCpus = Annotated[float, typer.Option("--worker-cpus", min=0.0, help="With --ray: logical CPUs of a worker.")]
+WorkerGpus = Annotated[
+    float | None,
+    typer.Option("--worker-gpus", min=0.0, help="With --ray: GPUs of a worker. Default: 1 where there are any."),
+]
 Device = Annotated[str, typer.Option("--device", help="Where to run: auto, cpu, cuda, cuda:1 ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]

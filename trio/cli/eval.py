@@ -5,16 +5,30 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import DEFAULT_SPEC
-from .common import OUT, BatchSize, Device, DType, DTypeName, Force, Json, ModelName, SpecNames
+from .common import (
+    OUT,
+    BatchSize,
+    Device,
+    DType,
+    DTypeName,
+    Force,
+    Json,
+    ModelName,
+    RayAddress,
+    RayWorkers,
+    SpecNames,
+    WorkerCpus,
+    WorkerGpus,
+)
 
 if TYPE_CHECKING:
+    from ..integrations.ray import RayEvaluation
     from ..measure.evaluation.results import EvaluationResults
-    from ..measure.evaluation.task import Task
 
 
 class QuestionSource(StrEnum):
@@ -55,6 +69,10 @@ def evaluate(
     margin: Annotated[float, typer.Option(min=0.0, help="Of the non-inferiority test, in points.")] = 1.0,
     speed_rounds: Annotated[int, typer.Option(min=0, help="Rounds of measuring times; 0: none.")] = 5,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html (needs matplotlib).")] = True,
+    ray: RayAddress = None,
+    workers: RayWorkers = 1,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's own choice.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -64,61 +82,93 @@ def evaluate(
     """Ask a model many questions with every spec and every control; write tables, statistics and a report.
 
     A run that was stopped goes on where it was when the same command is given again, and gives the same results; more
-    specs may be added to a finished one.
+    specs may be added to a finished one. Several processes share the work, with the same results: on Ray (--ray), or
+    begun on this machine by `accelerate launch --num_processes N -m trio.cli eval ...`.
     """
-    from ..measure.evaluation.protocol import check_baseline, named_specs
-    from ..measure.evaluation.protocol import evaluate as run
-    from .common import load_model, print_json, progress_bar, say, write_text
+    from ..errors import TrioError
+    from ..measure.evaluation.job import EvaluationJob
+    from ..measure.evaluation.processes import joined, launched
+    from ..measure.evaluation.protocol import named_specs
+    from .common import print_json, progress_bar, say
     from .tables import console
 
-    specs = named_specs(spec or [DEFAULT_SPEC])  # before the model: a wrong name should not cost a minute
-    check_baseline(baseline, specs)
-    _check_out(out, force)
-    if html:
-        from ..measure.evaluation.figures import check_matplotlib
-        from ..measure.extras import require
-
-        check_matplotlib()
-        require("jinja2", "report.html")
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    questions = None if task is QuestionSource.shapesvqa else _jsonl(data, limit, max_new_tokens)
-    network, processor = load_model(model, dtype=dtype.value, device=device)
-    if questions is None:
-        questions = _shapesvqa(network, data, limit, split, seed)
+    processes = launched()
     try:
-        with progress_bar(f"{model}: {len(questions.samples)} questions") as progress:
-            results = run(
-                network,
-                processor,
-                questions,
-                specs,
-                out=out,
-                name=model,
-                batch_size=batch_size,
-                baseline=baseline,
-                margin=margin,
-                speed_rounds=speed_rounds,
-                progress=progress,
-            )
+        given = _questions(task, data)
+        job = EvaluationJob(
+            specs=tuple(named_specs(spec or [DEFAULT_SPEC])),
+            out=out,
+            model=model,
+            data=given,
+            limit=limit,
+            split=split.value,
+            seed=seed,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            baseline=baseline,
+            margin=margin,
+            speed_rounds=speed_rounds,
+            html=html,
+            threads=threads,
+            dtype=dtype.value,
+            device=device,
+        )
+        job.check()  # before the model: a wrong name should not cost a minute
+        _check_out(out, force)
+        cluster = _cluster(ray, workers, worker_cpus, worker_gpus, processes.count)
+        with progress_bar(f"{model}: batches") as progress:
+            if cluster is not None:
+                results = cluster.evaluate(job, progress)
+            else:
+                with joined(processes):
+                    results = job.run(processes, progress if processes.first else None)
     except KeyboardInterrupt:
-        say("trio: stopped; give the same command again, and it goes on where it was.", err=True)
+        if processes.first:
+            say("trio: stopped; give the same command again, and it goes on where it was.", err=True)
         raise typer.Exit(130) from None
-    written = _write(results, out)
-    if html:
-        from ..measure.evaluation.overlays import overlays
-        from ..measure.evaluation.report import report_html
-
-        page = report_html(results, overlays(network, processor, questions, specs, results))
-        write_text(out / "report.html", page, "--out")
-        written.append("report.html")
+    except TrioError:
+        if processes.first:
+            raise
+        raise typer.Exit(2) from None  # the first of the processes says it
+    if not processes.first:
+        return
     if as_json:
         print_json(json.loads(results.to_json()))
         return
     _print(results)
-    console().print(f"written to {out}: {', '.join(written)}", soft_wrap=True, markup=False)
+    console().print(f"written to {out}: {', '.join(job.files)}", soft_wrap=True, markup=False)
+
+
+def _questions(task: QuestionSource, data: Path | None) -> Path | None:
+    """The file with the questions; None where they are drawn."""
+    from ..errors import InputError
+
+    if task is QuestionSource.jsonl and data is None:
+        raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
+    if task is QuestionSource.shapesvqa and data is not None:
+        raise InputError("--data: shapesvqa draws its own images; leave --data out, or give --task jsonl.")
+    return data
+
+
+def _cluster(ray: str | None, workers: int, cpus: float, gpus: float | None, processes: int) -> RayEvaluation | None:
+    """Who evaluates on Ray; None without it."""
+    from ..errors import InputError
+
+    if ray is None:
+        if workers > 1:
+            raise InputError(
+                "--workers: it is for a Ray cluster; add --ray local (or an address), or begin several processes on "
+                "this machine: accelerate launch --num_processes N -m trio.cli eval ..."
+            )
+        return None
+    if processes > 1:
+        raise InputError(
+            f"--ray: a launcher began {processes} processes of this command; leave --ray out, or give the command "
+            "without the launcher."
+        )
+    from ..integrations.ray import RayEvaluation
+
+    return RayEvaluation(workers, ray, cpus, gpus)
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -131,34 +181,6 @@ def _check_out(out: Path, force: bool) -> None:
     if out.is_dir() and not (out / "header.json").exists():
         for name in ("results.json", "results.csv", "report.html"):
             writable(out / name, "--out", force=force)
-
-
-def _jsonl(data: Path | None, limit: int | None, max_new_tokens: int) -> Task:
-    from ..errors import InputError
-    from ..measure.evaluation.task import jsonl
-
-    if data is None:
-        raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
-    return jsonl(data, limit=limit, max_new_tokens=max_new_tokens)
-
-
-def _shapesvqa(model: Any, data: Path | None, limit: int | None, split: Split, seed: int | None) -> Task:
-    from ..errors import InputError
-    from ..measure.shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
-
-    if data is not None:
-        raise InputError("--data: shapesvqa draws its own images; leave --data out, or give --task jsonl.")
-    return shapesvqa(
-        split.value, limit=limit or DEFAULT_LIMIT, canvas=canvas_for(model), seed=SEED if seed is None else seed
-    )
-
-
-def _write(results: EvaluationResults, out: Path) -> list[str]:
-    from .common import write_text
-
-    write_text(out / "results.json", results.to_json(), "--out")
-    write_text(out / "results.csv", results.to_csv(), "--out")
-    return ["results.json", "results.csv"]
 
 
 def _print(results: EvaluationResults) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from ... import DISTRIBUTION
 from ...batch import BatchRow, RowOutput, RowSource
 from ...batch.rows import ParquetRows
-from ...errors import InputError, TrioError, first_line
+from ...errors import TrioError
 from .answerer import RayAnswerer, results_of
+from .cluster import check_room, connect, load_ray, room_of
 
-__all__ = ["RayEngine", "check_room"]
+__all__ = ["RayEngine"]
 
 #: Rows of the table of work in one block, at most; an actor takes batches from blocks.
 BLOCK_ROWS = 4096
-#: Bytes of the object store of a local Ray: rows and answers are small, and images are read by the actors.
-LOCAL_STORE = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,10 @@ class RayEngine:
             InputError: Ray is not installed, the cluster cannot be reached, or the actors would wait for ever.
             TrioError: a worker failed by more than a row.
         """
-        ray = _ray()
-        started = _connect(ray, self.address)
+        ray = load_ray()
+        started = connect(ray, self.address)
         try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            room = [(float(one.get("CPU", 0)), float(one.get("GPU", 0))) for one in nodes]
+            room = room_of(ray)
             gpus = self.gpus if self.gpus is not None else float(any(gpu for _, gpu in room))
             check_room(room, self.workers, self.cpus, gpus)
             dataset = self._dataset(ray, source, set(done)).map_batches(
@@ -104,42 +100,6 @@ class RayEngine:
         return ray.data.from_arrow(blocks)
 
 
-def check_room(nodes: Sequence[tuple[float, float]], workers: int, cpus: float, gpus: float) -> None:
-    """Refuses actors that leave a cluster no room for the tasks that read: each would wait for the other for ever.
-
-    Args:
-        nodes: CPUs and GPUs of each machine.
-        workers: actors.
-        cpus: of an actor.
-        gpus: of an actor.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    left = workers
-    free = []
-    for node_cpus, node_gpus in nodes:
-        here = left
-        if cpus:
-            here = min(here, int(node_cpus / cpus + 1e-9))
-        if gpus:
-            here = min(here, int(node_gpus / gpus + 1e-9))
-        left -= here
-        free.append(node_cpus - here * cpus)
-    total_cpus, total_gpus = (sum(one[kind] for one in nodes) for kind in (0, 1))
-    has = f"the cluster has {total_cpus:g} CPUs and {total_gpus:g} GPUs on {len(nodes)} machine(s)"
-    asked = f"workers: {workers} with {cpus:g} CPUs and {gpus:g} GPUs each"
-    if left:
-        raise InputError(
-            f"{asked} do not fit: {has}. Give fewer --workers, or less to each (--worker-cpus, --worker-gpus)."
-        )
-    if max(free, default=0) + 1e-9 < 1:
-        raise InputError(
-            f"{asked} leave no CPU for reading and writing, and the job would hang: {has}. Leave at least one CPU: "
-            "fewer --workers, or a smaller share for each (--worker-cpus 0.5)."
-        )
-
-
 def _left(table: Any, written: Any) -> Any:
     """The rows of a block that are not written yet; `written` is a reference to the set of their ids."""
     done = import_module("ray").get(written)
@@ -148,33 +108,3 @@ def _left(table: Any, written: Any) -> Any:
 
 def _record(row: BatchRow) -> dict[str, Any]:
     return {"id": row.id, "image": str(row.image), "question": row.question, "answer": list(row.answers)}
-
-
-def _ray() -> Any:
-    try:
-        ray = import_module("ray")
-        import_module("ray.data")
-    except ImportError as error:
-        raise InputError(
-            f"--ray: Ray Data is not installed ({first_line(error)}); install the extra that has it: pip install "
-            f"'{DISTRIBUTION}[ray]'."
-        ) from error
-    return ray
-
-
-def _connect(ray: Any, address: str) -> bool:
-    """Connects to a cluster unless this process is connected; returns whether it has to be left again."""
-    if ray.is_initialized():
-        return False
-    options: dict[str, Any] = {"address": address}
-    if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options |= {"include_dashboard": False, "object_store_memory": LOCAL_STORE}
-    try:
-        ray.init(log_to_driver=False, logging_level="warning", **options)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"--ray {address!r}: the cluster cannot be reached ({first_line(error)}); check the address, or give "
-            "--ray local."
-        ) from error
-    return True

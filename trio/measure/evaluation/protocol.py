@@ -17,6 +17,7 @@ from ...spec import PipelineSpec, load_spec
 from ..extras import require
 from ..statistics import DRAWS, FEW
 from .answers import AnswerFiles
+from .processes import ALONE, Processes
 from .results import EvaluationResults
 from .rows import EvaluationRow, plan
 from .runner import LOOKED_AT, Runner
@@ -43,6 +44,7 @@ def evaluate(
     margin: float = 1.0,
     speed_rounds: int = ROUNDS,
     progress: Callable[[int, int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> EvaluationResults:
     """Asks a model every question of a task, full, with every spec and with every control, and counts.
 
@@ -59,6 +61,8 @@ def evaluate(
         margin: of the non-inferiority test, in points.
         speed_rounds: rounds of measuring times; 0: none.
         progress: told the finished and all batches.
+        processes: that call this with the same arguments, each with a model of its own, and share the questions. All
+            get the same results; the first one writes, and measures times.
 
     Raises:
         InputError: there is no spec, two have one name, or `out` holds answers to something else.
@@ -81,6 +85,7 @@ def evaluate(
                 margin=margin,
                 speed_rounds=speed_rounds,
                 progress=progress,
+                processes=processes,
             )
     runner = Runner(model, processor, task, batch_size)
     started = [runner.counter.of_size(size) for size in runner.sizes]
@@ -102,11 +107,12 @@ def evaluate(
     }
     task_facts = {"name": task.name, "version": task.version, **task.facts, "sha256": task.fingerprint()}
     header = {"model": facts, "task": task_facts, "versions": versions, "batch_size": batch_size}
-    files = AnswerFiles(Path(out), {**header, "max_new_tokens": task.max_new_tokens})
+    about = {**header, "max_new_tokens": task.max_new_tokens}
+    files = processes.together(lambda: AnswerFiles(Path(out), about) if processes.first else None)
     possible = [row for row in rows if not row.refused]
-    answers = runner.run(possible, files, progress)
+    answers = runner.run(possible, files, progress, processes)
     summary = Summary(task, rows, schedules, answers, baseline=baseline, margin=margin)
-    return EvaluationResults(
+    results = EvaluationResults(
         model=facts,
         task={**task_facts, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
         settings={
@@ -124,8 +130,11 @@ def evaluate(
         questions={"scene": [s.scene for s in task.samples], "kind": [s.kind for s in task.samples]},
         right=summary.right,
         device=str(model.device),
-        speed=measure(runner, possible, speed_rounds),
     )
+    processes.gather(lambda: None)  # times are measured when the others rest
+    if not processes.first:
+        return results
+    return results.model_copy(update={"speed": measure(runner, possible, speed_rounds)})
 
 
 def check_baseline(baseline: str | None, specs: Sequence[PipelineSpec]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from ..encoding import LIMIT, EncodedImages
 from .answers import AnswerFiles, RowAnswer
 from .floors import Oracle
 from .images import Counter, Shown, without_floor
+from .processes import ALONE, Processes
 from .rows import EvaluationRow, ImageChoice
 from .task import LabelledSample, Task
 
@@ -32,6 +34,8 @@ LOOKED_AT = 16
 Progress = Callable[[int, int], None]
 #: Which images a row shows, and how small.
 _Which = tuple[ImageChoice, float, int | str | None]
+#: Answers of a row that are there already, and how many batches they are.
+_Begun = tuple[list[RowAnswer], int]
 
 
 class Runner:
@@ -61,47 +65,71 @@ class Runner:
         self.sizes = list(sizes.values())
 
     def run(
-        self, rows: Sequence[EvaluationRow], files: AnswerFiles, progress: Progress | None = None
+        self,
+        rows: Sequence[EvaluationRow],
+        files: AnswerFiles | None,
+        progress: Progress | None = None,
+        processes: Processes = ALONE,
     ) -> dict[str, list[RowAnswer]]:
         """All answers of all rows, in the order of the questions.
 
+        Several processes take turns: each asks one batch of a round, composed as one process alone would ask it.
+
         Args:
             rows: rows that are not refused.
-            files: where answers are, and are written.
+            files: where answers are, and are written; None in processes other than the first.
             progress: told the finished and all batches.
+            processes: that run this with the same rows.
         """
-        answers_by_key: dict[str, list[RowAnswer]] = {}
-        done: dict[str, int] = {}
         first: dict[str, EvaluationRow] = {}  # rows that do the same are asked once
         for row in rows:
             first.setdefault(_key(row), row)
-        for key, row in first.items():
-            answers_by_key[key], done[key] = files.read(row.name, key, self.batches)
+        begun = processes.gather(functools.partial(self._begun, first, files))[0]
+        answers_by_key = {key: answers for key, (answers, _) in begun.items()}
+        done = {key: number for key, (_, number) in begun.items()}
         finished, total = sum(done.values()), len(first) * len(self.batches)
         pipelines = {key: self.pipeline(row) for key, row in first.items() if row.spec is not None}
         open_rows = [[row for key, row in first.items() if done[key] <= number] for number in range(len(self.batches))]
-        work = [
-            ([self.task.samples[i] for i in batch], rows) for batch, rows in zip(self.batches, open_rows, strict=True)
-        ]
+        left = [number for number, rows in enumerate(open_rows) if rows]
+        rounds = [left[begin : begin + processes.count] for begin in range(0, len(left), processes.count)]
+        mine = [numbers[processes.rank] for numbers in rounds if processes.rank < len(numbers)]
+        work = [([self.task.samples[i] for i in self.batches[number]], open_rows[number]) for number in mine]
         coming = prepared(lambda item: self._prepare(*item), work)
-        for number, (batch, inputs) in enumerate(zip(self.batches, coming, strict=True)):
+        for numbers in rounds:
             if progress is not None:
                 progress(finished, total)
             self.memory.clear()
+            number = numbers[processes.rank] if processes.rank < len(numbers) else -1
+            inputs = processes.together(functools.partial(next, coming, None))
             for key, row in first.items():
-                if done[key] > number:
+                if done[key] > numbers[-1]:
                     continue
-                texts, tokens, averages, flops = self._ask(row, pipelines.get(key), inputs)
-                answers = [
-                    RowAnswer(question, text, n, average, flops)
-                    for question, text, n, average in zip(batch, texts, tokens, averages, strict=True)
-                ]
-                files.add(row.name, key, answers)
-                answers_by_key[key] += answers
-                finished += 1
-                if progress is not None:
-                    progress(finished, total)
+                asked = None if done[key] > number else inputs
+                ask = functools.partial(self._answers, row, pipelines.get(key), asked, number)
+                for answers in filter(None, processes.gather(ask)):
+                    if files is not None:
+                        files.add(row.name, key, answers)
+                    answers_by_key[key] += answers
+                    finished += 1
+                    if progress is not None:
+                        progress(finished, total)
         return {row.name: sorted(answers_by_key[_key(row)], key=lambda answer: answer.question) for row in rows}
+
+    def _begun(self, rows: Mapping[str, EvaluationRow], files: AnswerFiles | None) -> dict[str, _Begun]:
+        """What is answered already, by key; nothing where there are no files."""
+        return {} if files is None else {key: files.read(row.name, key, self.batches) for key, row in rows.items()}
+
+    def _answers(
+        self, row: EvaluationRow, pipeline: Pipeline | None, batch: _Batch | None, number: int
+    ) -> list[RowAnswer]:
+        """A row's answers to a batch; none where it is not to be asked."""
+        if batch is None:
+            return []
+        texts, tokens, averages, flops = self._ask(row, pipeline, batch)
+        return [
+            RowAnswer(question, text, n, average, flops)
+            for question, text, n, average in zip(self.batches[number], texts, tokens, averages, strict=True)
+        ]
 
     def pipeline(self, row: EvaluationRow) -> Pipeline:
         """The pipeline of a row."""

@@ -1,0 +1,143 @@
+"""An evaluation as plain settings: what the command line asks for, in one process or in many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import InputError
+from ...spec import PipelineSpec
+from ...zoo.checkpoint import load_model
+from ..extras import require
+from ..shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
+from .processes import ALONE, Processes
+from .protocol import check_baseline, evaluate
+from .results import EvaluationResults
+from .task import Task, jsonl
+
+__all__ = ["EvaluationJob"]
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """All that an evaluation depends on; it can be pickled.
+
+    Attributes:
+        specs: each with a name of its own.
+        out: folder for answers, results and report.
+        model: of the zoo, a folder, or a name on the hub.
+        data: file with the questions; None: ShapesVQA.
+        limit: scenes or lines; None: the task's own number.
+        split: of ShapesVQA.
+        seed: of ShapesVQA's scenes; None: the data set's own.
+        batch_size: questions in a batch.
+        max_new_tokens: longest answer to the questions of a file.
+        baseline: spec that all others are compared with.
+        margin: of the non-inferiority test, in points.
+        speed_rounds: rounds of measuring times.
+        html: whether a report is written.
+        threads: CPU threads; None: torch's own choice.
+        dtype: number format of the weights.
+        device: where to run.
+    """
+
+    specs: tuple[PipelineSpec, ...]
+    out: Path
+    model: str = "tiny-llava"
+    data: Path | None = None
+    limit: int | None = None
+    split: Any = "test"
+    seed: int | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 32
+    baseline: str | None = None
+    margin: float = 1.0
+    speed_rounds: int = 5
+    html: bool = True
+    threads: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def check(self) -> None:
+        """Refuses before anything is loaded what could not be finished.
+
+        Raises:
+            InputError: the baseline is none of the specs, or a library for the report is missing.
+        """
+        check_baseline(self.baseline, self.specs)
+        if self.html:
+            from .figures import check_matplotlib
+
+            check_matplotlib()
+            require("jinja2", "report.html")
+
+    def run(
+        self, processes: Processes = ALONE, progress: Callable[[int, int], None] | None = None
+    ) -> EvaluationResults:
+        """Evaluates; the first of the processes writes ``results.json``, ``results.csv`` and ``report.html``.
+
+        Args:
+            processes: connected ones (`joined`) that run the same job.
+            progress: told the finished and all batches.
+
+        Raises:
+            TrioError: the model, the questions or a spec cannot be used, or a file cannot be written; in all processes.
+        """
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        model, processor, task = processes.together(lambda: self._load(processes))
+        results = evaluate(
+            model,
+            processor,
+            task,
+            self.specs,
+            out=self.out,
+            name=self.model,
+            batch_size=self.batch_size,
+            baseline=self.baseline,
+            margin=self.margin,
+            speed_rounds=self.speed_rounds,
+            progress=progress,
+            processes=processes,
+        )
+        if processes.first:
+            self._write("results.json", results.to_json())
+            self._write("results.csv", results.to_csv())
+            if self.html:
+                from .overlays import overlays
+                from .report import report_html
+
+                page = report_html(results, overlays(model, processor, task, self.specs, results))
+                self._write("report.html", page)
+        return results
+
+    @property
+    def files(self) -> list[str]:
+        """Names of what is written beside the answers."""
+        return ["results.json", "results.csv", *(["report.html"] if self.html else [])]
+
+    def _load(self, processes: Processes) -> tuple[Any, Any, Task]:
+        """Model, processor and questions."""
+        task = None
+        if self.data is not None:
+            task = jsonl(self.data, limit=self.limit, max_new_tokens=self.max_new_tokens)
+        model, processor = load_model(self.model, dtype=self.dtype, device=processes.device(self.device))
+        if task is None:
+            task = shapesvqa(
+                self.split,
+                limit=self.limit or DEFAULT_LIMIT,
+                canvas=canvas_for(model),
+                seed=SEED if self.seed is None else self.seed,
+            )
+        return model, processor, task
+
+    def _write(self, name: str, text: str) -> None:
+        file = self.out / name
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--out {str(file)!r}: cannot be written ({error.strerror or error}).") from error
