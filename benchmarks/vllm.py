@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.untrained import qwen2_vl
+from benchmarks.untrained import qwen2_vl, qwen3_vl
 from trio import zoo
 from trio.testing.engines.results import CaseResult, EngineParity, table, throughput_table
 
@@ -58,15 +58,16 @@ def measure() -> EngineParity:
     from trio.testing.engines.__main__ import main
 
     options = ["--image", str(zoo.demo_image()), *(f"--question={one}" for one in QUESTIONS)]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        untrained = folder / "untrained-qwen2-vl"
-        untrained.mkdir()
-        qwen2_vl(untrained)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        untrained = {"untrained-qwen2-vl": qwen2_vl, "untrained-qwen3-vl": qwen3_vl}
+        for name, write in untrained.items():
+            (folder / name).mkdir()
+            write(folder / name)
         out = folder / "trained.json"
         main(["vllm", *(str(zoo.path(name)) for name in MODELS), *options, f"--out={out}"])
         result = EngineParity.from_json(out.read_text(encoding="utf-8"))
-        main(["vllm", str(untrained), *options, "--quick", f"--out={out}"])
+        main(["vllm", *(str(folder / name) for name in untrained), *options, "--quick", f"--out={out}"])
         more = EngineParity.from_json(out.read_text(encoding="utf-8")).cases
     exported = [one for name in MODELS for one in embeddings(name)]
     return result.model_copy(update={"cases": [*result.cases, *more, *exported]})

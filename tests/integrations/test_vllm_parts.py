@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import tomllib
@@ -13,18 +14,23 @@ import torch
 
 import trio
 from trio import zoo
+from trio.adapters.tiles import tiled_image, tiled_patches
 from trio.core.images import inputs_for, load_image
-from trio.core.tokens import ImageTokens
-from trio.errors import TrioError, UnsupportedModelError
+from trio.core.tokens import ImageTokens, Signal
+from trio.encoders import compress_features
+from trio.encoders.reading.reader import Reader
+from trio.encoders.towers.find import tower_for
+from trio.errors import InputError, TrioError, UnsupportedModelError
 from trio.integrations.embeddings import export_embeddings
-from trio.integrations.vllm import TESTED
+from trio.integrations.vllm import TESTED, encoding
 from trio.integrations.vllm.encoding import EncodedItem, compress_items
 from trio.integrations.vllm.mrope import placed, prompt_positions, split_places, with_places
-from trio.integrations.vllm.settings import ServedFamily, pieces_of, read_spec
+from trio.integrations.vllm.settings import ServedFamily, ServedTower, pieces_of, read_spec, without_newlines
 
-LLAVA = ServedFamily("LLaVA", "compact", "vLLM numbers them without gaps")
-NEXT = ServedFamily("LLaVA-NeXT", "compact", "vLLM numbers them without gaps", has_newlines=True)
-QWEN = ServedFamily("Qwen-VL", "original", "positions have rows and columns")
+LLAVA = ServedFamily("LLaVA", "compact", "vLLM numbers them without gaps", tower=ServedTower(24, 23))
+NEXT = ServedFamily("LLaVA-NeXT", "compact", "vLLM numbers them without gaps", True, ServedTower(24, 23))
+QWEN = ServedFamily("Qwen-VL", "original", "positions have rows and columns", tower=ServedTower(8, 8, (3, 5)))
+OTHER = ServedFamily("LLaVA", "compact", "", tower=ServedTower(why="it is a 'siglip_vision_model'"))
 DIVPRUNE: dict[str, Any] = {"compressor": {"name": "divprune", "keep": 16}}
 
 # Specs
@@ -53,14 +59,31 @@ def test_one_spec_has_one_text_however_it_is_written():
         ("trio-11", LLAVA, "inside the language model"),
         (DIVPRUNE, LLAVA, "positions: found 'original'; vLLM numbers them without gaps"),
         ({**DIVPRUNE, "positions": "compact"}, QWEN, "positions: found 'compact'"),
-        ("visionzip-16", LLAVA, "was not tested in this engine; tested are average-pool, divprune"),
+        ("tome-16", LLAVA, "was not tested in this engine; tested are average-pool, divprune"),
         ("random-16", LLAVA, "no seed is written"),
         ({"compressor": {"name": "prumerge"}, "positions": "auto"}, LLAVA, "was not tested"),
+        (
+            {"compressor": {"name": "vispruner", "keep": 16, "layer": -1}, "positions": "auto"},
+            LLAVA,
+            r"block -1 of the vision tower: the engine loads the first 23 of 24 blocks.*Write layer: -2",
+        ),
+        ("visionzip-16", OTHER, "reads attention of block -2 of the vision tower: it is a 'siglip_vision_model'"),
+        (
+            {"compressor": {"name": "vispruner", "keep": 16, "layer": -2}, "positions": "auto"},
+            QWEN,
+            "the tower has 8 blocks, and none from there on that sees a whole image",
+        ),
+        (
+            {"compressor": {"name": "vispruner", "keep": 16, "layer": 24}, "positions": "auto"},
+            LLAVA,
+            "the tower has 24 blocks",
+        ),
+        ({"compressor": {"name": "visionzip"}, "positions": "auto"}, LLAVA, "keep"),
         ({**DIVPRUNE, "positions": "auto"}, NEXT, "newlines: found 'with-row'"),
         (
             {"compressor": {"name": "divprune", "keep": 16, "split": "saliency"}, "positions": "auto"},
             LLAVA,
-            "needs the tower's attention",
+            "which this engine does not do",
         ),
         ({"compressor": {"name": "divprune", "keep": {"count": 9, "per": "sample"}}}, QWEN, "per: image"),
         ("divprun-16", LLAVA, "no shipped spec 'divprun-16'"),
@@ -115,6 +138,73 @@ def test_random_tokens_depend_on_the_pixels_alone():
     items = [EncodedItem(read, grid, every, row, [one]) for row, one in seen]
     first, second, third = (one.indices.tolist() for one in compress_items(items, None))
     assert first == third != second
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-llava-next"])
+def test_class_tokens_take_the_places_that_the_pipeline_gives_them(name):
+    model, processor = zoo.load(name)
+    spec = {"compressor": {"name": "visionzip", "keep": 20}, "positions": "auto", "newlines": "never"}
+    family = NEXT if name == "tiny-llava-next" else LLAVA
+    read = read_spec(spec, family)
+    image = load_image(zoo.demo_image()).resize((200, 90))
+    inputs = inputs_for(processor, [image], "?")
+    pipeline = trio.Pipeline.from_spec(spec, model)
+    with pipeline, torch.no_grad():
+        model(**inputs)
+    kept = pipeline.report.samples[0].compressor.images[0].indices
+    tower = tower_for(model.model.vision_tower)
+    pixels = inputs["pixel_values"].flatten(0, 1) if name == "tiny-llava-next" else inputs["pixel_values"]
+    wanted = [*read.compressor.reads(), Signal("hidden", -2), Signal("cls", -2)]
+    with torch.no_grad(), Reader(tower, wanted) as reader:
+        tower.run(pixels)
+        values = reader.take().values
+        if name == "tiny-llava-next":
+            side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+            size, tile = tuple(inputs["image_sizes"][0].tolist()), model.config.vision_config.image_size
+            points = model.config.image_grid_pinpoints
+            own = without_newlines(tiled_image(size, points, tile=tile, side=side))
+            patches = tiled_patches(own, size, points, tile=tile, side=side)
+            pieces, index = pieces_of(patches.tile), patches.patches[:, 0]
+        else:
+            own, index = ImageTokens.from_grid(12, 12), torch.arange(144)
+            pieces = [index]
+        item = EncodedItem(
+            spec=read,
+            image=own,
+            pieces=pieces,
+            features=values[Signal("hidden", -2)][index],
+            pixels=list(pixels),
+            signals={signal: values[signal][index] for signal in read.compressor.reads()},
+            class_tokens=values[Signal("cls", -2)],
+        )
+        (left,) = compress_items([item], model.model.multi_modal_projector)
+    assert left.indices.tolist() == kept and len(kept) == 20
+    (rows,) = export_embeddings(model, processor, [image], spec)
+    torch.testing.assert_close(left.features, rows)
+
+
+def test_further_features_are_the_mean_of_what_went_into_each_token():
+    read = read_spec({"compressor": {"name": "average-pool", "keep": 4}, "positions": "auto"}, LLAVA)
+    rows, later = torch.randn(16, 8), torch.randn(16, 6)
+    every = [torch.arange(16)]
+    item = EncodedItem(read, ImageTokens.from_grid(4, 4), every, rows, [torch.zeros(3, 8, 8)], later=later)
+    (left,) = compress_items([item], None)
+    (alone,) = compress_features([rows], ImageTokens.from_grid(4, 4), "average-pool-4")
+    for at in range(4):
+        group = alone.merge_map == at
+        assert int(group.sum()) == 4
+        torch.testing.assert_close(left.features[at], torch.cat([rows[group].mean(0), later[group].mean(0)]))
+    dropping = read_spec("uniform-grid-4", LLAVA)
+    (left,) = compress_items([dataclasses.replace(item, spec=dropping)], None)
+    assert torch.equal(left.features, torch.cat([rows, later], 1)[left.indices])
+
+
+def test_an_image_that_does_not_fill_its_place_is_an_error(monkeypatch):
+    read = read_spec("uniform-grid-4", LLAVA)
+    item = EncodedItem(read, ImageTokens.from_grid(4, 4), [torch.arange(16)], torch.randn(16, 8), [torch.zeros(1)])
+    monkeypatch.setattr(encoding, "compress_tokens", lambda compressor, tokens, counts, project: tokens)
+    with pytest.raises(InputError, match=r"left \[16\] tokens where the prompt has room for \[4\]"):
+        compress_items([item], None)
 
 
 def test_pieces_are_the_tokens_of_each_tile():

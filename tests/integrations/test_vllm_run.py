@@ -17,10 +17,12 @@ os.environ |= {
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.registry import MultiModalRegistry
 
+from benchmarks.untrained import qwen3_vl
 from benchmarks.vllm import QUESTIONS, embeddings
 from trio import zoo
 from trio.core.images import inputs_for, load_image, prompt_for
@@ -28,7 +30,9 @@ from trio.encoders import compress
 from trio.errors import TrioError, UnsupportedModelError
 from trio.integrations.vllm.seams import missing_seam
 from trio.testing.engines.__main__ import main
+from trio.testing.engines.prompts import reference, requests
 from trio.testing.engines.results import EngineParity
+from trio.testing.engines.vllm import CASES, NEW_TOKENS, run_case
 
 IMAGE = load_image(zoo.demo_image())
 OPTIONS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "block_size": 32}
@@ -42,8 +46,20 @@ def test_the_engine_answers_as_transformers_does(name, tmp_path):
     result = EngineParity.from_json(out.read_text(encoding="utf-8"))
     assert code == 0 and result.passed and len(result.cases) == 2
     for case in result.cases:
-        assert case.requests == 20 and case.images == case.same_tokens == 20 and case.difference < 1e-4
+        assert case.requests == 26 and case.images == case.same_tokens == 26 and case.difference < 1e-4
     assert result.cases[0].cached > 100  # the second round found prompts in the prefix cache
+
+
+def test_qwen3_with_features_for_later_layers_answers_as_transformers_does(tmp_path):
+    qwen3_vl(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    asked, ends = requests(IMAGE, QUESTIONS), frozenset([model.generation_config.eos_token_id])
+    spec = {"compressor": {"name": "divprune", "keep": 16}, "positions": "auto"}
+    expected = reference(model, processor, asked, spec, NEW_TOKENS, ends)
+    (chunked,) = (case for case in CASES if "max_num_batched_tokens" in case.options)
+    case = run_case(chunked, tmp_path, processor, asked, expected, "divprune-16", ends)
+    assert case.passed and case.images == case.same_tokens == 26 and case.difference < 1e-4
 
 
 def test_stock_vllm_answers_from_exported_embeddings():
@@ -111,7 +127,11 @@ def test_random_tokens_are_those_of_the_pixels(engine):
     [
         ("trio-11", "inside the language model"),
         ("random-16", "no seed is written"),
-        ("visionzip-16", "was not tested in this engine"),
+        ("tome-16", "was not tested in this engine"),
+        (
+            {"compressor": {"name": "visionzip", "keep": 9, "layer": -1}, "positions": "auto"},
+            "loads the first 4 of 5 blocks",
+        ),
         ({"compressor": {"name": "divprune", "keep": 16}}, "positions: found 'original'"),
         ("divprun-16", "no shipped spec"),
     ],
@@ -120,6 +140,18 @@ def test_requests_are_refused_before_they_run_and_the_engine_goes_on(engine, spe
     with pytest.raises(TrioError, match=match):
         ask(engine, trio=spec)
     assert ask(engine)[0] == 29
+
+
+def test_the_tower_is_read_and_left_as_it_was(engine):
+    def hooks(model: Any) -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+    before = engine.apply_model(hooks)[0]
+    image = IMAGE.rotate(270)
+    length, kept = ask(engine, image, trio="visionzip-16")
+    assert length == 29 and len(kept[0]) == 16 and engine.apply_model(hooks)[0] == before
+    assert ask(engine, image, trio="visionzip-16") == (29, [])
+    assert ask(engine, image, trio="vispruner-16")[1] != [kept[0]]
 
 
 def test_an_engine_does_not_start_with_a_spec_that_cannot_work():
@@ -140,11 +172,11 @@ class _Other(MultiModalRegistry):
 
 def test_untested_architectures_are_refused_by_name(engine):
     def config(**extra: Any) -> Any:
-        named = SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"], **extra)
+        named = SimpleNamespace(architectures=["InternVLForConditionalGeneration"], **extra)
         return SimpleNamespace(hf_config=named, is_multimodal_model=True)
 
     with pytest.raises(
-        UnsupportedModelError, match="found Qwen3VLForConditionalGeneration; the plugin was tested with"
+        UnsupportedModelError, match="found InternVLForConditionalGeneration; the plugin was tested with"
     ):
         _Other().create_processor(config(trio="divprune-16"))
     processor = _Other().create_processor(config())

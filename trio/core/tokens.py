@@ -156,6 +156,22 @@ class Signal:
     merges: int | None = None
 
 
+def seats(index: torch.Tensor, kind: torch.Tensor, size: int) -> torch.Tensor:
+    """Which tokens of an input make room for those that are left of it: each its own place, in rising order.
+
+    A class token that was kept has no place: it takes a free one, and others make way, so that it comes first.
+
+    Args:
+        index: int64 ``(m,)``, as `VisualTokens.token_index`.
+        kind: of the m tokens.
+        size: tokens of the input.
+    """
+    if not len(index) or int(kind[0]) != CLS:
+        return index
+    free = index.new_ones(size, dtype=torch.int8).index_fill(0, index[1:], 0).argmax()
+    return torch.cat([index[1:], free[None]]).sort().values
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens of one input of the vision tower: an image, a tile of one, or a frame of a video.

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from ..core.backbone import Backbone
 from ..core.hooking import Owner
 from ..core.token_batch import TokenBatch, batches, first
-from ..core.tokens import CLS, PATCH, ImageTokens, Signal
+from ..core.tokens import PATCH, ImageTokens, Signal, seats
 from ..core.transfer import upload
 from ..errors import InputError, UnsupportedModelError
 from .encoded import EncodedImage, match_images
@@ -473,13 +473,11 @@ def _slots(tokens: TokenBatch, sizes: Sequence[int]) -> tuple[torch.Tensor, torc
     slots = torch.full_like(index, max(sizes))
     changed = torch.zeros_like(index, dtype=torch.bool)
     for g, count in enumerate(tokens.counts):
-        own, kind = index[g, :count], tokens.origins[g].kind
+        kind = tokens.origins[g].kind
+        own = seats(index[g, :count], kind, sizes[g])
         changed[g, :count] = kind != PATCH
-        if count and int(kind[0]) == CLS:
-            free = torch.ones(sizes[g], dtype=torch.int8).index_fill(0, own[1:], 0).argmax()
-            own = torch.cat([own[1:], free[None]]).sort().values
-            if not torch.equal(own[1:], index[g, 1:count]):
-                changed[g, :count] = True
+        if not torch.equal(own[1:], index[g, 1:count]):
+            changed[g, :count] = True
         slots[g, :count] = own
     return slots, changed.flatten().nonzero().squeeze(1)
 

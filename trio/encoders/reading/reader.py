@@ -201,19 +201,24 @@ class Reader:
         for signal in signals:
             if signal.kind == "keys":
                 # A slice of a fused projection would keep all of it alive until the end of the call.
-                keys = heads.plain_keys
+                keys = heads.plain_keys if heads.peers is None else heads.peers.gather(heads.plain_keys, 2)
                 call.values[signal] = keys if _owns_storage(keys) else keys.clone()
             else:
                 call.values[signal] = self._attention(heads, signal, call.layout)
 
     def _attention(self, heads: Heads, signal: Signal, layout: Layout) -> torch.Tensor:
-        queries, keys, scale = heads.queries, heads.keys, heads.scale
+        queries, keys, scale, peers = heads.queries, heads.keys, heads.scale, heads.peers
+        if self.tower.has_cls:
+            queries = queries[:, :1]
         if signal.heads == "one":
+            if peers is not None:  # a softmax over all heads together needs them all
+                queries, keys, peers = peers.gather(queries, 2), peers.gather(keys, 2), None
             queries, keys, scale = as_one_head(queries), as_one_head(keys), (keys.shape[2] * keys.shape[3]) ** -0.5
         if self.tower.has_cls:  # its inputs are rows of a batch
             values = class_row(queries[:, 0], keys, scale)[:, layout.prefix :].flatten()
         else:
             values = _received(queries.flatten(0, 1), keys.flatten(0, 1), scale, layout)
+        values = values if peers is None else peers.mean(values)
         return values if layout.order is None else values[upload(layout.order, values.device)]
 
 

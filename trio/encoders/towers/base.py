@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -38,6 +38,16 @@ class Held(threading.local):
         return [outputs[name] for name in names] if set(names) <= set(outputs) else []
 
 
+class Peers(Protocol):
+    """The processes that hold equally many other heads of one attention each (tensor parallelism)."""
+
+    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """The tensors of all processes, joined along a dimension in the order of their heads."""
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of the tensors of all processes."""
+
+
 @dataclass(frozen=True)
 class Heads:
     """Queries and keys of one attention, as its own submodules gave them.
@@ -50,12 +60,14 @@ class Heads:
         keys: ``(B, S, heads, head_dim)``, as they meet the queries.
         plain_keys: the keys before any rotation; the same tensor where there is none.
         scale: what their products are multiplied with.
+        peers: who holds the other heads; None where these are all.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     plain_keys: torch.Tensor
     scale: float
+    peers: Peers | None = None
 
 
 @dataclass(frozen=True)

@@ -99,16 +99,24 @@ class QwenTower(Tower):
 
         return [self.module.register_forward_pre_hook(before, with_kwargs=True)]
 
-    def _layout(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> Layout:
-        grid = grid.cpu()  # windows are worked out from it on the host, too: the one look a call takes
+    def _layout(self, given: Any, kwargs: Mapping[str, Any]) -> Layout:
+        grid = torch.as_tensor(
+            given
+        ).cpu()  # windows are worked out from it on the host, too: the one look a call takes
         spans, start = [], 0
         for frames, rows, columns in grid.tolist():
             for _ in range(frames):
                 spans.append((start, start + rows * columns))
                 start += rows * columns
-        return Layout(tuple(spans), 0, self._order(grid, kwargs))
+        return Layout(tuple(spans), 0, self.patch_order(grid, kwargs))
 
-    def _order(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    def patch_order(self, grid: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """See `Layout.order`.
+
+        Args:
+            grid: int64 ``(images, 3)`` on the CPU: frames, rows and columns of patches.
+            kwargs: of the tower's call.
+        """
         if self._full is None:
             return None
         from transformers.vision_utils import get_vision_window_index
@@ -121,6 +129,10 @@ class QwenTower(Tower):
             patch_size=module.patch_size,
             kwargs=dict(kwargs),
         )
+        return self.undone(index)
+
+    def undone(self, index: torch.Tensor) -> torch.Tensor:
+        """The order of patches that undoes one of tokens, int64 ``(tokens,)``."""
         back = torch.argsort(index)
         within = torch.arange(self.patches_per_token, device=back.device)
         return (back[:, None] * self.patches_per_token + within).flatten()

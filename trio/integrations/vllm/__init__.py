@@ -13,9 +13,10 @@ TESTED = ((0, 32), (0, 33))
 #: Architectures of vLLM, and the classes of this package in their places.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava:TrioLlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration": "llava_next:TrioLlavaNextForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "llava:TrioLlavaNextForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": "qwen_vl:TrioQwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "qwen_vl:TrioQwen2_5VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "qwen_vl:TrioQwen3VLForConditionalGeneration",
 }
 
 

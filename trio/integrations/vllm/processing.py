@@ -39,17 +39,28 @@ class SpecProcessor(_Base):  # type: ignore[misc]  # vLLM has no types where thi
     """Mixed into a processor of vLLM: reads, checks and passes on the specs of requests.
 
     Attributes:
-        family: of the models.
+        family: what is known of the model.
         pixels: the field that tells how many images of a call have pixels.
     """
 
     takes_specs: ClassVar[bool] = True
-    family: ClassVar[ServedFamily]
     pixels: ClassVar[str] = "pixel_values"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.default_spec = read_spec(getattr(self.info.get_hf_config(), KEY, None), self.family)
+        config = self.info.get_hf_config()
+        self.family = self.family_of(config, self.info.ctx.get_mm_config())
+        self.default_spec = read_spec(getattr(config, KEY, None), self.family)
+
+    @classmethod
+    def family_of(cls, config: Any, multimodal: Any) -> ServedFamily:
+        """What is known of a model before it is built.
+
+        Args:
+            config: of the model.
+            multimodal: vLLM's settings for images.
+        """
+        raise NotImplementedError
 
     def tokens_left(self, spec: EngineSpec, mm_items: Any, out_mm_kwargs: Any, item: int, stock: int) -> int:
         """Tokens of an image's place in the prompt, newlines included.
@@ -61,6 +72,10 @@ class SpecProcessor(_Base):  # type: ignore[misc]  # vLLM has no types where thi
             item: the image.
             stock: tokens of its place without a spec.
         """
+        raise NotImplementedError
+
+    def sizes(self, height: int, width: int) -> list[int]:
+        """Visual tokens of each input of the tower, of an image of so many pixels, before any is dropped."""
         raise NotImplementedError
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:

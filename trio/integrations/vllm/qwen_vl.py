@@ -1,48 +1,52 @@
-"""Qwen2-VL and Qwen2.5-VL in vLLM, compressed behind the merger; each survivor keeps its own position."""
+"""Qwen's models in vLLM, compressed behind the merger; each survivor keeps its own position."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VisionAttention,
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
 )
 from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VisionAttention,
     Qwen2VLDummyInputsBuilder,
     Qwen2VLForConditionalGeneration,
     Qwen2VLMultiModalProcessor,
     Qwen2VLProcessingInfo,
 )
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...core.tokens import ImageTokens
+from ...encoders.towers.base import Tower
 from ...errors import UnsupportedModelError
-from .encoding import EncodedItem, compress_items
-from .llava import REMEMBERED
+from .encoding import CompressedItem, EncodedItem
+from .models import ServedModel
 from .mrope import placed, prompt_positions, split_places, with_places
-from .processing import FIELD, SpecProcessor, spec_of_field
-from .settings import KEY, EngineSpec, ServedFamily, read_spec
+from .processing import FIELD, SpecProcessor
+from .seams import peers, unread
+from .settings import KEY, EngineSpec, ServedFamily, ServedTower, read_spec
+from .towers import ServedQwenTower, of_tokens
 
-FAMILY = ServedFamily(
-    "Qwen-VL", "original", "positions of such a model have rows and columns, which renumbering would move"
-)
-
-if TYPE_CHECKING:
-    from torch.nn import Module as _Base
-else:
-    _Base = object
+#: Of an image, or a frame: place in the prompt, frames, rows, columns, what frames count.
+Grid = tuple[int, int, int, int, float]
+_ORIGINAL = "positions of such a model have rows and columns, which renumbering would move"
 
 
 class QwenProcessor(SpecProcessor):
     """Lays out prompts with as many places for an image as its spec leaves."""
-
-    family = FAMILY
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,6 +57,22 @@ class QwenProcessor(SpecProcessor):
         """See `SpecProcessor.tokens_left`."""
         return sum(spec.counts([stock]))
 
+    def sizes(self, height: int, width: int) -> list[int]:
+        """See `SpecProcessor.sizes`."""
+        found = self.info.get_num_image_tokens(
+            image_width=width, image_height=height, image_processor=self.info.get_image_processor(), mm_kwargs={}
+        )
+        return [int(found)]
+
+    @classmethod
+    def family_of(cls, config: Any, multimodal: Any) -> ServedFamily:
+        """See `SpecProcessor.family_of`."""
+        vision = config.vision_config
+        full = getattr(vision, "fullatt_block_indexes", None)
+        why = unread(multimodal, Qwen2VisionAttention, Qwen2_5_VisionAttention, calls=("apply_rotary_emb", "attn"))
+        tower = ServedTower(vision.depth, vision.depth, None if full is None else tuple(full), why)
+        return ServedFamily("Qwen-VL", "original", _ORIGINAL, tower=tower)
+
     def _images(self, data: Any) -> int:
         return len(data["image_grid_thw"]) if self.pixels in data else 0
 
@@ -62,7 +82,7 @@ class QwenProcessor(SpecProcessor):
         return spec
 
 
-class QwenModel(_Base):
+class QwenModel(ServedModel):
     """Mixed into a model of vLLM: compresses images, and numbers what is left.
 
     Attributes:
@@ -74,35 +94,68 @@ class QwenModel(_Base):
         model: Any = self
         prunes = _prunes(vllm_config.model_config.get_multimodal_config())
         self.places_tokens = not prunes
-        _check(prunes, read_spec(getattr(model.config, KEY, None), FAMILY))
-        self.trio_indices: deque[torch.Tensor] = deque(maxlen=REMEMBERED)
+        default = read_spec(getattr(model.config, KEY, None), self.family)
+        _check(prunes, default)
+        if default is not None and default.compressor.reads() and vllm_config.compilation_config.compile_mm_encoder:
+            raise UnsupportedModelError(
+                f"{KEY}: the spec's compressor reads the vision tower, which compile_mm_encoder hides; leave that out"
+            )
 
-    def embed_multimodal(self, **kwargs: object) -> Any:
-        """Features of images, each compressed by the spec of its request, their places behind them."""
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Images are never encoded by a graph, which knows nothing of specs."""
+        config: Any = super().get_encoder_cudagraph_config()  # type: ignore[misc]  # vLLM's own
+        return dataclasses.replace(config, modalities=[one for one in config.modalities if one != "image"])
+
+    def tower(self) -> Tower:
+        """See `ServedModel.tower`."""
         model: Any = self
-        fields: Any = kwargs.pop(FIELD, None)
-        if fields is None:
-            return super().embed_multimodal(**kwargs)  # type: ignore[misc]  # vLLM's own
-        inputs = model._parse_and_validate_image_input(**kwargs)
+        return ServedQwenTower(model.visual, peers())
+
+    def encoded(self, specs: Sequence[EngineSpec], inputs: Any) -> list[EncodedItem]:
+        """See `ServedModel.encoded`."""
+        model: Any = self
         merge = model.visual.spatial_merge_size
         grids = inputs["image_grid_thw"].tolist()
         pixels = torch.split(inputs["pixel_values"], [frames * height * width for frames, height, width in grids])
-        items = []
-        for field, rows, grid, own in zip(fields, model._process_image_input(inputs), grids, pixels, strict=True):
+        features, values = self.heard(specs, lambda: model._process_image_input(inputs))
+        width, items, first = model.config.text_config.hidden_size, [], 0
+        for spec, rows, grid, own in zip(specs, features, grids, pixels, strict=True):
             image = ImageTokens.from_grid(grid[1] // merge, grid[2] // merge, size=merge**2)
             every = torch.arange(image.tokens)
-            items.append(EncodedItem(spec_of_field(field, FAMILY), image, [every], rows, [own]))
-        left = compress_items(items, None)
-        self.trio_indices.extend(one.indices for one in left)
-        out = []
-        for one, grid in zip(left, grids, strict=True):
-            columns = grid[2] // merge
-            out.append(with_places(one.features, one.indices // columns, one.indices % columns))
-        return tuple(out)
+            patches = torch.arange(first, first + len(own)).view(-1, merge**2)
+            items.append(
+                EncodedItem(
+                    spec=spec,
+                    image=image,
+                    pieces=[every],
+                    features=rows[:, :width],
+                    pixels=[own],
+                    signals=of_tokens(values, patches, spec),
+                    later=rows[:, width:] if rows.shape[1] > width else None,
+                )
+            )
+            first += len(own)
+        return items
+
+    def laid_out(self, item: EncodedItem, left: CompressedItem) -> torch.Tensor:
+        """See `ServedModel.laid_out`: with the places behind the features."""
+        columns = item.image.grids[0][1]
+        return with_places(left.features, left.indices // columns, left.indices % columns)
+
+    def grids(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> Iterable[Grid]:
+        """See `prompt_positions`: the grids of images and videos of a prompt."""
+        model: Any = self
+        found: Iterable[Grid] = model.iter_mm_grid_thw(mm_features)
+        return found
+
+    @property
+    def row_width(self) -> int:
+        """Channels of a whole image's features."""
+        model: Any = self
+        return int(model.config.text_config.hidden_size)
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> Any:
         """Positions of a prompt, see `prompt_positions`."""
-        model: Any = self
         left = {
             one.mm_position.offset: one.mm_position.length
             for one in mm_features
@@ -110,7 +163,7 @@ class QwenModel(_Base):
         }
         if not left:
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]  # vLLM's own
-        return prompt_positions(len(input_tokens), list(model.iter_mm_grid_thw(mm_features)), left)
+        return prompt_positions(len(input_tokens), list(self.grids(input_tokens, mm_features)), left)
 
     def recompute_mrope_positions(
         self,
@@ -127,7 +180,7 @@ class QwenModel(_Base):
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
             return result
-        width = model.config.text_config.hidden_size
+        width = self.row_width
         features, places = [], []
         for rows in multimodal_embeddings:
             if rows.shape[1] == width:  # a whole image, a video
@@ -165,11 +218,17 @@ class TrioQwen2VLProcessor(QwenProcessor, Qwen2VLMultiModalProcessor):  # type: 
     """For Qwen2-VL."""
 
 
+class TrioQwen3VLProcessor(QwenProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]  # vLLM has no types here
+    """For Qwen3-VL."""
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     TrioQwen2_5VLProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class TrioQwen2_5VLForConditionalGeneration(QwenModel, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """vLLM's own, whose images have the tokens that their specs leave."""
+
+    reads_specs = TrioQwen2_5VLProcessor
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -177,3 +236,34 @@ class TrioQwen2_5VLForConditionalGeneration(QwenModel, Qwen2_5_VLForConditionalG
 )
 class TrioQwen2VLForConditionalGeneration(QwenModel, Qwen2VLForConditionalGeneration):  # type: ignore[misc]
     """vLLM's own, whose images have the tokens that their specs leave."""
+
+    reads_specs = TrioQwen2VLProcessor
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    TrioQwen3VLProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
+)
+class TrioQwen3VLForConditionalGeneration(QwenModel, Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+    """vLLM's own, whose images have the tokens that their specs leave; DeepStack's features are merged with them."""
+
+    reads_specs = TrioQwen3VLProcessor
+
+    def grids(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> Iterable[Grid]:
+        """See `QwenModel.grids`: each frame of a video by itself, with text between them."""
+        model: Any = self
+        config = model.config
+        found = model._iter_mm_grid_hw(
+            list(input_tokens),
+            mm_features,
+            video_token_id=config.video_token_id,
+            vision_start_token_id=config.vision_start_token_id,
+            vision_end_token_id=config.vision_end_token_id,
+            spatial_merge_size=config.vision_config.spatial_merge_size,
+        )
+        return [(place, 1, rows, columns, 1.0) for place, rows, columns, _ in found]
+
+    @property
+    def row_width(self) -> int:
+        """See `QwenModel.row_width`: DeepStack's features stand behind the others."""
+        model: Any = self
+        return int(model.visual_dim + model.multiscale_dim)

@@ -7,10 +7,17 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.registry import MultiModalRegistry
 
+from ...encoders.towers.base import Peers
 from ...errors import UnsupportedModelError
 from . import TESTED
 from .settings import KEY, WHOLE
@@ -54,6 +61,42 @@ def missing_seam() -> str | None:
     if "hf_processor_mm_kwargs" not in inspect.signature(ProcessorInputs).parameters:
         return f"ProcessorInputs of vLLM {found} does not hold a request's mm_processor_kwargs"
     return None
+
+
+class TensorParallel:
+    """The processes of vLLM's tensor parallelism, each with its own heads of a vision tower: see `Peers`."""
+
+    def gather(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """See `Peers.gather`."""
+        gathered: torch.Tensor = tensor_model_parallel_all_gather(values.contiguous(), dim)
+        return gathered
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Peers.mean`."""
+        total: torch.Tensor = tensor_model_parallel_all_reduce(values.contiguous())
+        return total / int(get_tensor_model_parallel_world_size())
+
+
+def peers() -> Peers | None:
+    """Who holds the other heads of a vision tower; None where this process has them all."""
+    return TensorParallel() if get_tensor_model_parallel_world_size() > 1 else None
+
+
+def unread(multimodal: Any, *attentions: type, calls: Sequence[str]) -> str:
+    """Why nothing can be read off the vision towers of this engine; empty where it can.
+
+    Args:
+        multimodal: vLLM's settings for images.
+        attentions: vLLM's classes for the attention of such towers.
+        calls: the submodules that they have to call, where hooks are put.
+    """
+    if multimodal.mm_encoder_tp_mode == "data":
+        return 'mm_encoder_tp_mode is "data", so that each process encodes other images; write "weights"'
+    for attention in attentions:
+        names = attention.forward.__code__.co_names  # type: ignore[attr-defined]  # modules of vLLM
+        if lacking := [name for name in calls if name not in names]:
+            return f"{attention.__name__} of this vLLM does not call {', '.join(lacking)}"
+    return ""
 
 
 def _missing_runner(version: str | None) -> str | None:

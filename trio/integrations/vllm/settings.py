@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ...core.tokens import ImageTokens
+from ...core.tokens import ImageTokens, Signal
 from ...encoders.compressors.base import COMPRESSORS, Compressor
 from ...errors import InputError, SpecError, UnsupportedModelError
 from ...runtime.encoder_side import split
@@ -20,25 +20,69 @@ from ...spec.schedule import ResolvedSchedule, resolve
 KEY = "trio"
 #: What a request writes to have its images whole.
 WHOLE = "none"
-#: The compressors that the plugin has been tested with; they read nothing off the tower.
-COMPRESSORS_TESTED = ("average-pool", "divprune", "random", "uniform-grid")
+#: The compressors that the plugin has been tested with.
+COMPRESSORS_TESTED = (
+    *("average-pool", "divprune", "random", "uniform-grid"),  # read nothing off the tower
+    *("scan", "visionzip", "vispruner"),
+)
+
+
+@dataclass(frozen=True)
+class ServedTower:
+    """What the plugin must know of a model's vision tower before an image is encoded.
+
+    Attributes:
+        depth: its blocks in the checkpoint, from whose end negative numbers in specs count.
+        loaded: how many of them, the first ones, the engine loads.
+        full: the blocks that see whole images; None: all.
+        why: the reason why nothing can be read off it; empty where attention and keys can.
+    """
+
+    depth: int = 0
+    loaded: int = 0
+    full: tuple[int, ...] | None = None
+    why: str = ""
+
+    def absolute(self, signal: Signal) -> Signal:
+        """The signal with its block counted from 0."""
+        return signal if signal.layer >= 0 else replace(signal, layer=signal.layer + self.depth)
+
+    def lacks(self, signal: Signal) -> str:
+        """Why a signal cannot be read, as the end of a sentence; empty where it can."""
+        if self.why:
+            return self.why
+        if signal.kind not in ("attention", "keys"):
+            return f"{signal.kind!r} is not read in this engine"
+        block: int | None = self.absolute(signal).layer
+        if self.full is not None:
+            block = min((full for full in self.full if block is not None and full >= block), default=None)
+        if block is None or not 0 <= block < self.depth:
+            return f"the tower has {self.depth} blocks, and none from there on that sees a whole image"
+        if block >= self.loaded:
+            return (
+                f"the engine loads the first {self.loaded} of {self.depth} blocks, those that the features come "
+                f"through. Write layer: {self.loaded - 1 - self.depth}"
+            )
+        return ""
 
 
 @dataclass(frozen=True)
 class ServedFamily:
-    """What the plugin must know of a family of models before an image is encoded.
+    """What the plugin must know of a model before an image is encoded.
 
     Attributes:
-        name: as in messages.
+        name: of the family, as in messages.
         positions: how vLLM numbers the tokens that are left.
         why: the reason, for a spec that asks for another numbering.
         has_newlines: whether newline tokens end the rows of its images.
+        tower: of this model.
     """
 
     name: str
     positions: Literal["compact", "original"]
     why: str
     has_newlines: bool = False
+    tower: ServedTower = ServedTower(why="nothing is read off the towers of such models in this engine")
 
 
 @dataclass(frozen=True)
@@ -153,9 +197,15 @@ def _read(spec: PipelineSpec, family: ServedFamily, compressors: Sequence[str]) 
             f"{place}: how many tokens {named.name!r} leaves is known only when the image has been encoded, and the "
             "engine lays out the prompt before; write `keep`, or use image embeddings (trio export-embeds)."
         )
+    for signal in compressor.reads():
+        if lack := family.tower.lacks(signal):
+            raise UnsupportedModelError(
+                f"{place}: {named.name!r} reads {signal.kind} of block {signal.layer} of the vision tower: {lack}. "
+                "Others work through image embeddings where the model takes them (trio export-embeds)."
+            )
     if named.split != "even":
         raise UnsupportedModelError(
-            f"{place}: compressor.split: found {named.split!r}, which needs the tower's attention; write split: even."
+            f"{place}: compressor.split: found {named.split!r}, which this engine does not do; write split: even."
         )
     positions = family.positions if spec.positions == "auto" else spec.positions
     if positions != family.positions:

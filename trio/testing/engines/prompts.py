@@ -18,6 +18,16 @@ SPECS: tuple[dict[str, Any], ...] = (
     {"compressor": {"name": "uniform-grid", "keep": "25%"}, "positions": "auto", "newlines": "never"},
     {"compressor": {"name": "average-pool", "keep": 12}, "positions": "auto", "newlines": "always"},
 )
+#: The same of compressors that read the tower.
+READING: tuple[dict[str, Any], ...] = (
+    {"compressor": {"name": "visionzip", "keep": "25%"}, "positions": "auto", "newlines": "never"},
+    {
+        "compressor": {"name": "scan", "keep": 20, "local_layer": 0, "window": 4, "limit": "ceil"},
+        "positions": "auto",
+        "newlines": "always",
+    },
+    {"compressor": {"name": "vispruner", "keep": "20%"}, "positions": "auto", "newlines": "never"},
+)
 #: Height and width of the images, as shares of the given one's sides.
 SIZES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.4), (1.7, 0.9), (0.8, 2.1), (0.3, 0.3))
 
@@ -70,8 +80,10 @@ def requests(image: Image, questions: Sequence[str]) -> list[Request]:
     first, second = questions[:2]
     asked = [Request(first, (one,)) for one in images]
     asked += [Request(second, (one,)) for one in images[:3]]  # the same images: their keys and values are there
-    asked += [Request(first, (images[0],), spec) for spec in (*SPECS, "none")]  # one image, several specs
+    asked += [Request(first, (images[0],), spec) for spec in (*SPECS, *READING, "none")]  # one image, several specs
     asked += [Request(second, (images[3],), spec) for spec in SPECS]
+    # Large images have patches that are alike but for rounding, among which `vispruner` has to choose.
+    asked += [Request(second, (images[2],), spec) for spec in READING]
     asked += [Request(first, (images[0], images[2])), Request(second, (images[4], images[0], images[5]))]
     asked += [Request(first), Request(second)]
     return asked
