@@ -25,9 +25,11 @@ from trio.cli import app
 from trio.integrations.ray import RayAnswerer
 from trio.integrations.ray.answerer import results_of
 from trio.integrations.ray.cluster import check_room
+from trio.integrations.vllm import jobs
 
 ROWS = 22
 SETTINGS = {"model": "m"}
+ALONE = "version: 1\nname: alone\ncompressor: {name: divprune, keep: 16}\npositions: compact\n"
 
 
 def batch(*given: str | Path) -> Result:
@@ -167,7 +169,10 @@ def test_a_batch_that_fails_is_asked_row_by_row(table: tuple[Path, list[dict[str
     [
         (["--workers", "2"], "--workers: it is for a Ray cluster; add --ray local"),
         (["--ordered"], "--ordered: it is for a Ray cluster"),
-        (["--engine", "vllm"], "--engine vllm"),
+        (["--engine", "vllm"], "inside the language model"),
+        (["--engine", "vllm", "--spec", "{folder}/alone.yaml"], "vLLM is not installed"),
+        (["--engine", "vllm", "--ray", "local"], "--ray: not with --engine vllm"),
+        (["--engine", "vllm", "--device", "cpu"], "--device: not with --engine vllm"),
         (["--spec", "trio-111"], "no shipped spec 'trio-111'"),
         (["--model", "nothing"], "model 'nothing'"),
         (["--input", "nothing.jsonl"], "there is no such file"),
@@ -180,6 +185,8 @@ def test_mistakes_are_one_paragraph(
     given: list[str], message: str, table: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(jobs, "find_spec", lambda name: None)
+    (table[0].parent / "alone.yaml").write_text(ALONE)
     options = {"--input": str(table[0]), "--out": str(tmp_path / "out")}
     pairs = dict(zip(given[::2], given[1::2], strict=False)) if len(given) > 1 else {}
     words = [word for pair in (options | pairs).items() for word in pair] + (given if len(given) == 1 else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -25,10 +26,13 @@ from vllm.multimodal.registry import MultiModalRegistry
 from benchmarks.untrained import qwen3_vl
 from benchmarks.vllm import QUESTIONS, embeddings
 from trio import zoo
+from trio.batch import LocalEngine, RowAnswerer, open_rows
 from trio.core.images import inputs_for, load_image, prompt_for
 from trio.encoders import compress
 from trio.errors import TrioError, UnsupportedModelError
+from trio.integrations.vllm.jobs import VllmEngine
 from trio.integrations.vllm.seams import missing_seam
+from trio.pipeline import Pipeline
 from trio.testing.engines.__main__ import main
 from trio.testing.engines.prompts import reference, requests
 from trio.testing.engines.results import EngineParity
@@ -152,6 +156,27 @@ def test_the_tower_is_read_and_left_as_it_was(engine):
     assert length == 29 and len(kept[0]) == 16 and engine.apply_model(hooks)[0] == before
     assert ask(engine, image, trio="visionzip-16") == (29, [])
     assert ask(engine, image, trio="vispruner-16")[1] != [kept[0]]
+
+
+def test_a_job_gives_what_it_gives_on_transformers(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    scenes = [IMAGE, IMAGE.rotate(90), IMAGE.resize((90, 200)), IMAGE.rotate(180)]
+    lines = []
+    for number, scene in enumerate(scenes):
+        scene.save(tmp_path / f"{number}.png")
+        lines += [{"id": f"{number}{part}", "image": f"{number}.png", "question": part} for part in QUESTIONS]
+    (tmp_path / "3.png").write_bytes(b"no image")
+    table = tmp_path / "rows.jsonl"
+    table.write_text("\n".join(map(json.dumps, lines)))
+    spec = {"name": "mine", "compressor": {"name": "visionzip", "keep": 16}, "positions": "compact"}
+    model, processor = zoo.load("tiny-llava", dtype="float32")
+    answerer = RowAnswerer(model, processor, Pipeline.from_spec(spec, model), max_new_tokens=8)
+    expected = list(LocalEngine(answerer, 4).answers(open_rows(table), set()))
+    job = VllmEngine("tiny-llava", spec, 4, 8, options={"max_model_len": 1024, "block_size": 32})
+    found = list(job.answers(open_rows(table), {expected[1].id}))
+    assert found == [one for one in expected if one.id != expected[1].id]
+    assert [one.error is None for one in found] == [True] * 5 + [False] * 2
+    assert {(one.visual_tokens, one.kept) for one in found[:5]} == {(144, 16.0)}
 
 
 def test_an_engine_does_not_start_with_a_spec_that_cannot_work():

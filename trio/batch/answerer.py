@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..measure.evaluation.task import normalise
 from ..pipeline import Pipeline
 from .rows import BatchRow
 
-__all__ = ["OF_A_ROW", "RowAnswerer", "RowOutput"]
+__all__ = ["OF_A_ROW", "Answerer", "RowAnswerer", "RowOutput"]
 
 #: What one row may bring about while it is answered. Other errors, such as those of a device, are not the row's.
 OF_A_ROW = (TrioError, ValueError, torch.OutOfMemoryError)
@@ -45,7 +46,36 @@ class RowOutput:
     right: bool | None = None
 
 
-class RowAnswerer:
+class Answerer(ABC):
+    """Answers batches of rows; a row whose image cannot be read gets its reason and is not asked."""
+
+    def answer(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
+        """What became of each row, in their order; they are asked as one batch."""
+        results: dict[int, RowOutput] = {}
+        images: dict[int, Image.Image] = {}
+        for number, row in enumerate(rows):
+            try:
+                images[number] = row.load()
+            except InputError as error:
+                results[number] = _failed(row, error)
+        asked = [rows[number] for number in images]
+        results |= dict(zip(images, self._ask(asked, list(images.values())), strict=True))
+        return [results[number] for number in range(len(rows))]
+
+    @abstractmethod
+    def _ask(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[RowOutput]:
+        """As `answer`, with the images loaded; where a batch fails, its rows are asked one by one."""
+
+    def _one_by_one(
+        self, rows: Sequence[BatchRow], images: Sequence[Image.Image], error: BaseException
+    ) -> list[RowOutput]:
+        """Asks each row alone, or says why the only one has no answer."""
+        if len(rows) == 1:
+            return [_failed(rows[0], error)]
+        return [self._ask([row], [image])[0] for row, image in zip(rows, images, strict=True)]
+
+
+class RowAnswerer(Answerer):
     """A model with its pipeline, which answers batches of rows while the pipeline is attached."""
 
     def __init__(self, model: Any, processor: Any, pipeline: Pipeline, *, max_new_tokens: int) -> None:
@@ -61,26 +91,17 @@ class RowAnswerer:
         self.processor = pipeline.processor(processor)
 
     def answer(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
-        """What became of each row, in their order; they are asked as one batch.
+        """See `Answerer.answer`.
 
         Raises:
             InputError: the pipeline is not attached.
         """
         if not self.pipeline.attached:
             raise InputError("pipeline: it is not attached, so nothing would be compressed; call pipeline.attach().")
-        results: dict[int, RowOutput] = {}
-        images: dict[int, Image.Image] = {}
-        for number, row in enumerate(rows):
-            try:
-                images[number] = row.load()
-            except InputError as error:
-                results[number] = _failed(row, error)
-        asked = [rows[number] for number in images]
-        results |= dict(zip(images, self._ask(asked, list(images.values())), strict=True))
-        return [results[number] for number in range(len(rows))]
+        return super().answer(rows)
 
     def _ask(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[RowOutput]:
-        """As `answer`, with the images loaded; where a batch fails, its rows are asked one by one."""
+        """As of `Answerer`."""
         if not rows:
             return []
         try:
@@ -101,19 +122,12 @@ class RowAnswerer:
                 visual_tokens=sample.visual_tokens,
                 kept=average,
                 new_tokens=answer_length(self.model, new),
-                right=_right(text, row.answers),
+                right=right_of(text, row.answers),
             )
             for row, text, sample, average, new in zip(
                 rows, texts, report.samples, report.average_kept_by_sample, tokens, strict=True
             )
         ]
-
-    def _one_by_one(
-        self, rows: Sequence[BatchRow], images: Sequence[Image.Image], error: BaseException
-    ) -> list[RowOutput]:
-        if len(rows) == 1:
-            return [_failed(rows[0], error)]
-        return [self._ask([row], [image])[0] for row, image in zip(rows, images, strict=True)]
 
 
 def _failed(row: BatchRow, error: BaseException) -> RowOutput:
@@ -121,5 +135,6 @@ def _failed(row: BatchRow, error: BaseException) -> RowOutput:
     return RowOutput(row.id, None, reason, right=False if row.answers else None)
 
 
-def _right(text: str, answers: Sequence[str]) -> bool | None:
+def right_of(text: str, answers: Sequence[str]) -> bool | None:
+    """Whether an answer is one of those that a row gives; None where it gives none."""
     return normalise(text) in {normalise(one) for one in answers} if answers else None

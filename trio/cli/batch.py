@@ -67,11 +67,14 @@ def batch(
     from .. import load_spec
     from ..batch import Shards, open_rows, run_job
     from ..errors import InputError
+    from ..integrations.vllm.jobs import VllmEngine, check_engine
     from ..zoo.find import find_model
     from .common import print_json, progress_bar, say, write_text
 
     if engine is BatchEngine.vllm:
-        raise InputError("--engine vllm: `trio batch` has no such engine in this version; give --engine transformers.")
+        alone = {"--ray": ray is not None, "--device": device != "auto"}
+        if wrong := [name for name, given in alone.items() if given]:
+            raise InputError(f"{wrong[0]}: not with --engine vllm, which takes this machine's devices; leave it out.")
     if ray is None and (workers > 1 or ordered):
         raise InputError(
             f"--{'workers' if workers > 1 else 'ordered'}: it is for a Ray cluster; add --ray local (or an address), "
@@ -79,6 +82,8 @@ def batch(
         )
     loaded = load_spec(spec)
     find_model(model)  # a wrong name should not cost a walk through the table
+    if engine is BatchEngine.vllm:
+        check_engine(loaded)
     settings: dict[str, Any] = {
         "model": model,
         "spec": loaded.model_dump(mode="json"),
@@ -87,9 +92,13 @@ def batch(
         "question": question,
         "ordered": ordered,
     }
+    if engine is BatchEngine.vllm:
+        settings["engine"] = engine.value
     options = {"max_new_tokens": max_new_tokens, "dtype": dtype.value, "device": device}
 
     def make() -> Engine:
+        if engine is BatchEngine.vllm:
+            return VllmEngine(model, settings["spec"], batch_size, max_new_tokens, dtype.value)
         if ray is None:
             return _local(model, settings["spec"], batch_size, options)
         from ..integrations.ray import RayEngine

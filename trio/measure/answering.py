@@ -55,7 +55,7 @@ def generate(
     return tokens[:, inputs["input_ids"].shape[1] :]
 
 
-def decode(processor: Any, tokens: torch.Tensor) -> list[str]:
+def decode(processor: Any, tokens: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
     """Answers as text, without special tokens and the blanks around them."""
     return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
