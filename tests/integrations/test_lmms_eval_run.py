@@ -19,7 +19,9 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
 import trio
-from benchmarks.expected import HERE, measured, spec_of
+from benchmarks import paper
+from benchmarks.expected import HERE, Source, measured, spec_of
+from benchmarks.expected.tables import PaperRow, PaperTable
 from lab.training.evaluate import answers
 from trio import zoo
 from trio.measure.shapesvqa.examples import Example, examples
@@ -161,6 +163,26 @@ def test_a_results_file_beside_the_table(results_file: Path) -> None:
     assert measured(found) == {}
     found["results"]["pope"] = {"pope_f1_score,none": found["results"]["trio_scenes"]["exact_match,none"]}
     assert measured(found)["pope"][0] == pytest.approx(100 * found["results"]["trio_scenes"]["exact_match,none"])
+
+
+def test_a_row_of_the_paper_s_tables(task: Path, tmp_path: Path) -> None:
+    """The command's parts on a local task: run once, read again, scores and costs in the table."""
+    source = Source("trio_scenes", ("exact_match",), 100)
+    table = PaperTable("zoo", "tiny-llava", {"full": PaperRow("none"), "trio": PaperRow(SPEC)}, ("scenes",))
+    found = {}
+    for name, row in table.rows.items():
+        (job,) = paper.jobs(
+            table, row, "tiny-llava", tmp_path / name, sources={"scenes": source}, include=task, batch_size=4
+        )
+        assert job.results() is None
+        assert paper.run(job) == job.results()
+        found[name] = paper.done(tmp_path / name, {"scenes": source})
+    config = zoo.load("tiny-llava")[0].config
+    shown = paper.report(table, table.rows["trio"], found["trio"], found["full"], config, {"scenes": (source,)})
+    columns = {column.header: list(column.cells) for column in shown.columns}
+    rows = dict(zip(columns[""], columns["here"], strict=True))
+    assert 0 < float(rows["scenes"]) <= 100 and rows["visual tokens kept"].endswith(" of 144.0")
+    assert all(rows[what].endswith("x") for what in ("time of an answer", "KV cache", "FLOPs of the whole model"))
 
 
 def test_what_is_not_done_is_refused() -> None:

@@ -102,7 +102,8 @@ class TrioModel(lmms):  # type: ignore[misc]  # lmms-eval has no types, and is n
                 f"trio: {spec} on {task or 'all tasks'}: {kept / n:.1f} of {visual / n:.1f} visual tokens kept on "
                 f"average over the layers ({kept / visual:.1%}), {n} answers"
             )
-            metrics["retention" if task is None else f"retention_{task}"] = kept / visual
+            suffix = "" if task is None else f"_{task}"
+            metrics |= {f"retention{suffix}": kept / visual, f"visual_tokens{suffix}": visual / n}
         tokens = sum(one.tokens for one in answers)
         log_metrics(
             total_elapsed_time=seconds,
