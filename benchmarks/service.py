@@ -131,8 +131,10 @@ def alone(
         places: list[list[int]] = []
         if images:
             sample = pipeline.report.samples[0]
-            kept = sample.stages[-1].groups if sample.stages else sample.compressor.images
-            places = [list(group.indices) for group in kept]
+            if sample.stages:
+                places = [list(group.indices) for group in sample.stages[-1].groups]
+            elif sample.compressor is not None:
+                places = [list(image.indices) for image in sample.compressor.images]
     ended = int(out[-1]) == model.generation_config.eos_token_id
     return {
         "text": processor.decode(out, skip_special_tokens=True).strip(),
@@ -264,7 +266,9 @@ def measure() -> dict[str, Any]:
         for url in urls.values():
             asyncio.run(load(url, tasks, 64))  # not counted
         outcomes = {size: Counter(drained(url)) for size, url in urls.items()}
+        runnable = []
         for block in range(BLOCKS):
+            runnable.append(os.getloadavg()[0])
             for size in (BATCH, 1) if block % 2 else (1, BATCH):
                 before = drained(urls[size])["process_cpu_seconds_total"]
                 tallies[size].append(asyncio.run(load(urls[size], tasks, REQUESTS // BLOCKS, seed=block + 1)))
@@ -287,6 +291,8 @@ def measure() -> dict[str, Any]:
         "requests": REQUESTS,
         "clients": CLIENTS,
         "blocks": BLOCKS,
+        "load_average": round(sum(runnable) / BLOCKS, 1),
+        "cores": os.cpu_count(),
         "tasks": TASKS,
         "specs": [spec if isinstance(spec, str) else spec["name"] for spec in SPECS],
         "services": {str(size): summary(tallies[size], outcomes[size]) for size in tallies},
@@ -336,12 +342,14 @@ def table(data: dict[str, Any]) -> str:
         rows.append(table_row([name, *(f"{found['outcomes'].get(name, 0):,}" for found in both.values())]))
     low, middle, high = data["throughput"]
     low_cpu, middle_cpu, high_cpu = data["processor"]
+    specs = ", ".join(f"`{spec}`" for spec in data["specs"])
     said = (
         f"`{data['model']}`, {data['requests']:,} requests to each service from {data['clients']} clients, "
-        f"{data['tasks']} different ones, with {len(data['specs'])} specs "
-        f"({', '.join(f'`{spec}`' for spec in data['specs'])}); {data['machine']}. With batches {middle:.2f} times as "
-        f"many requests a second ({low:.2f} to {high:.2f}: quartiles of {data['blocks']} pairs of blocks), and "
-        f"{middle_cpu:.2f} times as many in a second of the processor ({low_cpu:.2f} to {high_cpu:.2f})."
+        f"{data['tasks']} different ones, with {len(data['specs'])} specs ({specs}); {data['machine']}. "
+        f"The machine was shared: {data['load_average']} processes wanted to run on its {data['cores']} cores, on "
+        f"average. With batches {middle:.2f} times as many requests a second ({low:.2f} to {high:.2f}: quartiles of "
+        f"{data['blocks']} pairs of blocks), and {middle_cpu:.2f} times as many in a second of the processor "
+        f"({low_cpu:.2f} to {high_cpu:.2f})."
     )
     return "\n".join([BEGIN, "", said, "", *rows, "", END])
 

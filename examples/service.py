@@ -17,7 +17,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -251,7 +251,7 @@ class Service:
             raise UnknownNameError(f"request.spec: found {found}; allowed are {', '.join(self.specs)}{also}.")
         return self.specs[given]
 
-    async def pieces(self, call: Call) -> AsyncIterator[str]:
+    async def pieces(self, call: Call) -> AsyncGenerator[str, None]:
         """Text of the answer as it comes; cancels what is late, and what nobody waits for.
 
         Raises:

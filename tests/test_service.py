@@ -413,3 +413,12 @@ def test_what_no_client_hears_is_not_the_end_of_the_service(running: Running, ju
 
 def test_it_listens_on_the_loopback_interface() -> None:
     assert inspect.signature(main).parameters["host"].default == "127.0.0.1"
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    data = json.loads(benchmark.RESULT.read_text())
+    assert benchmark.table(data) in benchmark.PAGE.read_text(encoding="utf-8")
+    assert data["requests"] == 2000 and data["clients"] == 16
+    for found in data["services"].values():
+        assert sum(found["outcomes"].values()) == 2000 and not {"wrong", "failed"} & found["outcomes"].keys()
+        assert found["service_outcomes"].keys() <= {"answered", "cancelled"}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import trio
+from benchmarks import service
 from trio.batch import PromptRequest
 from trio.measure.shapesvqa.examples import Example, examples
 
@@ -57,22 +58,12 @@ def asked(count: int) -> list[Example]:
 
 
 def alone(
-    model: Any, processor: Any, spec: Any, images: list[Image.Image], question: str, **options: Any
+    model: Any, processor: Any, spec: Any, images: list[Image.Image], question: str, *, max_new_tokens: int
 ) -> tuple[str, int, list[list[int]]]:
     """Text, tokens and kept places of a question alone, by transformers and an attached pipeline."""
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=text, images=images or None, return_tensors="pt")
-    with trio.Pipeline.from_spec(spec, model) as pipeline, torch.no_grad():
-        out = model.generate(**inputs, do_sample=False, **options)[0, inputs["input_ids"].shape[1] :]
-        places: list[list[int]] = []
-        if images:
-            sample = pipeline.report.samples[0]
-            if sample.stages:
-                places = [list(group.indices) for group in sample.stages[-1].groups]
-            elif sample.compressor is not None:
-                places = [list(image.indices) for image in sample.compressor.images]
-    return processor.decode(out, skip_special_tokens=True).strip(), len(out), places
+    pipeline = trio.Pipeline.from_spec(spec, model)
+    found = service.alone(model, processor, pipeline, images, question, max_new_tokens)
+    return found["text"], found["new_tokens"], found["places"]
 
 
 def request(one: Example, **more: Any) -> PromptRequest:
