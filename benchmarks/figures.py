@@ -36,7 +36,8 @@ def accuracy(results: EvaluationResults) -> Panel:
     curves = {}
     for name in CURVES:
         if name in ("random", "lower resolution"):
-            rows = [results.control(name, base.schedule) for base in bases.values()]
+            control = "equal tokens" if name == "lower resolution" else name
+            rows = [results.control(control, base.schedule) for base in bases.values()]
         else:
             rows = [by_name.get(f"{name}, {share}") if name else base for share, base in bases.items()]
         points = [_point(results, row) for row in rows if row is not None and not row.refused]

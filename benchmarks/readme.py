@@ -93,7 +93,7 @@ def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[t
         *((_label(name, named(name)), named(name)) for name in dict.fromkeys((default, *METHODS))),
         ("uniform grid, at the default's layers", controls("uniform")),
         (f"random, at the default's layers (mean of {draws} draws)", random),
-        ("lower resolution", controls("lower resolution")),
+        ("lower resolution", controls("equal tokens")),
         ("oracle, at the default's layers", controls("oracle")),
         ("nothing, from the default's first layer", nothing),
         ("no image", controls("no image")),

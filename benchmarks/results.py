@@ -219,11 +219,11 @@ def _negative(results: EvaluationResults) -> Iterator[str]:
     yield "### Negative findings\n"
     empty = [line for line in wording.findings(results) if "no sub-task passes" in line]
     yield from (f"- {line}" for line in empty)
-    for control, name in (("random", "random tokens"), ("uniform", "a uniform grid"), ("lower resolution", "pooling")):
+    for control, name in (("random", "random tokens"), ("uniform", "a uniform grid"), ("equal tokens", "pooling")):
         floors = [one for one in results.comparisons if results.row(one.row).control == control]
         below = [one for one in floors if one.difference.mean > 0 and one.p_holm < LEVEL]
         level = [one for one in floors if one.p_holm >= LEVEL]
-        what = "a smaller image or pooled features" if control == "lower resolution" else name
+        what = "a smaller image or pooled features" if control == "equal tokens" else name
         for title, some in ((f"Significantly **below** {what}", below), (f"Not shown to be above {what}", level)):
             said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
             yield f"- {title} with the same counts at the same layers: {said}."
@@ -260,7 +260,7 @@ def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowRe
     controls = [
         results.control(control, row.schedule)
         for row in methods
-        for control in ("oracle", "random", "uniform", "lower resolution")
+        for control in ("oracle", "random", "uniform", "equal tokens")
     ]
     for control in dict.fromkeys(row.name for row in controls if row is not None):
         yield _line(results, results.row(control), "", None)

@@ -30,7 +30,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
 def test_it_prints_the_table_the_gate_and_what_they_say(done: tuple[Result, Path]) -> None:
     result, out = done
     assert result.exit_code == 0, result.output
-    for word in ("full", "trio-11", "random", "uniform", "lower resolution", "oracle", "none after layer 0"):
+    for word in (
+        "full",
+        "trio-11",
+        "random",
+        "uniform",
+        "average-pool, equal tokens",
+        "average-pool, equal cost",
+        "oracle",
+        "none after layer 0",
+    ):
         assert word in result.stdout
     assert "no image" in result.stdout and "wrong image" in result.stdout
     assert "Validity gate" in result.stdout and "existence-adversarial, layer 0" in result.stdout
@@ -58,7 +67,7 @@ def test_it_writes_results_that_can_be_read(done: tuple[Result, Path]) -> None:
 
 def test_the_report_needs_nothing_else(done: tuple[Result, Path]) -> None:
     page = (done[1] / "report.html").read_text()
-    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 1
+    assert page.count("<svg") == 3 and page.count("data:image/png;base64,") == 1
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     assert not re.search(r"url\((?!#)", page)
     for title in ("Validity gate", "Paired differences", "By sub-task", "What the numbers say", "Samples"):

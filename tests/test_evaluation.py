@@ -60,14 +60,16 @@ def test_every_control_is_in_the_table(whole: tuple[EvaluationResults, Path], ta
     results, _ = whole
     label = "after 0: 11.1%"
     names = ["full", "no image", "wrong image", "ours", "none after layer 0"]
-    names += [f"{name}, {label}" for name in ("lower resolution", "uniform", "random", "oracle")]
+    names += [f"{name}, {label}" for name in ("average-pool, equal tokens", "uniform", "random", "oracle")]
+    names.append(results.row("ours").equal_cost)
+    assert names[-1].startswith("average-pool to ") and names[-1].endswith(f"%, equal cost, {label}")
     assert [row.name for row in results.rows] == names
     assert [row.control for row in results.rows if not row.control] == [""]
     assert results.row(f"random, {label}").draws == [f"random {seed}, {label}" for seed in range(5)]
     average = {row.name: row.average for row in results.rows}
     assert average["full"] == average["no image"] == average["wrong image"] == 144
     assert average["none after layer 0"] == 0
-    assert all(average[name] == 16 for name in names[3:4] + names[5:])
+    assert all(average[name] == 16 for name in names[3:4] + names[5:-1])
     accuracy = {row.name: row.accuracy["overall"].mean for row in results.rows}
     assert accuracy["full"] >= accuracy["ours"] > 80 > accuracy["no image"]
     assert accuracy[f"oracle, {label}"] > accuracy[f"random, {label}"]
@@ -211,7 +213,7 @@ def test_what_cannot_be_had_says_why(loaded: Loaded, monkeypatch: pytest.MonkeyP
         "wrong image": "there is only one image",
         "oracle": "the task does not say where in the images things are",
     }
-    small = [row for row in planned(loaded[0], SPEC, smallest=0.05)[0] if row.control == "lower resolution"]
+    small = [row for row in planned(loaded[0], SPEC, smallest=0.05)[0] if row.control == "equal tokens"]
     assert [(row.image, row.spec) for row in small] == [("small", None)]
     build = rows_module.Pipeline.from_spec
 
@@ -221,7 +223,7 @@ def test_what_cannot_be_had_says_why(loaded: Loaded, monkeypatch: pytest.MonkeyP
         return build(spec, model)
 
     monkeypatch.setattr(rows_module.Pipeline, "from_spec", no_pooling)
-    (lower,) = [row for row in planned(loaded[0], SPEC)[0] if row.control == "lower resolution"]
+    (lower,) = [row for row in planned(loaded[0], SPEC)[0] if row.control == "equal tokens"]
     assert "no image gives this model so few tokens" in lower.refused and "no encoder side" in lower.refused
 
 

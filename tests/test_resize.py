@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from trio.encoders.resizing import resized_size
 from trio.measure import evaluation
 from trio.measure.bench import BenchSettings, ImagePrompts, NoisePrompts, architecture, config_of
 from trio.measure.bench import measure as bench
+from trio.measure.evaluation import figures, wording
+from trio.measure.evaluation.figures import cost_curve
+from trio.measure.evaluation.results import RowResult
 from trio.measure.fidelity import PromptSample, measure
 from trio.measure.shapesvqa.examples import examples
 from trio.spec import PipelineSpec, load_spec
@@ -285,3 +289,72 @@ def test_bench_times_the_smaller_image(qwen: Any) -> None:
     inputs, visual = built.resized(1, both.resized)
     assert visual == built.visual((700, 700)) == 625  # of 1296, the nearest of the built sizes
     assert inputs["image_grid_thw"].tolist() == [[1, 50, 50]]
+
+
+def test_a_spec_is_held_against_an_image_of_equal_cost(qwen: Any) -> None:
+    """The largest image that costs no more; counted again here from the answers, size by size."""
+    model = qwen[0]
+    task = evaluation.shapesvqa(limit=2)
+    options: dict[str, Any] = {"batch_size": 16, "speed_rounds": 0, "sizes": (1.0, 0.5)}
+    results = evaluation.evaluate(*qwen, task, ["trio-soft-11", resizing("50%")], **options)
+    spec = results.row("trio-soft-11")
+    equal = results.row(spec.equal_cost)
+    assert equal.control == "equal cost" and equal.schedule == spec.schedule
+    assert equal.name.startswith("resize to ")
+    assert spec.answer_flops is not None and equal.answer_flops is not None and spec.flops is not None
+    assert spec.answer_flops > spec.flops  # decoding is counted
+    # No larger image costs as little: what the full model costs at each number of tokens that a square grid can have.
+    shape = shape_of(model.config)
+    keep = resizing("100%")
+    per_token = [
+        predict(keep, shape, images=(n,), text_tokens=14, new_tokens=2).full.flops.total for n in (100, 90, 81)
+    ]
+    step = max(a - b for a, b in pairwise(per_token))
+    assert 0 <= spec.answer_flops - equal.answer_flops < 1.2 * step
+    assert {90, 81, 100} >= {round(equal.tokens or 0)}
+    pairs = [(one.row, one.baseline) for one in results.comparisons]
+    assert (equal.name, "trio-soft-11") in pairs
+    assert results.row("small").equal_cost == ""
+    tokens = results.control("equal tokens", spec.schedule)
+    assert tokens is not None and (tokens.answer_flops or 0) < spec.answer_flops / 2  # the old control is much cheaper
+    curve = [row for row in results.rows if row.control == "size"]
+    assert [(row.name, row.tokens) for row in curve] == [("resize to 100.0%", 144), ("resize to 50.0%", 72)]
+    assert results.right["resize to 100.0%"] == results.right["full"]
+    assert results.right["resize to 50.0%"] == results.right["small"]
+    again = evaluation.EvaluationResults.model_validate_json(results.to_json())
+    assert again == results
+    _, header, rows = wording.main_table(results)
+    assert header[3] == "GFLOPs, answer" and all(len(row) == len(header) for row in rows)
+    assert cost_curve(results).startswith("<svg")
+    (base, *others) = figures._lines(results, figures.BASELINE).items()
+    assert {row.name for row in base[1]} == {"full", "resize to 100.0%", "resize to 50.0%", equal.name}
+    assert not {row.name for _, rows in others for row in rows} & {row.name for row in base[1]}
+
+
+def test_where_images_have_one_size_tokens_are_pooled(llava: Any) -> None:
+    task = evaluation.shapesvqa(limit=1)
+    pool = load_spec({"version": 1, "name": "pool", "compressor": {"name": "average-pool", "keep": 20}})
+    results = evaluation.evaluate(*llava, task, ["trio-soft-11", pool], batch_size=16, speed_rounds=0, sizes=[0.25])
+    spec = results.row("trio-soft-11")
+    equal = results.row(spec.equal_cost)
+    assert equal.name.startswith("average-pool to ")
+    assert spec.answer_flops is not None and equal.answer_flops is not None
+    assert spec.average is not None and equal.average is not None
+    one = (results.row("full").answer_flops - equal.answer_flops) / (144 - equal.average)  # type: ignore[operator]
+    assert -0.1 * one <= spec.answer_flops - equal.answer_flops < 1.5 * one
+    assert equal.average > spec.average  # scoring has its price
+    assert results.row("pool").equal_cost == ""
+    assert results.row("average-pool to 25.0%").average == 36
+
+
+def test_results_of_earlier_versions_are_read() -> None:
+    row = RowResult.model_validate({"name": "lower resolution, after 0: 11.1%", "control": "lower resolution"})
+    assert row.control == "equal tokens"
+
+
+@pytest.mark.parametrize("wrong", ["half", "0%", "120%", "50%,"])
+def test_sizes_that_are_none(wrong: str, tmp_path: Any) -> None:
+    said = CliRunner().invoke(app, ["eval", "--out", str(tmp_path / "out"), "--sizes", wrong])
+    assert said.exit_code == 2 and "--sizes" in said.stderr
+    with pytest.raises(trio.InputError, match="sizes"):
+        evaluation.evaluate(None, None, evaluation.shapesvqa(limit=1), ["trio-soft-11"], sizes=[1.5])

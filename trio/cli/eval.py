@@ -67,6 +67,10 @@ def evaluate(
         str | None, typer.Option(help="Spec that all others are compared with. Default: the first of each budget.")
     ] = None,
     margin: Annotated[float, typer.Option(min=0.0, help="Of the non-inferiority test, in points.")] = 1.0,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Also the full model on smaller images: shares of their tokens, such as 75%,50%,33%."),
+    ] = None,
     speed_rounds: Annotated[int, typer.Option(min=0, help="Rounds of measuring times; 0: none.")] = 5,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write report.html (needs matplotlib).")] = True,
     ray: RayAddress = None,
@@ -107,6 +111,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             baseline=baseline,
             margin=margin,
+            sizes=_shares(sizes),
             speed_rounds=speed_rounds,
             html=html,
             threads=threads,
@@ -169,6 +174,22 @@ def _cluster(ray: str | None, workers: int, cpus: float, gpus: float | None, pro
     from ..integrations.ray import RayEvaluation
 
     return RayEvaluation(workers, ray, cpus, gpus)
+
+
+def _shares(text: str | None) -> tuple[float, ...]:
+    """Percentages with commas between them, as shares."""
+    from ..errors import InputError
+    from ..measure.evaluation.protocol import check_sizes
+    from ..spec.rules import parse_share
+
+    try:
+        shares = tuple(float(parse_share(one)) for one in text.split(",")) if text else ()
+        check_sizes(shares)
+    except (ValueError, InputError):
+        raise InputError(
+            f"--sizes {text!r}: give shares of an image's visual tokens above 0% and up to 100%, such as 75%,50%,33%."
+        ) from None
+    return shares
 
 
 def _check_out(out: Path, force: bool) -> None:

@@ -15,7 +15,8 @@ from ...cost.prediction import Cost
 from ...errors import TrioError
 from ...pipeline import Pipeline
 from ...report import CompressionReport
-from ...spec import PipelineSpec, load_spec
+from ...spec import PipelineSpec
+from ..equal_cost import nearest_size, pool_count, pooled_cost, pooled_spec
 from .architectures import Size
 from .prompts import Prompts
 from .report import Kind
@@ -163,7 +164,7 @@ class Maker:
         assert self.shape is not None
         by_size = {size: self.prompts.visual(size) for size in self.prompts.sizes}
         costs = {size: self._full_flops(visual) for size, visual in by_size.items()}
-        size = min(costs, key=lambda one: abs((costs[one] or 0) - flops))
+        size = nearest_size(list(costs), lambda one: costs[one] or 0, flops)
         if abs((costs[size] or 0) / flops - 1) <= NEAR:
             inputs, visual = self._on_device(self.prompts.batch(self.samples, size)), by_size[size]
             way = TimedWay(f"resize for {spec.name}", inputs, nullcontext, self.steps)
@@ -179,28 +180,22 @@ class Maker:
     def _pool(self, spec: PipelineSpec, flops: int, why: str) -> list[Entry]:
         """Average pooling on the encoder side to the count at which the whole costs as much."""
         assert self.shape is not None
-        low, high, best = 1, self.visual, None
-        while low <= high:
-            middle = (low + high) // 2
-            tried = load_spec(
-                {"version": 1, "name": f"pool-{middle}", "compressor": {"name": "average-pool", "keep": middle}}
-            )
-            cost = predict(tried, self.shape, images=(self.visual,), text_tokens=self.text).compressed.flops.total
-            if cost * self.samples <= flops:
-                best, low = (tried, middle, cost * self.samples), middle + 1
-            else:
-                high = middle - 1
-        if best is None:
+        shape = self.shape
+
+        def cost(count: int) -> int:
+            return pooled_cost(shape, count, self.visual, self.text, 0) * self.samples
+
+        count = pool_count(cost, self.visual, flops)
+        if count is None:
             return []
-        made, count, cost = best
         try:
-            pipeline = Pipeline.from_spec(made, self._model, adapter=self.adapter)
+            pipeline = Pipeline.from_spec(pooled_spec(count, name=f"pool-{count}"), self._model, adapter=self.adapter)
             with pipeline:
                 run(self._model, self.inputs, 0)
         except TrioError:
             return []
         way = TimedWay(f"average pool for {spec.name}", self.inputs, lambda: pipeline, self.steps)
-        return [Entry(way, "pool", spec.name, self.visual, count, cost, None, notes=[why])]
+        return [Entry(way, "pool", spec.name, self.visual, count, cost(count), None, notes=[why])]
 
     def _short(self, spec: PipelineSpec, report: CompressionReport) -> Entry:
         """The untouched model on text alone, as long as the compressed cache is on average over the layers."""

@@ -32,6 +32,9 @@ class RowAnswer:
         tokens: visual tokens of the image that was shown, before any reduction.
         average: visual tokens averaged over the decoder layers.
         flops: of the prefill and the vision tower, counted; None where the formulas do not know the model.
+        answer_flops: of the whole answer, decoding included; None likewise, and in files of earlier versions.
+        text_tokens: tokens of the prompt that are not visual; None in files of earlier versions.
+        new_tokens: tokens of the answer, its end token included; likewise.
     """
 
     question: Count
@@ -39,6 +42,9 @@ class RowAnswer:
     tokens: Count
     average: Amount
     flops: Amount | None
+    answer_flops: Amount | None = None
+    text_tokens: Count | None = None
+    new_tokens: Count | None = None
 
 
 _SHAPE = TypeAdapter(RowAnswer)

@@ -11,8 +11,10 @@ from ... import DISTRIBUTION
 from ...errors import InputError
 from .results import COUNTED, OVERALL, EvaluationResults, RowResult
 
-__all__ = ["check_matplotlib", "retention_curve", "speed_curve"]
+__all__ = ["check_matplotlib", "cost_curve", "retention_curve", "speed_curve"]
 
+#: Controls that are the full model on smaller images, or on pooled tokens.
+BASELINE = ("full", "size", "equal cost")
 Place = Callable[[RowResult], float | None]
 
 
@@ -40,6 +42,19 @@ def retention_curve(results: EvaluationResults) -> str:
     return _curve(results, place, "visual tokens, average over the layers, %")
 
 
+def cost_curve(results: EvaluationResults) -> str:
+    """Accuracy against the FLOPs of a whole answer, as an SVG element; empty where they were not counted.
+
+    Smaller images (or pooled tokens) and the full model make one curve, the baseline.
+    """
+
+    def place(row: RowResult) -> float | None:
+        return None if row.answer_flops is None else row.answer_flops / 1e9
+
+    counted = any(row.answer_flops is not None for row in results.rows)
+    return _curve(results, place, "total FLOPs of an answer, G", BASELINE) if counted else ""
+
+
 def speed_curve(results: EvaluationResults) -> str:
     """Accuracy against the time to the first token, as an SVG element; empty where no time was measured."""
 
@@ -50,17 +65,18 @@ def speed_curve(results: EvaluationResults) -> str:
     return _curve(results, place, "time to the first token of a batch, ms") if results.speed else ""
 
 
-def _curve(results: EvaluationResults, place: Place, label: str) -> str:
+def _curve(results: EvaluationResults, place: Place, label: str, joined: Sequence[str] = ()) -> str:
+    """A figure; rows of the controls in `joined` make one curve."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.2, 6.0), layout="constrained")
     FigureCanvasSVG(figure)
     axes: Any = figure.add_subplot()
-    for number, (method, rows) in enumerate(_lines(results).items()):
+    for number, (method, rows) in enumerate(_lines(results, joined).items()):
         is_spec = not rows[0].control
         title: str | None = rows[0].name if len(rows) == 1 else method
-        for segment in _segments(rows):
+        for segment in [rows] if method == _BASE else _segments(rows):
             legend = None if title is None else title.replace("$", r"\$")  # a name is no formula
             _segment(axes, segment, place, f"C{number % 10}", legend, is_spec)
             title = None  # a legend names a method once
@@ -108,10 +124,16 @@ def _segment(axes: Any, rows: Sequence[RowResult], place: Place, colour: str, la
     )
 
 
-def _lines(results: EvaluationResults) -> dict[str, list[RowResult]]:
+_BASE = "full model, smaller images or pooled tokens"
+
+
+def _lines(results: EvaluationResults, joined: Sequence[str]) -> dict[str, list[RowResult]]:
     """Rows that make one curve: specs that differ in their counts alone, and each control."""
     lines: dict[str, list[RowResult]] = {}
     for row in results.rows:
+        if not row.refused and row.control in joined:
+            lines.setdefault(_BASE, []).append(row)
+            continue
         if row.refused or row.control in ("full", "no image", "wrong image"):
             continue
         lines.setdefault(row.control or method_of(row), []).append(row)

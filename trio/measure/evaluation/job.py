@@ -38,6 +38,7 @@ class EvaluationJob:
         max_new_tokens: longest answer to the questions of a file.
         baseline: spec that all others are compared with.
         margin: of the non-inferiority test, in points.
+        sizes: shares of an image's visual tokens at which the full model is asked, too.
         speed_rounds: rounds of measuring times.
         html: whether a report is written.
         threads: CPU threads; None: torch's own choice.
@@ -56,6 +57,7 @@ class EvaluationJob:
     max_new_tokens: int = 32
     baseline: str | None = None
     margin: float = 1.0
+    sizes: tuple[float, ...] = ()
     speed_rounds: int = 5
     html: bool = True
     threads: int | None = None
@@ -100,6 +102,7 @@ class EvaluationJob:
             batch_size=self.batch_size,
             baseline=self.baseline,
             margin=self.margin,
+            sizes=self.sizes,
             speed_rounds=self.speed_rounds,
             progress=progress,
             processes=processes,

@@ -17,6 +17,7 @@ from ...spec import PipelineSpec, load_spec
 from ..extras import require
 from ..statistics import DRAWS, FEW
 from .answers import AnswerFiles
+from .equal import equal_cost, size_rows
 from .processes import ALONE, Processes
 from .results import EvaluationResults
 from .rows import EvaluationRow, plan
@@ -42,6 +43,7 @@ def evaluate(
     batch_size: int = 32,
     baseline: str | None = None,
     margin: float = 1.0,
+    sizes: Sequence[float] = (),
     speed_rounds: int = ROUNDS,
     progress: Callable[[int, int], None] | None = None,
     processes: Processes = ALONE,
@@ -59,6 +61,8 @@ def evaluate(
         batch_size: questions in a batch.
         baseline: name of the spec that all others are compared with, whatever their budget.
         margin: of the non-inferiority test, in points.
+        sizes: shares of an image's visual tokens, above 0 and up to 1: the full model on such images (on pooled tokens
+            where all images have the same number), which is the curve that specs are held against.
         speed_rounds: rounds of measuring times; 0: none.
         progress: told the finished and all batches.
         processes: that call this with the same arguments, each with a model of its own, and share the questions. All
@@ -71,6 +75,7 @@ def evaluate(
     require("scipy.stats", "evaluation")  # missing, it should not cost the answers
     loaded = named_specs(specs)
     check_baseline(baseline, loaded)
+    check_sizes(sizes)
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return evaluate(
@@ -83,6 +88,7 @@ def evaluate(
                 batch_size=batch_size,
                 baseline=baseline,
                 margin=margin,
+                sizes=sizes,
                 speed_rounds=speed_rounds,
                 progress=progress,
                 processes=processes,
@@ -99,6 +105,7 @@ def evaluate(
         smallest=runner.smallest(),
         entered={spec.name: spec.resized(typical) * _entered(runner, spec) for spec in loaded if _decides(spec)},
     )
+    rows += size_rows(runner, sizes, loaded)
     facts = _model(model, name, runner, typical)
     versions = {
         "trio-vlm": __version__,
@@ -111,7 +118,11 @@ def evaluate(
     files = processes.together(lambda: AnswerFiles(Path(out), about) if processes.first else None)
     possible = [row for row in rows if not row.refused]
     answers = runner.run(possible, files, progress, processes)
-    summary = Summary(task, rows, schedules, answers, baseline=baseline, margin=margin)
+    equal = equal_cost(runner, possible, answers)  # found by what the specs have cost
+    rows += equal.rows
+    possible = [row for row in rows if not row.refused]
+    answers = runner.run(possible, files, progress, processes)
+    summary = Summary(task, rows, schedules, answers, equal=equal.of, baseline=baseline, margin=margin)
     results = EvaluationResults(
         model=facts,
         task={**task_facts, "questions": len(task.samples), "kinds": _counts(task), "scenes": task.scenes},
@@ -146,6 +157,17 @@ def check_baseline(baseline: str | None, specs: Sequence[PipelineSpec]) -> None:
     names = [spec.name for spec in specs]
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline {baseline!r}: it is none of the specs; give one of {', '.join(names)}.")
+
+
+def check_sizes(sizes: Sequence[float]) -> None:
+    """Refuse shares that are none.
+
+    Raises:
+        InputError: one is 0 or less, or above 1.
+    """
+    for share in sizes:
+        if not 0 < share <= 1:
+            raise InputError(f"sizes: found {share:g}; give shares of an image's visual tokens above 0 and up to 1.")
 
 
 def named_specs(specs: Sequence[SpecLike]) -> list[PipelineSpec]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..extras import require
 from . import wording
-from .figures import retention_curve, speed_curve
+from .figures import cost_curve, retention_curve, speed_curve
 from .overlays import Overlay
 from .results import OVERALL, EvaluationResults
 
@@ -17,8 +17,9 @@ TEMPLATE = "report.html.j2"
 INTRO = (
     "accuracy: percent of questions answered right; retained: (accuracy - no image) / (full - no image); counted: "
     "over the sub-tasks that pass the validity gate. Intervals are 95%, bootstrapped over scenes. tokens: visual "
-    "tokens of the images shown; average: over the decoder layers. GFLOPs of a prefill with its vision tower are "
-    "counted, times are measured, all rows taking turns; the last column is the full model's time for a whole answer "
+    "tokens of the images shown; average: over the decoder layers. GFLOPs of a whole answer are counted: vision tower, "
+    "prefill, scoring, decoding; a row at equal cost costs no more than its spec. Times are measured, all rows taking "
+    "turns; the last column is the full model's time for a whole answer "
     "divided by the row's."
 )
 
@@ -41,6 +42,7 @@ def report_html(results: EvaluationResults, drawn: Sequence[Overlay]) -> str:
         name=results.model["name"],
         facts=_facts(results),
         drawn_data=results.task["name"] == "shapesvqa",
+        cost=cost_curve(results),
         retention=retention_curve(results),
         speed=speed_curve(results),
         findings=list(wording.findings(results)),

@@ -10,7 +10,7 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from ...core.files import read_plain
 from ...core.record import Record
@@ -36,6 +36,8 @@ class RowResult(Record):
         tokens: mean visual tokens of the images shown.
         average: mean visual tokens, averaged over the decoder layers.
         flops: mean FLOPs of a prefill with its vision tower, counted; None where the model is not known.
+        answer_flops: the same of a whole answer, decoding included; also None in results of earlier versions.
+        equal_cost: of a spec, the name of the row that costs as much: a smaller image, or pooled tokens.
         accuracy: by sub-task; under ``overall`` of all questions and ``counted`` of those that pass the gate.
         retained: percent of (accuracy - no image) / (full - no image), likewise; None where full is not above.
         spread: lowest and highest accuracy overall among the draws.
@@ -50,9 +52,17 @@ class RowResult(Record):
     tokens: float | None = None
     average: float | None = None
     flops: float | None = None
+    answer_flops: float | None = None
+    equal_cost: str = ""
     accuracy: dict[str, Estimate] = Field(default_factory=dict)
     retained: dict[str, Estimate | None] = Field(default_factory=dict)
     spread: tuple[float, float] | None = None
+
+    @field_validator("control")
+    @classmethod
+    def _renamed(cls, value: str) -> str:
+        """What results of earlier versions call ``lower resolution`` has as many tokens, not as low a cost."""
+        return "equal tokens" if value == "lower resolution" else value
 
 
 class Gate(Record):
@@ -212,11 +222,22 @@ class EvaluationResults(Record):
         out = io.StringIO()
         table = csv.writer(out, lineterminator="\n")
         columns = "row control schedule kind questions accuracy low high retained retained_low retained_high"
-        table.writerow([*columns.split(), "tokens", "average_tokens", "flops", "first_token_s", "answer_s", "refused"])
+        table.writerow(
+            [
+                *columns.split(),
+                "tokens",
+                "average_tokens",
+                "flops",
+                "answer_flops",
+                "first_token_s",
+                "answer_s",
+                "refused",
+            ]
+        )
         counts = {**self.task["kinds"], OVERALL: len(self.questions["kind"])}
         for row in self.rows:
             speed = self.speed.get(row.name)
-            tail = [row.tokens, row.average, row.flops]
+            tail = [row.tokens, row.average, row.flops, row.answer_flops]
             tail += [None, None] if speed is None else [speed.first_token, speed.answer]
             for kind, found in row.accuracy.items():
                 kept = row.retained.get(kind)
@@ -225,5 +246,5 @@ class EvaluationResults(Record):
                 cells = [f"{v:.4g}" if isinstance(v, float) else v for v in (*middle, *tail)]
                 table.writerow([row.name, row.control, row.schedule, kind, counts.get(kind, ""), *cells, ""])
             if row.refused:
-                table.writerow([row.name, row.control, row.schedule, "", *[""] * 12, row.refused])
+                table.writerow([row.name, row.control, row.schedule, "", *[""] * 13, row.refused])
         return out.getvalue()

@@ -16,8 +16,10 @@ from .floors import Oracle, UniformGridScorer
 __all__ = ["SEEDS", "ControlSchedule", "EvaluationRow", "none_name", "plan"]
 
 SEEDS = range(5)
-Control = Literal["full", "no image", "wrong image", "none", "uniform", "random", "oracle", "lower resolution"]
-ImageChoice = Literal["own", "blank", "wrong", "small"]
+Control = Literal[
+    "full", "no image", "wrong image", "none", "uniform", "random", "oracle", "equal tokens", "equal cost", "size"
+]
+ImageChoice = Literal["own", "blank", "wrong", "small", "resized"]
 #: Retention of the random row that the validity gate looks at, and how near to it a schedule's own must be.
 GATE_SHARE, GATE_NEAR = 0.111, 0.015
 
@@ -69,7 +71,8 @@ class EvaluationRow:
         schedule: label of the schedule that it belongs to; empty for the full model with some image.
         spec: what runs; None for the model as it is.
         image: which image is shown.
-        tokens: for a smaller image, the share of its tokens that it should have.
+        tokens: for a smaller image, the share of its tokens that it should have: ``small`` scales both sides alike,
+            ``resized`` fits the grid as `resize` of a spec does.
         refused: why the row cannot be had here; empty where it can.
     """
 
@@ -234,9 +237,10 @@ def _controls(model: Any, schedule: ControlSchedule, maps: bool, smallest: float
     label = schedule.label
 
     def row(control: Control, name: str, spec: PipelineSpec | None = None, **more: Any) -> EvaluationRow:
-        return EvaluationRow(name, f"{control}, {label}", control, label, spec, **more)
+        group = name if control == "equal tokens" else f"{control}, {label}"
+        return EvaluationRow(name, group, control, label, spec, **more)
 
-    rows = [_lower_resolution(model, schedule, smallest, row)]
+    rows = [_equal_tokens(model, schedule, smallest, row)]
     rows.append(row("uniform", f"uniform, {label}", schedule.with_parts("uniform", UniformGridScorer())))
     for seed in SEEDS:
         spec = schedule.with_parts("random", {"name": "random", "seed": seed})
@@ -247,20 +251,21 @@ def _controls(model: Any, schedule: ControlSchedule, maps: bool, smallest: float
     return rows
 
 
-def _lower_resolution(model: Any, schedule: ControlSchedule, smallest: float, row: Any) -> EvaluationRow:
+def _equal_tokens(model: Any, schedule: ControlSchedule, smallest: float, row: Any) -> EvaluationRow:
     """A smaller image with as many tokens in every layer; where the model cannot have one, pooled features."""
-    name = f"lower resolution, {schedule.label}"
     result: EvaluationRow
     if smallest <= schedule.share:
-        result = row("lower resolution", name, image="small", tokens=schedule.share)
+        name = f"resize, equal tokens, {schedule.label}"
+        result = row("equal tokens", name, image="small", tokens=schedule.share)
         return result
+    name = f"average-pool, equal tokens, {schedule.label}"
     pooled = CompressorSpec.parse({"name": "average-pool", "keep": _share(schedule.average, schedule.started)})
     try:
         spec = PipelineSpec(name="average-pool", compressor=pooled, positions=schedule.spec.positions)
         Pipeline.from_spec(spec, model)
     except TrioError as error:
         reason = f"no image gives this model so few tokens, and its features cannot be pooled: {error}"
-        result = row("lower resolution", name, refused=reason)
+        result = row("equal tokens", name, refused=reason)
         return result
-    result = row("lower resolution", name, spec)
+    result = row("equal tokens", name, spec)
     return result

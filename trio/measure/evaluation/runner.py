@@ -12,14 +12,16 @@ from PIL import Image
 
 from ...adapters import adapter_for
 from ...core.images import batch_for
-from ...core.upstream import MASK
+from ...core.upstream import MASK, patch_processor
 from ...cost import ModelShape, of_report, shape_of
-from ...cost.flops import prefill_flops, projector_flops, tower_flops
+from ...cost.flops import decode_flops
+from ...encoders.resizing import resizing_processor
 from ...errors import TrioError
 from ...pipeline import Pipeline
 from ..ahead import prepared
-from ..answering import decode, generate
+from ..answering import answer_length, decode, generate
 from ..encoding import LIMIT, EncodedImages
+from ..equal_cost import share_of, whole_cost
 from .answers import AnswerFiles, RowAnswer
 from .floors import Oracle
 from .images import Counter, Shown, without_floor
@@ -63,6 +65,10 @@ class Runner:
         order = sorted(range(len(task.samples)), key=lambda i: (sizes[task.samples[i].scene], i))
         self.batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
         self.sizes = list(sizes.values())
+        self.size_of = sizes
+        #: Whether a smaller image has fewer tokens; where not, averaged tokens stand in for it.
+        self.by_size = self.adapter.image_tokens == "by-size" and patch_processor(processor) is not None
+        self.smaller = "resize" if self.by_size else "average-pool"
 
     def run(
         self,
@@ -125,11 +131,7 @@ class Runner:
         """A row's answers to a batch; none where it is not to be asked."""
         if batch is None:
             return []
-        texts, tokens, averages, flops = self._ask(row, pipeline, batch)
-        return [
-            RowAnswer(question, text, n, average, flops)
-            for question, text, n, average in zip(self.batches[number], texts, tokens, averages, strict=True)
-        ]
+        return self._ask(row, pipeline, self.batches[number], batch)
 
     def pipeline(self, row: EvaluationRow) -> Pipeline:
         """The pipeline of a row."""
@@ -144,6 +146,8 @@ class Runner:
         """The processor that a row's images go through."""
         if row.image == "small":
             return self.small_processor
+        if row.image == "resized":
+            return resizing_processor(self.processor, share_of(row.tokens))
         resized = row.spec is not None and row.spec.resize is not None
         return self.pipeline(row).processor(self.processor) if resized else self.processor
 
@@ -175,33 +179,44 @@ class Runner:
         return generate(self.model, inputs, pipeline, max_new_tokens=new_tokens)
 
     def _ask(
-        self, row: EvaluationRow, pipeline: Pipeline | None, batch: _Batch
-    ) -> tuple[list[str], list[int], list[float], float | None]:
+        self, row: EvaluationRow, pipeline: Pipeline | None, numbers: Sequence[int], batch: _Batch
+    ) -> list[RowAnswer]:
         inputs = batch.inputs(row)
         with self.memory.reused(pipeline):
             out = self.generate(inputs, batch.samples, pipeline, self.task.max_new_tokens)
-        texts = decode(self.processor, out)
+        texts, new = decode(self.processor, out), [answer_length(self.model, one) for one in out]
         if pipeline is not None:
             report = pipeline.report
             tokens = [sample.visual_tokens for sample in report.samples]
-            flops = None
-            if self.shape is not None:
-                flops = of_report(report, pipeline.spec, self.shape).compressed.flops.total / len(texts)
-            return texts, tokens, report.average_kept_by_sample, flops
-        tokens = self.counter.of_batch(inputs)
-        return texts, tokens, [float(n) for n in tokens], self._stock_flops(inputs, tokens)
-
-    def _stock_flops(self, inputs: Any, tokens: Sequence[int]) -> float | None:
-        """Mean FLOPs of the model as it is: vision tower, projector and prefill."""
-        shape = self.shape
-        if shape is None:
-            return None
-        lengths = inputs[MASK].sum(1).tolist()
-        each = [
-            tower_flops(shape.tower, n) + projector_flops(shape, n) + prefill_flops(shape, [length] * shape.layers)
-            for n, length in zip(tokens, lengths, strict=True)
+            averages, layers = report.average_kept_by_sample, report.layer_tokens
+            text = [rows[0] - sample.visual_by_layer(1)[0] for rows, sample in zip(layers, report.samples, strict=True)]
+        else:
+            tokens = self.counter.of_batch(inputs)
+            averages, lengths = [float(n) for n in tokens], inputs[MASK].sum(1).tolist()
+            layers = [[length] * len(self.adapter.layers) for length in lengths]
+            text = [length - n for length, n in zip(lengths, tokens, strict=True)]
+        flops, decoded = None, 0.0
+        if self.shape is not None:
+            if pipeline is not None:
+                total = of_report(pipeline.report, pipeline.spec, self.shape).compressed.flops.total
+            else:
+                total = sum(whole_cost(self.shape, n, more, 1) for n, more in zip(tokens, text, strict=True))
+            flops = total / len(texts)
+            steps = [max(0, length - 1) for length in new]
+            decoded = sum(map(functools.partial(decode_flops, self.shape), layers, steps)) / len(texts)
+        return [
+            RowAnswer(
+                question,
+                texts[i],
+                tokens[i],
+                averages[i],
+                flops,
+                answer_flops=None if flops is None else flops + decoded,
+                text_tokens=text[i],
+                new_tokens=new[i],
+            )
+            for i, question in enumerate(numbers)
         ]
-        return sum(each) / len(each)
 
 
 class _Batch:

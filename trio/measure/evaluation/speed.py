@@ -26,7 +26,7 @@ def measure(runner: Runner, rows: Sequence[EvaluationRow], rounds: int) -> dict[
         rows: rows that are not refused; of several draws the first is measured, and a grey or wrong image is not.
         rounds: how many; 0: nothing is measured.
     """
-    chosen = {row.group: row for row in reversed(rows) if row.image in ("own", "small")}
+    chosen = {row.group: row for row in reversed(rows) if row.image in ("own", "small", "resized")}
     if rounds < 1:
         return {}
     batch = runner.batches[(len(runner.batches) - 1) // 2][:BATCH]

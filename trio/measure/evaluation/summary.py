@@ -31,7 +31,7 @@ FULL, SEES, LOSES = 90.0, 30.0, 10.0
 #: Specs whose average shares differ by no more than this are compared with each other.
 SAME_BUDGET = 0.015
 #: Controls that every spec has to beat.
-FLOORS = ("random", "uniform", "lower resolution")
+FLOORS = ("random", "uniform", "equal tokens")
 _NO_DRAW = np.zeros(0)
 
 
@@ -59,6 +59,7 @@ class Summary:
         schedules: Mapping[str, ControlSchedule],
         answers: Mapping[str, Sequence[RowAnswer]],
         *,
+        equal: Mapping[str, str] | None = None,
         baseline: str | None = None,
         margin: float = 1.0,
         draws: int = 2000,
@@ -70,12 +71,13 @@ class Summary:
             rows: all rows, refused ones too.
             schedules: by label.
             answers: by row, in the order of the questions.
+            equal: by a spec's name, the name of the row that costs as much.
             baseline: name of the spec that others are compared with; by default the first one of each budget.
             margin: of non-inferiority, in points.
             draws: of the bootstrap.
         """
         self._task, self._schedules, self._answers = task, schedules, answers
-        self._baseline, self._margin = baseline, margin
+        self._baseline, self._margin, self._equal = baseline, margin, dict(equal or {})
         self.right = {name: right_of(task, given) for name, given in answers.items()}
         self._kind = np.asarray([sample.kind for sample in task.samples])
         self._bootstrap = Bootstrap([sample.scene for sample in task.samples], draws)
@@ -117,7 +119,11 @@ class Summary:
         return [
             one
             for one in self._groups.values()
-            if one.row.control in FLOORS and one.row.schedule == group.row.schedule and one.draws
+            if one.draws
+            and (
+                (one.row.control in FLOORS and one.row.schedule == group.row.schedule)
+                or one.row.group == self._equal.get(group.row.name)
+            )
         ]
 
     # Rows
@@ -130,6 +136,7 @@ class Summary:
             return RowResult(name=row.group, refused=row.refused, **common)
         given = [answer for name in group.draws for answer in self._answers[name]]
         flops = [answer.flops for answer in given if answer.flops is not None]
+        whole = [answer.answer_flops for answer in given if answer.answer_flops is not None]
         each = [100 * self.right[name].count("1") / len(self._kind) for name in group.draws]
         parts = {kind: self._kind == kind for kind in self._task.kinds}
         parts[OVERALL] = np.ones(len(self._kind), bool)
@@ -143,6 +150,8 @@ class Summary:
             tokens=round(float(np.mean([answer.tokens for answer in given])), 2),
             average=round(float(np.mean([answer.average for answer in given])), 2),
             flops=round(float(np.mean(flops))) if len(flops) == len(given) else None,
+            answer_flops=round(float(np.mean(whole))) if len(whole) == len(given) else None,
+            equal_cost=self._equal.get(row.name, ""),
             accuracy={name: _percent(self._bootstrap.mean(group.values, part)) for name, part in parts.items()},
             retained={
                 name: None

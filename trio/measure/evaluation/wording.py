@@ -12,7 +12,7 @@ __all__ = ["comparison_table", "findings", "gate_table", "main_table", "ordered"
 Table = tuple[str, list[str], list[list[str]]]
 LEVEL = 0.05
 #: Controls that stand in every table, in this order, behind the specs of their schedule.
-CONTROLS = ("random", "uniform", "lower resolution", "oracle")
+CONTROLS = ("random", "uniform", "equal tokens", "equal cost", "oracle")
 
 
 def tables(results: EvaluationResults) -> list[Table]:
@@ -22,7 +22,7 @@ def tables(results: EvaluationResults) -> list[Table]:
 
 def ordered(results: EvaluationResults) -> list[RowResult]:
     """Full, then each schedule's specs and controls, then what no choice of tokens can change."""
-    ends = ("none", "wrong image", "no image")
+    ends = ("size", "none", "wrong image", "no image")
     rows = [results.row("full")]
     for schedule in dict.fromkeys(row.schedule for row in results.rows if row.schedule):
         mine = [row for row in results.rows if row.schedule == schedule]
@@ -33,7 +33,7 @@ def ordered(results: EvaluationResults) -> list[RowResult]:
 
 def main_table(results: EvaluationResults) -> Table:
     """One row a spec or control, with everything."""
-    header = ["row", "tokens", "average", "GFLOPs", "accuracy", "counted", "retained", "first token", "answer"]
+    header = ["row", "tokens", "average", _counted(results), "accuracy", "counted", "retained", "first token", "answer"]
     rows = []
     for row in ordered(results):
         if row.refused:
@@ -52,7 +52,7 @@ def short_table(results: EvaluationResults) -> Table:
         if row.schedule and row.schedule != schedule:
             rows.append([row.schedule, *[""] * (len(header) - 1)])
         schedule = row.schedule
-        name = f"  {row.control or row.name}" if row.schedule else row.name
+        name = f"  {_own(row)}" if row.schedule else row.name
         if row.refused:
             rows.append([name, *["n/a"] * (len(header) - 1)])
             continue
@@ -62,13 +62,28 @@ def short_table(results: EvaluationResults) -> Table:
     return _title(results), header, rows
 
 
+def _own(row: RowResult) -> str:
+    """What a row is called below its schedule: `resize, equal cost`."""
+    if row.control not in ("equal tokens", "equal cost"):
+        return row.control or row.name
+    kind = "resize" if row.name.startswith("resize") else "average-pool"
+    return f"{kind}, {row.control}"
+
+
 def _title(results: EvaluationResults) -> str:
     return f"{results.model['name']}: {_asked(results)}"
 
 
+def _counted(results: EvaluationResults) -> str:
+    """What the FLOPs in a table are of: whole answers, or (results of earlier versions) prefills."""
+    whole = any(row.answer_flops is not None for row in results.rows)
+    return "GFLOPs, answer" if whole else "GFLOPs"
+
+
 def _costs(row: RowResult) -> tuple[str, str]:
     """Average tokens and FLOPs."""
-    return _number(row.average), "?" if row.flops is None else f"{row.flops / 1e9:.3g}"
+    flops = row.flops if row.answer_flops is None else row.answer_flops
+    return _number(row.average), "?" if flops is None else f"{flops / 1e9:.3g}"
 
 
 def _retained(row: RowResult) -> Estimate | None:
