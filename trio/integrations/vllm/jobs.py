@@ -16,7 +16,7 @@ from ... import DISTRIBUTION
 from ...batch.answerer import Answerer, RowOutput, right_of
 from ...batch.rows import BatchRow, RowSource
 from ...core.images import prompt_for
-from ...errors import InputError, UnsupportedModelError, first_line
+from ...errors import InputError, TrioError, UnsupportedModelError, first_line
 from ...measure.answering import decode
 from ...spec import PipelineSpec, load_spec
 from ...zoo.find import find_model
@@ -98,7 +98,9 @@ class VllmAnswerer(Answerer):
 
         loader: Any = transformers  # its typing changes from version to version
         place = find_model(job.model)
-        vllm = import_module("vllm")
+        vllm, exceptions = import_module("vllm"), import_module("vllm.exceptions")
+        # What one row may bring about. Other errors, such as those of a device, are not the row's.
+        self._of_a_row = (TrioError, ValueError, exceptions.VLLMClientError)
         try:
             written = getattr(loader.AutoConfig.from_pretrained(place), "dtype", None) or torch.float32
             self._processor = loader.AutoProcessor.from_pretrained(place)
@@ -114,7 +116,9 @@ class VllmAnswerer(Answerer):
                     **(job.options or {}),
                 },
             )
-        except (ValueError, RuntimeError, OSError) as error:
+        except TrioError:
+            raise
+        except (ValueError, RuntimeError, OSError, exceptions.VLLMError) as error:
             raise InputError(
                 f"--engine vllm: model {job.model!r}: vLLM does not start with it ({first_line(error)})."
             ) from error
@@ -139,7 +143,7 @@ class VllmAnswerer(Answerer):
         ]
         try:
             outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
-        except ValueError as error:  # of one of them, before any runs; errors of a device are others
+        except self._of_a_row as error:  # before any runs
             return self._one_by_one(rows, images, error)
         tokens = [list(one.outputs[0].token_ids) for one in outputs]
         results = []

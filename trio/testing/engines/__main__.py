@@ -51,6 +51,9 @@ def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[An
 
     from ...adapters import adapter_for
     from ...core.images import load_image
+    from ...encoders.towers.clip import ClipTower
+    from ...encoders.towers.find import tower_for
+    from ...encoders.towers.qwen_vl import QwenTower
     from ...pipeline import Pipeline
     from . import vllm as engine
     from .prompts import reference, requests, sized
@@ -67,7 +70,7 @@ def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[An
     }
     Pipeline.from_spec(default, stock)  # refused here, before an engine is started
     image = load_image(given.image)
-    asked = requests(image, given.question)
+    asked = requests(image, given.question, reading=isinstance(tower_for(stock), ClipTower | QwenTower))
     end = stock.generation_config.eos_token_id
     ends = frozenset([end] if isinstance(end, int) else end or [])
     expected = reference(stock, processor, asked, default, engine.NEW_TOKENS, ends)

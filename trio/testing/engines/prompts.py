@@ -69,21 +69,23 @@ def sized(image: Image) -> list[Image]:
     return [image.resize((round(image.width * wide), round(image.height * tall))) for tall, wide in SIZES]
 
 
-def requests(image: Image, questions: Sequence[str]) -> list[Request]:
+def requests(image: Image, questions: Sequence[str], *, reading: bool = True) -> list[Request]:
     """Prompts of one image in all sizes and specs, of several images, of none.
 
     Args:
         image: that the questions are about.
         questions: at least two.
+        reading: whether the engine can read the model's vision tower.
     """
+    read = READING if reading else ()
     images = sized(image)
     first, second = questions[:2]
     asked = [Request(first, (one,)) for one in images]
     asked += [Request(second, (one,)) for one in images[:3]]  # the same images: their keys and values are there
-    asked += [Request(first, (images[0],), spec) for spec in (*SPECS, *READING, "none")]  # one image, several specs
+    asked += [Request(first, (images[0],), spec) for spec in (*SPECS, *read, "none")]  # one image, several specs
     asked += [Request(second, (images[3],), spec) for spec in SPECS]
     # Large images have patches that are alike but for rounding, among which `vispruner` has to choose.
-    asked += [Request(second, (images[2],), spec) for spec in READING]
+    asked += [Request(second, (images[2],), spec) for spec in read]
     asked += [Request(first, (images[0], images[2])), Request(second, (images[4], images[0], images[5]))]
     asked += [Request(first), Request(second)]
     return asked
