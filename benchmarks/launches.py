@@ -50,6 +50,7 @@ class Measured:
         uploads: copies from the host to the device, ours.
         waiting_uploads: those for which the host waits.
         waits: how often we make the host wait, those included.
+        rounds: waits of selectors that choose on the host, one a round, among those.
         lines: where, the most waits and the most operators first.
     """
 
@@ -66,6 +67,7 @@ class Measured:
     uploads: int
     waiting_uploads: int
     waits: int
+    rounds: int
     lines: tuple[str, ...]
 
     @property
@@ -110,6 +112,7 @@ def prefill(architecture: str, spec: str, batch: int) -> Measured:
         uploads=found.ours.uploads,
         waiting_uploads=found.ours.waiting_uploads,
         waits=found.ours.waits,
+        rounds=found.of("selecting").waits,
         lines=(*found.lines(waits_only=True)[:12], *found.lines()[:12]),
     )
 
@@ -156,12 +159,12 @@ def everything() -> Iterator[Measured]:
 
 def main(out: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None) -> None:
     """Counts prefills of all shipped specs that fit, and one decoding step for each architecture."""
-    columns = ("batch", "operators", "of stock", "scoring", "selecting", "encoder", "bookkeeping", "uploads", "waits")
+    columns = ("batch", "operators", "of stock", "scoring", "selecting", "encoder", "bookkeeping", "uploads", "waits", "of selectors")
     table = Table("shapes", "spec", *columns, title="A prefill; waits and uploads are ours")
     rows = []
     for row in everything():
         rows.append(row)
-        numbers = (row.scoring, row.selecting, row.encoder, row.bookkeeping, row.uploads, row.waits)
+        numbers = (row.scoring, row.selecting, row.encoder, row.bookkeeping, row.uploads, row.waits, row.rounds)
         times = f"{row.operators / row.stock:.2f}"
         table.add_row(row.architecture, row.spec, *map(str, (row.batch, row.operators, times, *numbers)))
     console.print(table)

@@ -151,7 +151,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Case:
-    """Budgets of a prefill; `a_stage`: scoring and bookkeeping, `selecting` and `encoder`: of the whole prefill."""
+    """Budgets of a prefill.
+
+    `a_stage`: scoring and bookkeeping, that of a compressor included; `selecting` and `encoder`: of the whole prefill;
+    `waits`: all but those of selectors that choose on the host, one a round.
+    """
 
     architecture: str
     spec: str
@@ -184,20 +188,20 @@ def waits(held: float) -> Budget:
 
 #: What is held today; wherever that is more than the target, the target is missed by as much.
 CASES = [
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(221), selecting(3, 150), NONE, waits(5)),
-    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(241), selecting(3, 150), NONE, waits(5)),
-    Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(242), selecting(2, 165), NONE, waits(4)),
-    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(289), selecting(1, 50), encoder(141), waits(4)),
-    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(45), NONE, encoder(201), waits(2)),
-    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(258), selecting(3, 186), NONE, waits(10)),
-    Case("llava-next-7b", "trio-soft-33", 8, a_stage(258), selecting(2, 165), NONE, waits(6)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(32), NONE, encoder(203), waits(3)),
-    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(48), NONE, encoder(220), waits(3)),
-    Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(223), selecting(2, 165), NONE, waits(4)),
-    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(258), selecting(1, 50), encoder(300), waits(5)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 1, a_stage(175), selecting(3, 87), NONE, waits(2)),
+    Case("llava-1.5-7b", "trio-llava-1.5-64", 8, a_stage(195), selecting(3, 87), NONE, waits(2)),
+    Case("llava-1.5-7b", "trio-soft-11", 8, a_stage(191), selecting(2, 129), NONE, waits(2)),
+    Case("llava-1.5-7b", "trio-scan-llava-1.5-64", 8, a_stage(235), selecting(1, 29), encoder(91), waits(3)),
+    Case("llava-1.5-7b", "visionzip-llava-1.5-64", 8, a_stage(34), NONE, encoder(141), waits(2)),
+    Case("llava-next-7b", "trio-llava-next-320", 8, a_stage(194), selecting(3, 121), NONE, waits(2)),
+    Case("llava-next-7b", "trio-soft-33", 8, a_stage(191), selecting(2, 129), NONE, waits(2)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(19), NONE, encoder(126), waits(2)),
+    Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(34), NONE, encoder(141), waits(2)),
+    Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(173), selecting(2, 129), NONE, waits(2)),
+    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(213), selecting(1, 29), encoder(147), waits(3)),
 ]
-DECODING = Budget(8, 84)
-DECODING_WAITS = Budget(0, 3)
+DECODING = Budget(8, 4)
+DECODING_WAITS = Budget(0, 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.spec}-{case.architecture}-batch-{case.batch}")
@@ -210,7 +214,7 @@ def test_a_prefill_stays_within_its_budget(case):
         encoder += found.bookkeeping
     case.selecting.check("selecting, operators", found.selecting, found.lines)
     case.encoder.check("encoder, operators", encoder, found.lines)
-    case.waits.check("waits of ours", found.waits, found.lines)
+    case.waits.check("waits of ours", found.waits - found.rounds, found.lines)
 
 
 def test_a_decoding_step_stays_within_its_budget():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.flops import sums_are_cheaper
+from ..core.ops import take_rows
 from ..core.probe import LayerInputs, Probe, Rows
 from ..errors import InputError, UnsupportedModelError
 
@@ -96,7 +97,8 @@ def rotate_half(states: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tens
     rotated = cos.shape[-1]
     turning, still = states[..., :rotated], states[..., rotated:]
     first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    # In this order the sum lies in memory as `cat` lays it out, whole heads side by side: no product has to copy it.
+    turned = torch.cat((-second, first), dim=-1) * sin + turning * cos
     return torch.cat((turned, still), dim=-1) if still.shape[-1] else turned
 
 
@@ -123,9 +125,22 @@ def take_positions(embeddings: Any, index: torch.Tensor) -> Any:
     raise InputError(f"rotary embeddings: found {type(embeddings).__name__}, expected tensors in tuples or dicts")
 
 
-def take_rows(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Chosen columns of ``(B, S, D)`` by int64 ``(B, R)``: ``(B, R, D)``."""
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+def _chosen(hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Chosen columns of ``(B, S, D)``: ``(B, R, D)``."""
+    return take_rows(hidden, rows.index) if rows.span is None else hidden[:, rows.span]
+
+
+def _positions_of(embeddings: Any, rows: Rows) -> Any:
+    """As `take_positions`, of rows; a view where they are the same columns in every sample."""
+    if rows.span is None:
+        return take_positions(embeddings, rows.index)
+    if isinstance(embeddings, (tuple, list)):
+        return type(embeddings)(_positions_of(item, rows) for item in embeddings)
+    if isinstance(embeddings, dict):
+        return {key: _positions_of(item, rows) for key, item in embeddings.items()}
+    if not isinstance(embeddings, torch.Tensor):
+        return take_positions(embeddings, rows.index)  # which names what it found
+    return embeddings[..., rows.span, :]
 
 
 class RowProbe(Probe):
@@ -156,9 +171,9 @@ class RowProbe(Probe):
         cheaper = sums_are_cheaper(heads * count, length, hidden.shape[-1], groups * a.head_dim, a.head_dim)
         mixes = a.linear_values and inputs.past is None and cheaper
         attended = (self._values_of_sums if mixes else self._sums_of_values)(inputs, hidden, weights, groups)
-        attended = a.output(attended.transpose(1, 2).reshape(len(hidden), count, -1))
+        attended = a.output(attended)
         attended = a.attention_norm(attended) if a.attention_norm else attended
-        out: torch.Tensor = take_rows(inputs.hidden, rows.index) + attended
+        out: torch.Tensor = _chosen(inputs.hidden, rows) + attended
         fed = _first(a.mlp(a.mlp_norm(out)))
         out = out + (a.output_norm(fed) if a.output_norm else fed)
         return out
@@ -166,12 +181,13 @@ class RowProbe(Probe):
     def _sums_of_values(
         self, inputs: LayerInputs, hidden: torch.Tensor, weights: torch.Tensor, groups: int
     ) -> torch.Tensor:
-        """Weighted sums of the values of all tokens, ``(B, heads, R, head dim)``, as a layer computes them."""
+        """Weighted sums of the values of all tokens, ``(B, R, heads * head dim)``, as a layer computes them."""
         values = self._heads(self._anatomy.value(hidden))
         if inputs.past is not None:
             values = torch.cat([inputs.past.values.to(values), values], dim=2)
         sums = _grouped(weights.to(values.dtype), groups) @ values  # (B, kv heads, group * R, head dim)
-        return sums.reshape(*weights.shape[:3], -1)
+        batch, heads, count, _ = weights.shape
+        return sums.reshape(batch, heads, count, -1).transpose(1, 2).reshape(batch, count, -1)
 
     def _values_of_sums(
         self, inputs: LayerInputs, hidden: torch.Tensor, weights: torch.Tensor, groups: int
@@ -184,8 +200,8 @@ class RowProbe(Probe):
         batch, heads, count, length = weights.shape
         sums = weights.to(hidden.dtype).reshape(batch, heads * count, length) @ hidden
         values = self._anatomy.value(sums).view(batch, groups, heads // groups, count, groups, -1)
-        own: torch.Tensor = values.diagonal(dim1=1, dim2=4).movedim(-1, 1)  # (B, kv heads, group, R, head dim)
-        return own.reshape(batch, heads, count, -1)
+        own: torch.Tensor = values.diagonal(dim1=1, dim2=4)  # (B, group, R, head dim, kv heads)
+        return own.permute(0, 2, 4, 1, 3).reshape(batch, count, -1)
 
     def _attention(self, inputs: LayerInputs, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, int]:
         """Attention probabilities of the rows over past and present columns, and the number of key-value heads.
@@ -195,22 +211,24 @@ class RowProbe(Probe):
         a = self._anatomy
         keys = self._heads(a.key(hidden), a.key_norm)
         keys = a.rotate(keys, inputs.rotary)
-        queries = self._heads(a.query(take_rows(hidden, rows.index)), a.query_norm)
-        queries = a.rotate(queries, take_positions(inputs.rotary, rows.index))
+        queries = self._heads(a.query(_chosen(hidden, rows)), a.query_norm)
+        queries = a.rotate(queries, _positions_of(inputs.rotary, rows))
         columns = torch.arange(hidden.shape[1], device=hidden.device)
-        seen = inputs.valid[:, None] & (columns <= rows.index[..., None])  # (B, R, S)
+        hides = columns > rows.index[..., None]  # (B, R, S), True where a row sees nothing
+        if inputs.padded:
+            hides = hides | ~inputs.valid[:, None]
         if inputs.past is not None:
             keys = torch.cat([inputs.past.keys.to(keys), keys], dim=2)
-            before = inputs.past.valid[:, None].expand(-1, seen.shape[1], -1)
-            seen = torch.cat([before, seen], dim=2)
+            before = ~inputs.past.valid[:, None].expand(-1, hides.shape[1], -1)
+            hides = torch.cat([before, hides], dim=2)
         if self._window is not None:
             past = keys.shape[2] - hidden.shape[1]
             everything = torch.arange(keys.shape[2], device=hidden.device)
-            seen = seen & (everything > past + rows.index[..., None] - self._window)
+            hides = hides | (everything <= past + rows.index[..., None] - self._window)
         batch, heads, count = queries.shape[:3]
         scores = _grouped(queries, keys.shape[1]) @ keys.transpose(2, 3) * a.scaling
         scores = scores.reshape(batch, heads, count, -1)
-        scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(hides[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1, dtype=torch.float32), keys.shape[1]
 
     def _heads(self, states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
@@ -263,7 +281,7 @@ class LayerProbe(Probe):
         )
 
     def _forward_rows(self, inputs: LayerInputs, rows: Rows) -> torch.Tensor:
-        return take_rows(self._run(inputs), rows.index)
+        return _chosen(self._run(inputs), rows)
 
 
 def _first(output: Any) -> torch.Tensor:

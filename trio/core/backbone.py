@@ -15,6 +15,7 @@ from .patches import PatchMap
 from .probe import LayerInputs, Probe
 from .prompts import InputsFactory
 from .tokens import ImageTokens, Signal
+from .transfer import HostValues
 from .upstream import Upstream
 
 #: Beside an encoder method's arguments: a tuple with the feature rows of each image that it gave, where that is known.
@@ -59,6 +60,9 @@ class TowerReader(Protocol):
 
     def detach(self) -> None:
         """Takes them off."""
+
+    def looked(self, values: HostValues) -> None:
+        """What the host knows of the tensors that the tower is given."""
 
     def clear(self) -> None:
         """Forgets what was read."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from .probe import Probe
+from .probe import Probe, Rows, rows_at_end, rows_of_span
 from .tokens import PATCH, ImageTokens
 from .transfer import upload
 
@@ -34,6 +34,7 @@ class LayerContext:
         seeds: one 32-bit number for each sample, made from its prompt, the same in any batch.
         after_layer: decoder layers already run.
         num_layers: decoder layers of the model.
+        tail: so many columns at the end are text behind all images in every sample, as far as the host knows.
     """
 
     hidden: torch.Tensor
@@ -48,6 +49,7 @@ class LayerContext:
     after_layer: int
     num_layers: int
     probes: Mapping[ProbeName, Callable[[], Probe]] = field(default_factory=dict, repr=False)
+    tail: int = 0
 
     def probe(self, which: ProbeName = "next") -> Probe:
         """The view into a decoder layer.
@@ -66,9 +68,24 @@ class LayerContext:
         text = self.valid & (ahead == 0)
         return torch.where(text.any(1, keepdim=True), text, self.valid)
 
+    def last_rows(self, count: int, *, skip: int = 0, behind_images: bool = False) -> Rows:
+        """The last rows of each sample, see `rows_at_end`; found without the device where all end in enough text.
+
+        Args:
+            count: rows for each sample, at least 1.
+            skip: how many of the last rows to leave out.
+            behind_images: only those of `after_images`.
+        """
+        if count + skip <= self.tail:
+            end = self.valid.shape[1] - skip
+            return rows_of_span(self.valid, slice(end - count, end))
+        return rows_at_end(self.after_images() if behind_images else self.valid, count, skip=skip)
+
     def at_visual(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``(B, S)`` at the visual tokens: float32 ``(B, N)``, -inf where a sample has fewer."""
         picked = values.float().to(self.visual_index.device).gather(1, self.visual_index)
+        if all(sum(counts) == picked.shape[1] for counts in self.counts):
+            return picked
         return picked.masked_fill(~self.visual_valid, float("-inf"))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,13 @@ FAR = 2.0**32
 Distances = Callable[[torch.Tensor, Literal["all", "among"]], torch.Tensor]
 
 
-def most_distant(weights: torch.Tensor, exists: torch.Tensor, k: Sequence[int], distances: Distances) -> torch.Tensor:
+def most_distant(
+    weights: torch.Tensor,
+    exists: torch.Tensor,
+    k: Sequence[int],
+    distances: Distances,
+    order: torch.Tensor | None = None,
+) -> HostChoice:
     """The tokens that a greedy rule keeps: again and again the one with the largest weight times distance.
 
     The distance is that to the nearest token kept so far. It only falls while tokens are kept, so scores from earlier
@@ -36,11 +43,13 @@ def most_distant(weights: torch.Tensor, exists: torch.Tensor, k: Sequence[int], 
         exists: bool ``(G, N)``.
         k: tokens to keep of each group.
         distances: between tokens of a group.
+        order: see `HostChoice`.
 
     Returns:
-        bool ``(G, N)``, True at kept tokens: k of each group, or fewer where fewer exist or a distance is nan.
+        The kept tokens: k of each group, or fewer where fewer exist or a distance is nan.
     """
     tokens = weights.shape[1]
+    choice = HostChoice.none(len(k), tokens)
     size = min(BLOCK, tokens)
     # One column more: a token that is closed, so that there is always one outside, and padding has a place.
     weights, closed = pad(weights, (0, 1)), pad(~exists, (0, 1), value=True)
@@ -51,7 +60,9 @@ def most_distant(weights: torch.Tensor, exists: torch.Tensor, k: Sequence[int], 
         block = best.indices[:, :size]
         columns = [best.values[:, : size + 1], best.indices[:, : size + 1].float()]
         columns += [weights.gather(1, block), nearest.gather(1, block), distances(block, "among").flatten(1)]
-        chosen, counts = _within(torch.cat(columns, 1).detach().cpu().numpy(), size, remaining)
+        packed = choice.downloaded(columns, order)
+        chosen, counts = _within(packed, size, remaining)
+        choice.add(chosen)
         if not counts.any():
             break
         remaining = np.where(counts > 0, remaining - counts, 0)
@@ -62,7 +73,7 @@ def most_distant(weights: torch.Tensor, exists: torch.Tensor, k: Sequence[int], 
         if remaining.any():
             known = nearest[:, :tokens]
             torch.minimum(known, distances(repeated, "all").amin(1), out=known)
-    return exists & closed[:, :tokens]
+    return choice
 
 
 def _within(
@@ -100,6 +111,59 @@ def _within(
         score = np.where(closed, np.float32(-1.0), weight * nearest)
     tokens = np.stack(chosen, 1).astype(np.int64) if chosen else np.full((len(packed), 0), -1)
     return tokens, (tokens >= 0).sum(1)
+
+
+@dataclass
+class HostChoice:
+    """What a rule chose on the host, of G groups of N tokens.
+
+    Attributes:
+        kept: bool ``(G, N)``.
+        order: int64 ``(G, N)``, of a ranking the token at each place, where one was given: places are what is chosen
+            then. It comes to the host with the first round.
+    """
+
+    kept: NDArray[np.bool_]
+    order: NDArray[np.int64] | None = None
+
+    @classmethod
+    def none(cls, groups: int, tokens: int) -> HostChoice:
+        """Nothing yet."""
+        return cls(np.zeros((groups, tokens), dtype=np.bool_))
+
+    def downloaded(self, columns: Sequence[torch.Tensor], order: torch.Tensor | None) -> NDArray[Any]:
+        """Columns ``(G, n)`` of one type side by side on the host: here a round waits for the device."""
+        brings = order is not None and self.order is None
+        more = [order.to(columns[0].dtype)] if order is not None and brings else []
+        packed = torch.cat([*columns, *more], 1).detach().cpu().numpy()
+        if not brings:
+            return packed
+        tokens = self.kept.shape[1]
+        self.order = packed[:, packed.shape[1] - tokens :].astype(np.int64)
+        return packed[:, : packed.shape[1] - tokens]
+
+    def add(self, chosen: NDArray[np.int64]) -> None:
+        """Notes the tokens of a round, int64 ``(G, p)`` with -1 as padding."""
+        group, column = np.nonzero(chosen >= 0)
+        self.kept[group, chosen[group, column]] = True
+
+    def first(self, k: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a selector returns, on the CPU: the kept tokens, filled up to k with the best of the others.
+
+        Args:
+            k: tokens of each group.
+            counts: that each group has; they come first in the ranking.
+
+        Returns:
+            See `trio.core.ops.first_k`.
+        """
+        most, tokens = max(k, default=0), self.kept.shape[1]
+        indices = np.full((len(k), most), max(tokens - 1, 0))
+        for row, kept, wanted, count, group in zip(indices, self.kept, k, counts, range(len(k)), strict=True):
+            there = kept[:count]
+            places = np.concatenate([np.flatnonzero(there), np.flatnonzero(~there)])[:wanted]
+            row[:wanted] = np.sort(places if self.order is None else self.order[group, places])
+        return torch.from_numpy(indices), torch.arange(most) < torch.tensor(k, dtype=torch.int64)[:, None]
 
 
 def uploaded_choice(chosen: NDArray[np.int64], tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,11 +32,6 @@ def ranking(saliency: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return by_saliency.gather(1, late)
 
 
-def kept_first(kept: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
-    """Tokens ``(G, N)`` that are kept first, then others that exist, then the rest; each in rising order of index."""
-    return torch.where(kept, 0, torch.where(exists, 1, 2)).to(torch.int8).sort(dim=1, stable=True).indices
-
-
 def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Chosen rows of ``(G, N, D)`` by int64 ``(G, m)``: ``(G, m, D)``."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
@@ -45,6 +40,6 @@ def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def unit_length(features: torch.Tensor) -> torch.Tensor:
     """Features ``(..., D)`` at length 1, float32; zeros stay zeros, huge and tiny ones neither overflow nor vanish."""
     features = features.float()
-    largest = torch.maximum(features.amax(-1, keepdim=True), features.amin(-1, keepdim=True).neg())
+    largest: torch.Tensor = torch.linalg.vector_norm(features, float("inf"), dim=-1, keepdim=True)
     unit = features / largest.clamp_min(torch.finfo(torch.float32).tiny)
     return unit.div_(torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-12))

@@ -21,10 +21,12 @@ class Rows:
     Attributes:
         index: int64 ``(B, R)``, columns of the sequence; an entry that is not valid still points at a valid column.
         valid: bool ``(B, R)``; False where a sample is too short to have that row.
+        span: the same columns as a slice, where the host knows that they are these in every sample, and all valid.
     """
 
     index: torch.Tensor
     valid: torch.Tensor
+    span: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class LayerInputs:
         rotary: what the model's rotary module gave for these positions.
         past: what the layer's cache holds from earlier turns, None at a first turn.
         others: further arguments of the layer for these tokens, by name; empty in most families.
+        padded: whether some column may be padding; False where the host knows that none is.
     """
 
     hidden: torch.Tensor
@@ -59,6 +62,7 @@ class LayerInputs:
     rotary: Any
     past: Past | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
+    padded: bool = True
 
 
 def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
@@ -79,6 +83,17 @@ def rows_at_end(valid: torch.Tensor, count: int, *, skip: int = 0) -> Rows:
     index = last[:, skip:].flip(1)
     exists = index >= 0
     return Rows(torch.where(exists, index, last[:, :1].clamp_min(0)), exists)
+
+
+def rows_of_span(valid: torch.Tensor, span: slice) -> Rows:
+    """The rows of some columns, of which the host knows that they are valid in every sample.
+
+    Args:
+        valid: bool ``(B, S)``.
+        span: its columns, with a start and a stop.
+    """
+    index = torch.arange(span.start, span.stop, device=valid.device)
+    return Rows(index.expand(valid.shape[0], -1), valid[:, span], span)
 
 
 class Probe(ABC):
@@ -128,34 +143,38 @@ class Probe(ABC):
         """
         with _differentiable():
             inputs = _detached(self.inputs)
-            rows = Rows(_plain(rows.index), _plain(rows.valid))
+            rows = Rows(_plain(rows.index), _plain(rows.valid), rows.span)
             hidden = inputs.hidden.requires_grad_(True)
             logits = self._logits(self._forward_rows(inputs, rows), head=head)
-            weight, scale = _loss_gradient(logits.detach(), rows.valid.to(logits.device))
+            valid = None if rows.span is not None else rows.valid.to(logits.device)
+            weight, scale = _loss_gradient(logits.detach(), valid)
             (gradient,) = torch.autograd.grad(logits, hidden, grad_outputs=weight.to(logits.dtype))
             norms: torch.Tensor = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
             return norms / scale[:, None].to(norms.device)
 
 
-def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_gradient(logits: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of the mean cross-entropy against the own argmax, and the power of two it was multiplied by.
 
     Args:
         logits: ``(B, R, V)``.
-        valid: bool ``(B, R)``.
+        valid: bool ``(B, R)``; None: all rows are.
 
     Returns:
-        The scaled gradient, float32 ``(B, R, V)``, its largest entry between 0.5 and 1, and the scale ``(B,)``.
+        The scaled gradient, float32 ``(B, R, V)``, its largest entry from 1 to below 2, and the scale ``(B,)``.
     """
     label = logits.argmax(-1, keepdim=True)
-    gradient = logits.softmax(-1, dtype=torch.float32).scatter(-1, label, 0.0)
+    others = logits.softmax(-1, dtype=torch.float32).scatter(-1, label, 0.0)
     # Minus the sum of the others rather than p - 1: exact also where the model is so sure that p rounds to 1.
-    gradient = gradient.scatter(-1, label, -gradient.sum(-1, keepdim=True))
-    rows = valid.sum(1, dtype=torch.float32).clamp_min(1)
-    gradient = gradient * (valid / rows[:, None])[..., None]
-    largest = torch.linalg.vector_norm(gradient, float("inf"), dim=(1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
-    scale = torch.exp2(-torch.ceil(torch.log2(largest)))
-    return gradient * scale[:, None, None], scale
+    missing = others.sum(-1, keepdim=True)
+    share: torch.Tensor | float = 1 / logits.shape[1]
+    if valid is not None:
+        share = (valid / valid.sum(1, keepdim=True, dtype=torch.float32).clamp_min(1))[..., None]
+    # No entry of a row is larger than that of its label.
+    largest = (missing * share).amax((1, 2)).clamp_min(torch.finfo(torch.float32).tiny)
+    # The exponent's bits alone are the power of two just below. `frexp` is not there on every device.
+    scale = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).reciprocal()
+    return others.scatter(-1, label, -missing) * (scale[:, None, None] * share), scale
 
 
 @contextmanager
@@ -174,6 +193,7 @@ def _detached(inputs: LayerInputs) -> LayerInputs:
         rotary=_plain(inputs.rotary),
         past=None if past is None else Past(_plain(past.keys), _plain(past.values), _plain(past.valid)),
         others=_plain(dict(inputs.others)),
+        padded=inputs.padded,
     )
 
 

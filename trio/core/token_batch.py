@@ -33,6 +33,7 @@ class TokenBatch:
         cls: ``(G, D)`` or None.
         seeds: of each input.
         host_index: `token_index` on the CPU, where the host knows it without asking the device.
+        host_map: `merge_map` likewise.
         whole: whether no token is known to have been dropped or merged, so that indices and map are 0, 1, 2, ...
     """
 
@@ -47,6 +48,7 @@ class TokenBatch:
     cls: torch.Tensor | None = None
     seeds: tuple[int, ...] = ()
     host_index: torch.Tensor | None = None
+    host_map: torch.Tensor | None = None
     whole: bool = False
 
     @classmethod
@@ -77,6 +79,7 @@ class TokenBatch:
             dict(signals),
             class_tokens,
             seeds,
+            host,
             host,
             whole=True,
         )
@@ -122,6 +125,11 @@ class TokenBatch:
     def valid(self) -> torch.Tensor:
         """bool ``(G, N)``, True where a token is."""
         return first(self.counts, self.features.shape[1], self.features.device)
+
+    @property
+    def present(self) -> torch.Tensor | None:
+        """`valid`; None where nothing is padding."""
+        return self.valid if any(count < self.features.shape[1] for count in self.counts) else None
 
 
 def batches(counts: Sequence[int], width: int) -> list[list[int]]:

@@ -1,10 +1,12 @@
-"""The one way of values from the host to a device: the host does not wait for them."""
+"""The one way of values from the host to a device, for which the host does not wait; and what it looks at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from itertools import accumulate
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def upload(
@@ -32,3 +34,38 @@ def upload(
     # Only CUDA (and ROCm, which torch calls by the same name) is known to copy from pinned memory; without a driver
     # `pin_memory` raises, and then no tensor can go to such a device either.
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+def upload_all(values: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of several types and shapes on a device, in one copy where all come from the CPU; see `upload`."""
+    if device.type == "cpu" or any(value.device.type != "cpu" for value in values):
+        return [upload(value, device) for value in values]
+    # The widest first: each begins where a number of its type may begin.
+    order = sorted(range(len(values)), key=lambda n: -values[n].element_size())
+    raw = [values[n].contiguous().flatten().view(torch.uint8) for n in order]
+    flat, moved = upload(torch.cat(raw), device), list(values)
+    for n, part, end in zip(order, raw, accumulate(map(len, raw)), strict=True):
+        moved[n] = flat[end - len(part) : end].view(values[n].dtype).view(values[n].shape)
+    return moved
+
+
+class HostValues:
+    """Whole numbers of a device at which the host has looked: a second look at the same tensor costs nothing.
+
+    It is for tensors that are given and never written to: ids, masks, grids of images.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been looked at."""
+        self._known: MutableMapping[torch.Tensor, torch.Tensor] = WeakIdKeyDictionary()
+
+    def look(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of whole numbers on the CPU, int64; those that are not known yet in one copy."""
+        wanted = [tensor for tensor in tensors if tensor.device.type != "cpu" and tensor not in self._known]
+        if wanted:
+            device = wanted[0].device
+            flat = [tensor.to(device, torch.int64).flatten() for tensor in wanted]
+            host = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu()
+            for tensor, part in zip(wanted, torch.split(host, [len(one) for one in flat]), strict=True):
+                self._known[tensor] = part.view(tensor.shape)
+        return [tensor.to(torch.int64) if tensor.device.type == "cpu" else self._known[tensor] for tensor in tensors]

@@ -21,12 +21,12 @@ from ..core.backbone import Backbone
 from ..core.hooking import Owner
 from ..core.token_batch import TokenBatch, batches, first
 from ..core.tokens import PATCH, ImageTokens, Signal, seats
-from ..core.transfer import upload
+from ..core.transfer import HostValues, upload, upload_all
 from ..errors import InputError, UnsupportedModelError
 from .encoded import EncodedImage, match_images
 from .forward import Prefill
 from .record import CompressedRecord
-from .state import Counts, Images, drop
+from .state import Counts, Images
 
 if TYPE_CHECKING:
     from ..encoders.compressors.base import Compressor
@@ -97,10 +97,13 @@ class _Compressed:
     Attributes:
         pieces: their numbers among all.
         tokens: the tokens left.
-        index: int64 ``(G, N)``, for each token of a piece its number among the sample's; what follows is padding.
-        samples: int64 ``(G, 1)``, in the batch.
+        index: int64 ``(G, N)`` on the CPU, for each token of a piece its number among the sample's; what follows is
+            padding.
+        samples: int64 ``(G, 1)`` on the CPU, in the batch.
+        columns: int64 ``(G, N)`` on the CPU, where each token of a piece stands among the ``B * S`` columns.
         slots: int64 ``(G, M)`` on the CPU, the tokens of the piece in whose columns they are written, in rising order;
             behind them N.
+        went: int64 ``(G, N)`` on the CPU, `TokenBatch.merge_map`.
         rewritten: int64 on the CPU, those of the G x M whose features are not the ones that stand in their column
             already.
     """
@@ -109,7 +112,9 @@ class _Compressed:
     tokens: TokenBatch
     index: torch.Tensor
     samples: torch.Tensor
+    columns: torch.Tensor
     slots: torch.Tensor
+    went: torch.Tensor
     rewritten: torch.Tensor
 
 
@@ -161,6 +166,11 @@ class EncoderSide:
         """An encoder method is about to run; what a failed one left is forgotten."""
         if self._reader is not None:
             self._reader.clear()
+
+    def looked(self, values: HostValues) -> None:
+        """What the host knows of the forward: the reader need not look at it again."""
+        if self._reader is not None:
+            self._reader.looked(values)
 
     def encoded(self, modality: str) -> None:
         """An encoder method has run: keeps what was read until it runs again."""
@@ -215,11 +225,13 @@ class EncoderSide:
     def _compress_batch(
         self, numbers: tuple[int, ...], pieces: Sequence[_Piece], prefill: Prefill, hidden: torch.Tensor
     ) -> _Compressed:
-        index = upload(_padded([piece.first + piece.members for piece in pieces]), hidden.device)
-        samples = upload([piece.sample for piece in pieces], hidden.device)[:, None]
+        index = _padded([piece.first + piece.members for piece in pieces])
+        samples = torch.tensor([piece.sample for piece in pieces])[:, None]
+        known = prefill.host or prefill.state  # nothing is dropped yet, so that the host knows it
+        columns = samples * hidden.shape[1] + known.visual_index[samples, index]
         features, signals, class_tokens = self._read(pieces, hidden.device)
         if features is None:
-            features = hidden[samples, prefill.state.visual_index[samples, index]]
+            features = hidden.flatten(0, 1)[upload(columns, hidden.device)]
         batch = TokenBatch.start(
             features,
             [piece.source.image.select(piece.members) for piece in pieces],
@@ -232,31 +244,32 @@ class EncoderSide:
         sizes = [len(piece.members) for piece in pieces]
         k = [size if piece.k is None else piece.k for size, piece in zip(sizes, pieces, strict=True)]
         tokens = self._bound.compressor.compress_batch(batch, k)
-        return _Compressed(numbers, tokens, index, samples, *_slots(tokens, sizes))
+        token_index, went = _on_host(tokens)
+        slots, rewritten = _slots(tokens, token_index, sizes)
+        return _Compressed(numbers, tokens, index, samples, columns, slots, went, rewritten)
 
     def _write_back(
         self, prefill: Prefill, hidden: torch.Tensor, pieces: Sequence[_Piece], compressed: Sequence[_Compressed]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts what is left into the hidden states, the prefill's state and its record; see `run`."""
         record, shape = prefill.record, prefill.state.token_index.shape
-        kept, merge_map = _whole(pieces, shape, hidden.device)
+        kept, merge_map = _whole(pieces, shape)
         features: list[torch.Tensor] = []
         columns: list[torch.Tensor] = []
         for part in compressed:
-            slots = upload(part.slots, hidden.device)
-            _mark(part, slots, kept, merge_map, shape[1])
+            _mark(part, kept, merge_map, shape[1])
             if len(part.rewritten):
-                rewritten = upload(part.rewritten, hidden.device)
+                own = part.columns.gather(1, part.slots.clamp_max(part.columns.shape[1] - 1)).flatten()[part.rewritten]
+                rewritten, column = upload_all([part.rewritten, own], hidden.device)
                 features.append(part.tokens.features.flatten(0, 1)[rewritten])
-                column = part.samples * hidden.shape[1] + prefill.state.visual_index[part.samples, part.index]
-                columns.append(column.gather(1, slots.clamp_max(column.shape[1] - 1)).flatten()[rewritten])
+                columns.append(column)
         if features:
             visible = self._visible(torch.cat(features)).to(hidden)
             hidden = hidden.flatten(0, 1).index_put((torch.cat(columns),), visible).view_as(hidden)
         counts, asked = _counts(record.images, pieces, compressed)
         record.images = _written(record.images, pieces, compressed)
         keep = kept[:-1].view(shape)
-        prefill.state, remaining = drop(prefill.state, keep, counts)
+        remaining = prefill.drop(keep, counts)
         newlines = prefill.state.newlines
         record.compressed = CompressedRecord(
             self._bound.name,
@@ -427,49 +440,53 @@ def _inputs(pieces: Sequence[_Piece], reading: Reading) -> list[int]:
     return [bisect_right(ends, int(_patches(piece.source, piece.members[:1])[0, 0])) for piece in pieces]
 
 
-def _whole(pieces: Sequence[_Piece], shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool and int64 ``(B * N + 1,)``: the tokens of pieces that stay whole are kept, and go into themselves.
+def _whole(pieces: Sequence[_Piece], shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool and int64 ``(B * N + 1,)`` on the CPU: tokens of pieces that stay whole are kept, and go into themselves.
 
     The place at the end is one for padding.
     """
-    kept = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=device)
+    kept = torch.zeros(shape.numel() + 1, dtype=torch.bool)
     merge_map = torch.full_like(kept, -1, dtype=torch.int64)
-    whole = [piece for piece in pieces if piece.stays_whole]
-    if whole:
-        index = torch.cat([piece.first + piece.members for piece in whole])
-        start = torch.cat([torch.full_like(piece.members, piece.sample * shape[1]) for piece in whole])
-        place, own = upload(torch.stack([start + index, index]), device)
-        kept.index_fill_(0, place, True)
-        merge_map.index_copy_(0, place, own)
+    for piece in pieces:
+        if piece.stays_whole:
+            own = piece.first + piece.members
+            kept[piece.sample * shape[1] + own] = True
+            merge_map[piece.sample * shape[1] + own] = own
     return kept, merge_map
 
 
-def _mark(part: _Compressed, slots: torch.Tensor, kept: torch.Tensor, merge_map: torch.Tensor, most: int) -> None:
+def _mark(part: _Compressed, kept: torch.Tensor, merge_map: torch.Tensor, most: int) -> None:
     """Enters what is left of some pieces.
 
     Args:
         part: the pieces.
-        slots: `_Compressed.slots` on the device.
-        kept: bool ``(B * N + 1,)``.
+        kept: bool ``(B * N + 1,)`` on the CPU.
         merge_map: int64 likewise.
         most: N.
     """
     tokens, nowhere = part.tokens, len(kept) - 1
     place, width = part.samples * most + part.index, part.index.shape[1]
     if min(tokens.starts) < width:
-        place.masked_fill_(~first(tokens.starts, width, slots.device), nowhere)
-    kept.index_fill_(0, pad(place, (0, 1), value=nowhere).gather(1, slots).flatten(), True)
-    target = pad(part.index, (0, 1)).gather(1, slots)
-    went = torch.where(tokens.merge_map < 0, -1, target.gather(1, tokens.merge_map.clamp_min(0)))
+        place.masked_fill_(~first(tokens.starts, width, place.device), nowhere)
+    kept.index_fill_(0, pad(place, (0, 1), value=nowhere).gather(1, part.slots).flatten(), True)
+    target = pad(part.index, (0, 1)).gather(1, part.slots)
+    went = torch.where(part.went < 0, -1, target.gather(1, part.went.clamp_min(0)))
     merge_map.scatter_(0, place.flatten(), went.flatten())
 
 
-def _slots(tokens: TokenBatch, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_host(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_index` and `merge_map` on the CPU; where the host does not know them the device is looked at once."""
+    if tokens.host_index is not None and tokens.host_map is not None:
+        return tokens.host_index, tokens.host_map
+    both = torch.cat([tokens.token_index, tokens.merge_map], 1).cpu()
+    return both[:, : tokens.token_index.shape[1]], both[:, tokens.token_index.shape[1] :]
+
+
+def _slots(tokens: TokenBatch, index: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of each piece make room for those that are left, and which of these are written: see `_Compressed`.
 
     Each token has its own place; a class token takes a free one, and others make way for it.
     """
-    index = tokens.token_index.cpu() if tokens.host_index is None else tokens.host_index
     slots = torch.full_like(index, max(sizes))
     changed = torch.zeros_like(index, dtype=torch.bool)
     for g, count in enumerate(tokens.counts):
@@ -557,7 +574,7 @@ def merged_features(features: torch.Tensor, record: CompressedRecord) -> torch.T
         features: ``(B, N, D)``, for the tokens at the start.
         record: what the compressor did.
     """
-    merge_map = record.merge_map.to(features.device)
+    merge_map, kept = upload_all([record.merge_map, record.kept], features.device)
     batch, most, width = features.shape
     index = torch.where(merge_map < 0, most, merge_map)[..., None].expand(-1, -1, width)
     total = features.new_zeros(batch, most + 1, width, dtype=torch.float32).scatter_add(1, index, features.float())
@@ -565,4 +582,4 @@ def merged_features(features: torch.Tensor, record: CompressedRecord) -> torch.T
         1, index[..., :1], torch.ones_like(features[..., :1], dtype=torch.float32)
     )
     mean = (total / count.clamp_min(1))[:, :most]
-    return torch.where(record.kept.to(features.device)[..., None], mean.to(features.dtype), features)
+    return torch.where(kept[..., None], mean.to(features.dtype), features)

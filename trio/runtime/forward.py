@@ -14,9 +14,9 @@ from torch import nn
 
 from ..core.context import TokenOrigins
 from ..core.probe import LayerInputs
-from ..core.transfer import upload
+from ..core.transfer import HostValues, upload
 from .record import PrefillRecord
-from .state import TokenState, origins_of
+from .state import Counts, TokenState, drop, origins_of
 
 if TYPE_CHECKING:
     from .stage import BoundStage
@@ -29,6 +29,7 @@ class Prefill:
     Attributes:
         record: what will be reported.
         state: the tokens still there.
+        host: the same on the CPU, as long as all reductions were chosen there; None where the state is there itself.
         input_ids: int64 ``(B, S)`` on the CPU.
         seeds: one number for each sample.
         modalities: for each image what encoded it.
@@ -38,7 +39,7 @@ class Prefill:
         score_only: score, but drop nothing.
         keep_saliency: keep the saliencies in the record, and score even where nothing can be dropped.
         clock: whether to measure phases.
-        finite: for each scored stage the lowest and the highest saliency, ``(2,)`` on the device: nan where any is.
+        finite: for each scored stage the lowest and the highest saliency, on the device: nan where any is.
         find_tiles: gives float32 ``(B, N)``, see `TokenOrigins.tile`, for the tokens at the start.
         embeddings: where the forward keeps no cache, those of its visual tokens, ``(n, D)``.
         repeats: whether the forward is a further step of generation without a cache.
@@ -49,13 +50,14 @@ class Prefill:
     input_ids: torch.Tensor
     seeds: tuple[int, ...]
     num_layers: int
+    host: TokenState | None = None
     modalities: tuple[tuple[str, ...], ...] = ()
     encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     forced: Mapping[int, torch.Tensor] | None = None
     score_only: bool = False
     keep_saliency: bool = False
     clock: bool = False
-    finite: list[tuple[BoundStage, torch.Tensor]] = field(default_factory=list)
+    finite: list[tuple[BoundStage, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=list)
     find_tiles: Callable[[], torch.Tensor] | None = None
     embeddings: torch.Tensor | None = None
     repeats: bool = False
@@ -70,14 +72,40 @@ class Prefill:
         return self._origins
 
     @cached_property
-    def sizes(self) -> torch.Tensor:
-        """How many tokens at the start each one stands for, behind the compressor: float32 ``(B, N)``."""
+    def sizes(self) -> torch.Tensor | None:
+        """How many tokens at the start each one stands for: float32 ``(B, N)``; None where each is one of them."""
         compressed = self.record.compressed
         if compressed is None:
-            return torch.ones(len(self.record.images), self.state.most_at_start, device=self.state.valid.device)
-        merge_map = compressed.merge_map
+            return None
+        merge_map = upload(compressed.merge_map, self.state.valid.device)
         sizes = torch.zeros(merge_map.shape, device=merge_map.device)
         return sizes.scatter_add_(1, merge_map.clamp_min(0), (merge_map >= 0).float())
+
+    @cached_property
+    def one(self) -> torch.Tensor:
+        """The number 1 on the device, float32."""
+        return torch.ones((), device=self.state.valid.device)
+
+    def known(self, keep: torch.Tensor) -> TokenState:
+        """The tokens still there, on the device of a mask over them."""
+        return self.host if self.host is not None and keep.device.type == "cpu" else self.state
+
+    def drop(self, keep: torch.Tensor, counts: Counts) -> torch.Tensor:
+        """Drops visual tokens: on the host where they were chosen there and all is known, else on the device.
+
+        Args:
+            keep: bool ``(B, N)``, visual tokens to keep, on the device or on the CPU.
+            counts: tokens that each image has left.
+
+        Returns:
+            int64 ``(B, S')`` on the device, the present columns that remain (padding points at anything).
+        """
+        before, device = self.state, self.state.valid.device
+        known = self.known(keep)
+        state, columns = drop(known, upload(keep, known.valid.device), counts)
+        self.host = state if known is self.host else None
+        self.state = state.to(device, before)
+        return upload(columns, device)
 
     @property
     def shorter(self) -> bool:
@@ -177,6 +205,7 @@ class Forward:
         active: whether decoder layers need anything of the runtime.
         segments: by number of stages passed and sliding window of the layer.
         ran: what entered the last layer, where a scorer wants it.
+        looked: ids, mask and sizes of images, as far as the host has looked at them.
     """
 
     entry: nn.Module
@@ -200,6 +229,7 @@ class Forward:
     active: bool = False
     segments: dict[tuple[int, int | None], Segment] = field(default_factory=dict)
     ran: LayerInputs | None = None
+    looked: HostValues | None = None
 
     def tokens(self, hidden: torch.Tensor) -> int:
         """Tokens of the conversation that this forward brings, the dropped ones included."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -18,6 +20,7 @@ from ..core.backbone import FEATURE_COUNTS, Backbone
 from ..core.context import ProbeName
 from ..core.hooking import Hook, MethodPatch, Owner, patches_on, remove_hooks
 from ..core.probe import LayerInputs, Probe
+from ..core.transfer import HostValues
 from ..core.upstream import LayerCall, ModelCall, Role, check_one_cache, hidden_of, unsupported, uses_cache
 from ..errors import AttachError, BusyError, InputError, NonFiniteError
 from .cache import ReducedLayer, bytes_of, check_can_shrink, check_filled, tokens_in
@@ -116,10 +119,15 @@ class Runtime:
         self._newlines = newlines
         self._on_prefill = on_prefill
         self._on_decode = on_decode
+        encoders = [getattr(type(backbone.multimodal), name, None) for name in backbone.encoders.values()]
+        self._encoder_arguments = sorted(
+            {name for one in encoders if one for name in inspect.signature(one).parameters}
+        )
         # Attached last and detached first, so that whatever an interrupt leaves on the model has no effect.
         self._owner = Owner(pipeline_name)
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self._encoded_ahead: str | None = None
+        self._looked_ahead: HostValues | None = None  # where images are encoded ahead of the forward
         self._wait = wait
         self._turns = turns_of(backbone.language_model)
         self._here: Turn | None = None  # of the thread for which alone it is attached
@@ -238,7 +246,7 @@ class Runtime:
         self._running = _Running()
         self._uncached = None
         self._encoded.clear()
-        self._encoded_ahead, self.within_encoder = None, False
+        self._encoded_ahead, self._looked_ahead, self.within_encoder = None, None, False
         if self._here is not None:
             turn, self._here = self._here, None
             self._turns.leave(turn)
@@ -344,6 +352,18 @@ class Runtime:
                 "inputs_embeds: without input_ids nobody can tell which embeddings are visual tokens; "
                 "pass input_ids and pixels, or detach the pipeline"
             )
+        if forward.brings_images and not torch.compiler.is_compiling():
+            self._look(forward, ids)
+
+    def _look(self, forward: Forward, ids: Any) -> None:
+        """Looks at all that the host must know, before the vision tower is launched: nothing is waited for yet."""
+        mask = self._upstream.multimodal.read(Role.MASK, forward.call)
+        given = [ids, mask, *(forward.call.get(name) for name in self._encoder_arguments)]
+        tensors = [one for one in given if isinstance(one, torch.Tensor) and one.ndim == 2]
+        forward.looked, self._looked_ahead = self._looked_ahead or HostValues(), None
+        forward.looked.look([one for one in tensors if not one.is_floating_point()])
+        if self._encoder is not None:
+            self._encoder.looked(forward.looked)
 
     def encoding(self, modality: str, arguments: Mapping[str, Any]) -> None:
         """See `Listener`."""
@@ -355,6 +375,9 @@ class Runtime:
             forward.modalities.add(modality)
         elif self._running.generating:
             self._encoded_ahead = modality
+            if self._encoder is not None:
+                self._looked_ahead = self._looked_ahead or HostValues()
+                self._encoder.looked(self._looked_ahead)
 
     def encoded(self, modality: str, counts: tuple[int, ...] | None) -> None:
         """See `Listener`."""
@@ -374,7 +397,7 @@ class Runtime:
                 self._generates(False, False)
 
     def _generates(self, generating: bool, appends: bool) -> None:
-        self._encoded_ahead = None
+        self._encoded_ahead = self._looked_ahead = None
         self._running.generating, self._running.appends, self._running.appends_to = generating, appends, None
 
     def _before_language_model(
@@ -553,10 +576,10 @@ class Runtime:
     @staticmethod
     def _check_finite(prefill: Prefill) -> None:
         """Looks at the flags of all stages at once: the prefill's other synchronisation."""
-        last = prefill.finite[-1][1].device
-        bounds = torch.stack([extremes.float().to(last) for _, extremes in prefill.finite]).tolist()
-        for (stage, _), extremes in zip(prefill.finite, bounds, strict=True):
-            if not all(map(math.isfinite, extremes)):
+        last = prefill.finite[-1][1][0].device
+        bounds = torch.stack([bound.float().to(last) for _, both in prefill.finite for bound in both]).tolist()
+        for number, (stage, _) in enumerate(prefill.finite):
+            if not all(map(math.isfinite, bounds[2 * number : 2 * number + 2])):
                 raise NonFiniteError(
                     f"stage after layer {stage.after_layer}: the scorer {type(stage.scorer).__name__} gave saliencies "
                     "that are not finite; look at the hidden states: float16 may overflow (load the model in "
@@ -663,7 +686,7 @@ class Runtime:
         backbone, ran = self._backbone, forward.ran
         probes: dict[ProbeName, Callable[[], Probe]] = {"next": lambda: backbone.probe(index, inputs)}
         if index > 0:
-            last = LayerInputs(inputs.hidden, inputs.valid, inputs.rotary, others=inputs.others)
+            last = replace(inputs, past=None)
             probes["last"] = lambda: backbone.probe(index - 1, last)
         if ran is not None:
             probes["ran"] = lambda: backbone.probe(index - 1, ran)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..core.backbone import Backbone
+from ..core.transfer import HostValues
 from ..core.upstream import Role, encoder_outputs
 from ..errors import InputError
 from .encoded import tiles_of
@@ -46,12 +47,13 @@ def start_prefill(
     here = forward.modalities | set(encoder_outputs(forward.call))
     used: Mapping[str, Mapping[str, Any]] = {name: encoded[name] for name in here if name in encoded}
     ids = backbone.upstream.multimodal.read(Role.IDS, forward.call)
-    ids, valid, used = _on_host(ids, forward.mask, used)
+    ids, valid, used = _on_host(forward.looked or HostValues(), ids, forward.mask, used)
     _check_samples(valid)
     layout = backbone.layout(ids, used)
     if not any(layout.images):
         return None
-    state, images = start(layout.visual & valid, valid, layout.images, hidden.device, newlines)
+    host, images = start(layout.visual & valid, valid, layout.images, newlines)
+    state = host.to(hidden.device)
     modalities = layout.modalities or tuple(("image",) * len(row) for row in layout.images)
     return Prefill(
         record=PrefillRecord(
@@ -60,6 +62,7 @@ def start_prefill(
             newlines=() if state.newlines is None else state.newlines.counts,
         ),
         state=state,
+        host=None if host is state else host,
         input_ids=ids,
         seeds=tuple(_seed(row[there]) for row, there in zip(ids, valid, strict=True)),
         num_layers=len(backbone.layers),
@@ -70,11 +73,12 @@ def start_prefill(
 
 
 def _on_host(
-    ids: torch.Tensor, mask: torch.Tensor | None, encoded: Mapping[str, Mapping[str, Any]]
+    looked: HostValues, ids: torch.Tensor, mask: torch.Tensor | None, encoded: Mapping[str, Mapping[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, dict[str, Any]]]:
-    """All that the host must know of a forward, in one copy: here the prefill waits for the device.
+    """All that the host must know of a forward: here it waits for the device, for what it has not looked at before.
 
     Args:
+        looked: what it has looked at.
         ids: int ``(B, S)``.
         mask: of the whole conversation, ``(B, past + S)``, or None.
         encoded: by modality, arguments of the encoder methods.
@@ -91,31 +95,21 @@ def _on_host(
             f"mask: found {tuple(mask.shape)} (batch, length), the forward brings {batch} samples of {length} tokens; "
             "pass the mask that the processor made with the ids, with ones in front for the tokens of earlier turns"
         )
-    looked: dict[tuple[str, str], torch.Tensor] = {
+    numbers: dict[tuple[str, str], torch.Tensor] = {
         (modality, name): value
         for modality, arguments in encoded.items()
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32) and value.device.type != "cpu"
     }
-    masks = [] if mask is None else [mask[:, -length:]]
-    host = _downloaded([ids, *masks, *looked.values()])
-    present = host[1].bool() if masks else torch.ones_like(host[0], dtype=torch.bool)
-    known = dict(zip(looked, host[1 + len(masks) :], strict=True))
+    masks = [] if mask is None else [mask]
+    host = looked.look([ids, *masks, *numbers.values()])
+    present = host[1][:, -length:].bool() if masks else torch.ones_like(host[0], dtype=torch.bool)
+    known = dict(zip(numbers, host[1 + len(masks) :], strict=True))
     copied = {
         modality: {name: known.get((modality, name), value) for name, value in arguments.items()}
         for modality, arguments in encoded.items()
     }
     return host[0], present, copied
-
-
-def _downloaded(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of whole numbers on the CPU, int64, all on the first one's device: in one copy."""
-    device = tensors[0].device
-    if len(tensors) == 1 or device.type == "cpu":
-        return [tensor.to("cpu", torch.int64) for tensor in tensors]
-    flat = torch.cat([tensor.to(device, torch.int64).flatten() for tensor in tensors]).cpu()
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _check_samples(valid: torch.Tensor) -> None:

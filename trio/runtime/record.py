@@ -63,8 +63,8 @@ class StageRecord:
     def _at_start(self, values: torch.Tensor, absent: bool | float) -> torch.Tensor:
         """Values of the tokens that reached the stage as values of those at the start."""
         batch, most = values.shape[0], self.most_at_start
-        out = torch.full((batch, most + 1), absent, dtype=values.dtype, device=values.device)
-        out.scatter_(1, torch.where(self.reached, self.token_index, most), values)
+        out = torch.full((batch, most + 1), absent, dtype=values.dtype, device=self.reached.device)
+        out.scatter_(1, torch.where(self.reached, self.token_index, most), values.to(out.device))
         return out[:, :most]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.backbone import Backbone
 from ..core.probe import LayerInputs, Past
+from ..core.transfer import upload
 from ..core.upstream import LayerCall, Role, causal_mask, unsupported
 from ..errors import InputError
 from .cache import ReducedLayer, layer_of, reduced_layer
@@ -236,7 +237,8 @@ class Shrinker:
         if not self._compact:
             return self._backbone.take_positions(self._calls[index].rotary_of(given), state.column)
         ids = self._position_ids(forward, index, hidden, given).gather(1, state.column.to(hidden.device))
-        ids = ids - state.dropped_before().to(hidden.device)
+        known = forward.prefill.host or state
+        ids = ids - upload(known.dropped_before(), hidden.device)
         ids = ids if past_dropped is None else ids - past_dropped[:, None]
         return self._backbone.rotary(hidden, ids.clamp_min(0))
 
@@ -281,7 +283,7 @@ class Shrinker:
             if past_valid is None:
                 past_valid = torch.ones(hidden.shape[0], held, dtype=torch.bool, device=device)
             past = Past(layer.keys.to(device), layer.values.to(device), past_valid)
-        return LayerInputs(hidden, state.valid.to(hidden.device), rotary, past, others)
+        return LayerInputs(hidden, state.valid.to(hidden.device), rotary, past, others, padded=state.ragged)
 
 
 def _joined(past: torch.Tensor | None, held: int, new: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -293,7 +295,7 @@ def _joined(past: torch.Tensor | None, held: int, new: torch.Tensor | None, leng
         return None
     if past is None:
         assert new is not None
-        return nn.functional.pad(new, (held, 0), value=True)
+        return nn.functional.pad(new, (held, 0), value=True) if held else new
     missing = held - past.shape[1] + (length if new is None else 0)
     past = nn.functional.pad(past, (0, missing), value=True) if missing else past
     return past if new is None else torch.cat([past, new], dim=1)

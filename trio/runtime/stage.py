@@ -15,7 +15,7 @@ from ..core.transfer import upload
 from ..errors import InputError
 from .forward import Prefill
 from .record import StageRecord
-from .state import Groups, TokenState, drop, groups, kept_counts, ungroup
+from .state import Groups, TokenState, groups, kept_counts, ungroup
 
 if TYPE_CHECKING:
     from ..scorers.base import Scorer
@@ -68,16 +68,19 @@ def run_stage(
     if prefill.score_only:
         pass
     elif prefill.forced is not None:
-        keep = upload(prefill.forced[stage.index], keep.device).gather(1, state.token_index) & keep
-        counts = _counts(state, keep)
+        forced = prefill.forced[stage.index]
+        known = prefill.known(forced)
+        keep = upload(forced, known.valid.device).gather(1, known.token_index) & known.visual_valid
+        counts = _counts(known, keep)
     elif saliency is not None and drops:
         with prefill.timed("selection", hidden.device):
             keep, counts = _select(stage, group, asked, saliency, hidden, prefill)
 
-    prefill.record.stages[stage.index] = StageRecord(
+    known = prefill.known(keep)
+    record = prefill.record.stages[stage.index] = StageRecord(
         keep=keep,
-        reached=state.visual_valid,
-        token_index=state.token_index,
+        reached=known.visual_valid,
+        token_index=known.token_index,
         most_at_start=state.most_at_start,
         counts=counts,
         asked=asked,
@@ -86,9 +89,9 @@ def run_stage(
     )
     if counts == state.counts:
         return None
-    prefill.state, columns = drop(state, keep, counts)
+    columns = prefill.drop(keep, counts)
     if prefill.state.newlines is not None:
-        prefill.record.stages[stage.index].newlines = prefill.state.newlines.counts
+        record.newlines = prefill.state.newlines.counts
     return columns
 
 
@@ -109,6 +112,7 @@ def _score(
         after_layer=stage.after_layer,
         num_layers=prefill.num_layers,
         probes=probes,
+        tail=state.tail,
     )
     with prefill.timed("scoring", hidden.device):
         saliency = stage.scorer.score(context)
@@ -120,7 +124,7 @@ def _score(
         )
     rated = torch.where(state.visual_valid, saliency, 0) if state.uneven else saliency
     if rated.numel():
-        prefill.finite.append((stage, torch.stack(rated.aminmax())))  # nan spreads to both
+        prefill.finite.append((stage, rated.aminmax()))  # nan spreads to both
     return saliency
 
 
@@ -132,7 +136,6 @@ def _select(
     hidden: torch.Tensor,
     prefill: Prefill,
 ) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
-    state = prefill.state
     context = selection_context(stage, group, asked, saliency, hidden, prefill)
     indices, chosen = stage.selector.select(context)
     if indices.shape != chosen.shape or indices.ndim != 2 or indices.shape[0] != len(asked):
@@ -141,10 +144,14 @@ def _select(
             f"shape {tuple(indices.shape)} and flags of shape {tuple(chosen.shape)}; both must be "
             f"({len(asked)} groups, K): run trio.testing.check_selector on it"
         )
+    known = prefill.known(indices)
+    if known is prefill.host:
+        group = groups(known, prefill.record.images, stage.per)
+    indices, chosen = upload(indices, known.valid.device), upload(chosen, known.valid.device)
     full = not stage.selector.decides_count and set(asked) == {indices.shape[1]}
-    keep = ungroup(group, indices, None if full else chosen, state)
+    keep = ungroup(group, indices, None if full else chosen, known)
     kept = chosen.sum(1).tolist() if stage.selector.decides_count else list(asked)
-    return keep, kept_counts(group, kept, state, keep)
+    return keep, kept_counts(group, kept, known, keep)
 
 
 def selection_context(
@@ -167,22 +174,19 @@ def selection_context(
     """
     state, device = prefill.state, hidden.device
     by_group = group.take(saliency)
-    padded = not group.whole or state.uneven
-    compressed = prefill.record.compressed is not None
+    padded = group.place is not None or state.uneven
 
     def origins() -> TokenOrigins:
         token_index = group.take(state.token_index)
-        sample = group.sample[:, None]
-        return prefill.origins_on(device).map(lambda values: values[sample, token_index])
+        return prefill.origins_on(device).map(lambda values: group.at(values, token_index))
 
-    if compressed:
-        sizes = group.take(prefill.sizes.to(device).gather(1, state.token_index))
+    if prefill.sizes is None:
+        sizes = prefill.one.to(device).expand(by_group.shape)
     else:
-        sizes = torch.ones((), device=device).expand(by_group.shape)
-    columns = group.take(state.visual_index)
+        sizes = group.take(prefill.sizes.to(device).gather(1, state.token_index))
     return SelectionContext(
         saliency=by_group.masked_fill(~group.valid, float("-inf")) if padded else by_group,
-        features=hidden[group.sample[:, None], columns],
+        features=group.at(hidden, group.take(state.visual_index)),
         k=torch.tensor(asked, dtype=torch.int64),
         valid=group.valid,
         counts=group.current,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ..core.context import TokenOrigins
+from ..core.ops import take_rows
 from ..core.tokens import ImageTokens
-from ..core.transfer import upload
+from ..core.transfer import upload, upload_all
 
 #: What happens to newline tokens, which are structure and no part of the image.
 NewlinePolicy = Literal["with-row", "always", "never"]
@@ -59,6 +61,7 @@ class TokenState:
         started: for each sample, the valid tokens that it started with.
         side: on which side padding goes.
         newlines: the newline tokens; None in families without.
+        tail: so many columns at the end are text behind all images, in every sample.
     """
 
     column: torch.Tensor
@@ -74,24 +77,30 @@ class TokenState:
     started: tuple[int, ...]
     side: Side
     newlines: Newlines | None = None
+    tail: int = 0
 
-    def to(self, device: torch.device) -> TokenState:
-        """The same on another device (a model may be spread over several)."""
+    def to(self, device: torch.device, before: TokenState | None = None) -> TokenState:
+        """The same on another device (a model may be spread over several); from the CPU in one copy.
+
+        Args:
+            device: where it goes.
+            before: the state on that device from which this one was made by a drop: what that leaves as it is is there.
+        """
         if self.valid.device == device:
             return self
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            name: upload(value, device) if isinstance(value, torch.Tensor) else value for name, value in moved.items()
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS if before is None or name not in _STEADY}
         lines = self.newlines
         if lines is not None:
-            moved["newlines"] = replace(
-                lines,
-                mask=upload(lines.mask, device),
-                row=upload(lines.row, device),
-                row_of=upload(lines.row_of, device),
-            )
-        return TokenState(**moved)
+            names = [name for name in _OF_NEWLINES if before is None or name not in _STEADY]
+            tensors |= {f"newlines {name}": getattr(lines, name) for name in names}
+        moved: dict[str, Any] = dict(zip(tensors, upload_all(list(tensors.values()), device), strict=True))
+        if before is not None:
+            moved["ranks"] = before.ranks
+            if before.newlines is not None:
+                moved["newlines row_of"] = before.newlines.row_of
+        if lines is not None:
+            lines = replace(lines, **{name: moved[f"newlines {name}"] for name in _OF_NEWLINES})
+        return replace(self, **{name: moved[name] for name in _TENSORS}, newlines=lines)
 
     @property
     def ragged(self) -> bool:
@@ -113,27 +122,27 @@ class TokenState:
         return upload(gone, self.valid.device, torch.int64)
 
 
+#: Tensors of a state and of its newlines, and those that no drop changes.
+_TENSORS = ("column", "valid", "visual", "visual_index", "visual_valid", "token_index", "ranks")
+_OF_NEWLINES, _STEADY = ("mask", "row", "row_of"), ("ranks", "row_of")
+
+
 def start(
-    placeholders: torch.Tensor,
-    valid: torch.Tensor,
-    images: Images,
-    device: torch.device,
-    policy: NewlinePolicy = "with-row",
+    placeholders: torch.Tensor, valid: torch.Tensor, images: Images, policy: NewlinePolicy = "with-row"
 ) -> tuple[TokenState, Images]:
-    """The tokens as they enter the model.
+    """The tokens as they enter the model, on the CPU.
 
     Args:
         placeholders: bool ``(B, S)`` on the CPU, True at the tokens of images, newlines included.
         valid: bool ``(B, S)`` on the CPU.
         images: the images of each sample, newlines included.
-        device: where the tensors go.
         policy: what happens to newlines.
 
     Returns:
         The tokens, and the images without their newlines: only visual tokens are scored, counted and selected.
     """
     batch, length = placeholders.shape
-    visual, newlines = _split(placeholders, images, device, policy)
+    visual, newlines = _split(placeholders, images, policy)
     without_newlines = tuple(
         tuple(image.select(image.is_visual.nonzero().squeeze(1)) for image in sample) for sample in images
     )
@@ -144,27 +153,27 @@ def start(
     lengths = tuple(valid.sum(1).tolist())
     # A sample whose last column is padding came padded on the right. Without padding, left is what generate reads.
     side: Side = "right" if not bool(valid[:, -1].all()) else "left"
+    text = valid & ~placeholders
     state = TokenState(
-        column=torch.arange(length, device=device).expand(batch, -1),
-        valid=upload(valid, device),
-        visual=upload(visual, device),
-        visual_index=upload(index, device),
-        visual_valid=upload(visual_valid, device),
-        token_index=torch.arange(most, device=device).expand(batch, -1),
-        ranks=upload(valid.cumsum(1), device),
+        column=torch.arange(length).expand(batch, -1),
+        valid=valid,
+        visual=visual,
+        visual_index=index,
+        visual_valid=visual_valid,
+        token_index=torch.arange(most).expand(batch, -1),
+        ranks=valid.cumsum(1),
         most_at_start=most,
         counts=tuple(tuple(image.tokens for image in sample) for sample in without_newlines),
         sample_lengths=lengths,
         started=lengths,
         side=side,
         newlines=newlines,
+        tail=int(text.flip(1).cummin(1).values.sum(1).min()),
     )
     return state, without_newlines
 
 
-def _split(
-    placeholders: torch.Tensor, images: Images, device: torch.device, policy: NewlinePolicy
-) -> tuple[torch.Tensor, Newlines | None]:
+def _split(placeholders: torch.Tensor, images: Images, policy: NewlinePolicy) -> tuple[torch.Tensor, Newlines | None]:
     """Visual tokens and newline tokens among the placeholders."""
     if all(bool(image.is_visual.all()) for sample in images for image in sample):
         return placeholders, None
@@ -188,7 +197,7 @@ def _split(
         row_of.append(all_rows[is_visual])
     padded = torch.nn.utils.rnn.pad_sequence(row_of, batch_first=True)
     counts = tuple(mask.sum(1).tolist())
-    return visual, Newlines(upload(mask, device), upload(row, device), upload(padded, device), most, policy, counts)
+    return visual, Newlines(mask, row, padded, most, policy, counts)
 
 
 @dataclass(frozen=True)
@@ -196,26 +205,29 @@ class Groups:
     """Visual tokens gathered by the unit that a count holds for: an image, or all images of a sample.
 
     Attributes:
-        sample: int64 ``(G,)``, the sample of each group.
-        index: int64 ``(G, n)``, each token's number among those that the sample has now.
+        place: int64 ``(G, 1)``, the sample of each group, and int64 ``(G, n)``, each token's number among those that
+            the sample has now; None where each sample is one group, so that both are the same tensors.
         valid: bool ``(G, n)``.
         started: tokens that each group started with.
         current: tokens that each group has now.
         per: what a group is.
-        whole: whether each sample is one group, so that groups and samples are the same tensors.
     """
 
-    sample: torch.Tensor
-    index: torch.Tensor
+    place: tuple[torch.Tensor, torch.Tensor] | None
     valid: torch.Tensor
     started: tuple[int, ...]
     current: tuple[int, ...]
     per: Literal["image", "sample"]
-    whole: bool = False
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
         """Values ``(B, N, ...)`` of the present visual tokens by group, ``(G, n, ...)``."""
-        return values if self.whole else values[self.sample[:, None], self.index]
+        return values if self.place is None else values[self.place]
+
+    def at(self, values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Values ``(B, m)`` or ``(B, m, D)`` at columns of each group's sample, int64 ``(G, n)``: ``(G, n, ...)``."""
+        if self.place is not None:
+            return values[self.place[0], columns]
+        return values.gather(1, columns) if values.ndim == 2 else take_rows(values, columns)
 
 
 def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -> Groups:
@@ -234,22 +246,15 @@ def groups(state: TokenState, images: Images, per: Literal["image", "sample"]) -
     most = max((tokens for _, _, tokens, _ in rows), default=0)
     counted = tuple(before for _, _, _, before in rows), tuple(tokens for _, _, tokens, _ in rows)
     if [sample for sample, _, _, _ in rows] == list(range(len(state.counts))):
-        samples = torch.arange(len(rows), device=state.valid.device)
-        columns = torch.arange(most, device=state.valid.device).expand(len(rows), -1)
-        return Groups(samples, columns, state.visual_valid, *counted, per=per, whole=True)
+        return Groups(None, state.visual_valid, *counted, per=per)
     column = torch.arange(most)[None]
     first_place = torch.tensor([first for _, first, _, _ in rows], dtype=torch.int64)[:, None]
     current = torch.tensor([now for _, _, now, _ in rows], dtype=torch.int64)[:, None]
     last = max(state.token_index.shape[1] - 1, 0)
-    device = state.valid.device
-    return Groups(
-        sample=upload([sample for sample, _, _, _ in rows], device, torch.int64),
-        index=upload((first_place + column).clamp_max(last), device),
-        valid=upload(column < current, device),
-        started=counted[0],
-        current=counted[1],
-        per=per,
-    )
+    samples = torch.tensor([sample for sample, _, _, _ in rows], dtype=torch.int64)[:, None]
+    index, there = (first_place + column).clamp_max(last), column < current
+    samples, index, valid = upload_all([samples, index, there], state.valid.device)
+    return Groups((samples, index), valid, *counted, per=per)
 
 
 def origins_of(images: Images) -> TokenOrigins:
@@ -285,21 +290,22 @@ def ungroup(group: Groups, indices: torch.Tensor, valid: torch.Tensor | None, st
     Returns:
         bool ``(B, N)``, True at tokens to keep.
     """
-    size = group.index.shape[1]
+    size = group.valid.shape[1]
     chosen = torch.zeros(len(group.started), size + 1, dtype=torch.bool, device=indices.device)
     chosen.scatter_(1, indices if valid is None else torch.where(valid, indices, size), True)
-    if group.whole:
+    if group.place is None:
         return chosen[:, :size] & group.valid if state.uneven else chosen[:, :size]
     batch, most = state.token_index.shape
     keep = torch.zeros(batch, most + 1, dtype=torch.bool, device=indices.device)
-    keep[group.sample[:, None], torch.where(group.valid, group.index, most)] = chosen[:, :size] & group.valid
+    sample, index = group.place
+    keep[sample, torch.where(group.valid, index, most)] = chosen[:, :size] & group.valid
     return keep[:, :most]
 
 
 def kept_counts(group: Groups, kept: list[int], state: TokenState, keep: torch.Tensor) -> Counts:
     """Tokens that each image has left, from the numbers that each group keeps.
 
-    Groups that are whole samples of several images need one look at the tensor, the rest is known on the host.
+    Groups that are whole samples of several images need a look at the tensor, the rest is known on the host.
     """
     per_sample: list[list[int]] = [[] for _ in state.counts]
     samples = [sample for sample, counts in enumerate(state.counts) for _ in range(len(counts))]
@@ -339,7 +345,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     if newlines is not None:
         ends = _newlines_that_stay(newlines, state, keep)
         if newlines.policy == "with-row":
-            # Which rows keep a token is known on the device only: one look for each stage in families with newlines.
+            # On a device this is a look for each stage, in families with newlines.
             newlines_kept = tuple(ends.sum(1).tolist())
         else:
             newlines_kept = newlines.counts if newlines.policy == "always" else (0,) * len(newlines.counts)
@@ -352,7 +358,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
         )
     )
     new_length, left = max(lengths), state.side == "left"
-    order = stays.to(torch.int8).sort(dim=1, descending=not left, stable=True).indices
+    order = _in_order(stays, first=not left)
     take = order[:, order.shape[1] - new_length :] if left else order[:, :new_length]
     valid, visual = stays.gather(1, take), state.visual.gather(1, take)
     if any(length != new_length for length in lengths):
@@ -363,7 +369,6 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
     visual_valid = torch.ones(keep.shape[0], most, dtype=torch.bool, device=keep.device)
     if uneven:
         visual_valid = visual_valid.cumsum(1) <= upload(totals, keep.device, torch.int64)[:, None]
-    token_index = torch.where(keep, state.token_index, state.most_at_start).sort(dim=1).values[:, :most]
     return (
         TokenState(
             column=state.column.gather(1, take),
@@ -371,7 +376,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
             visual=visual,
             visual_index=_true_first(visual, most),
             visual_valid=visual_valid,
-            token_index=token_index.clamp_max(state.most_at_start - 1) if uneven else token_index,
+            token_index=state.token_index.gather(1, _true_first(keep, most)),
             ranks=state.ranks,
             most_at_start=state.most_at_start,
             counts=counts,
@@ -379,6 +384,7 @@ def drop(state: TokenState, keep: torch.Tensor, counts: Counts) -> tuple[TokenSt
             started=state.started,
             side=state.side,
             newlines=None if newlines is None else _taken(newlines, take, valid, newlines_kept),
+            tail=state.tail,
         ),
         take,
     )
@@ -403,4 +409,12 @@ def _taken(newlines: Newlines, take: torch.Tensor, valid: torch.Tensor, counts: 
 
 def _true_first(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Columns of the first `count` True of each row, in rising order; other columns follow where there are fewer."""
-    return mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return _in_order(mask, first=True)[:, :count]
+
+
+def _in_order(mask: torch.Tensor, *, first: bool) -> torch.Tensor:
+    """Columns of each row of bool ``(B, n)``: those that are True first (or last), each kind in rising order."""
+    if mask.device.type == "cpu":  # numpy's stable sort of bytes takes linear time
+        flags = mask.numpy().view(np.uint8)
+        return torch.from_numpy(np.argsort(1 - flags if first else flags, axis=1, kind="stable"))
+    return mask.to(torch.int8).sort(dim=1, descending=first, stable=True).indices

@@ -8,7 +8,6 @@ import torch
 
 from ..core.context import LayerContext
 from ..core.flops import last_row_flops
-from ..core.probe import rows_at_end
 from ..core.shape import ModelShape
 from .base import SCORERS, Scorer
 
@@ -25,7 +24,7 @@ class LastTokenAttention(Scorer):
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """See `Scorer.score`; values between 0 and 1."""
-        attention = ctx.probe("ran").attention_rows(rows_at_end(ctx.valid, 1))
+        attention = ctx.probe("ran").attention_rows(ctx.last_rows(1))
         return ctx.at_visual(attention[:, :, 0].mean(1))
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field
 from ..core.context import LayerContext
 from ..core.flops import probe_flops
 from ..core.part import Categorical, Choice, IntRange
-from ..core.probe import Head, rows_at_end
+from ..core.probe import Head
 from ..core.shape import ModelShape
 from .base import SCORERS, Scorer
 
@@ -58,8 +58,8 @@ class ObjectiveGradient(Scorer):
 
     def score(self, ctx: LayerContext) -> torch.Tensor:
         """See `Scorer.score`; the magnitudes are those of the loss's gradient."""
-        columns = ctx.after_images() if self.rows == "after-picture" else ctx.valid
-        rows = rows_at_end(columns, self.positions, skip=self.skip + (self.rows == "released"))
+        skip = self.skip + (self.rows == "released")
+        rows = ctx.last_rows(self.positions, skip=skip, behind_images=self.rows == "after-picture")
         return ctx.at_visual(ctx.probe(self.probe_layer).saliency(rows, head=self.head))
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:

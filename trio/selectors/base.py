@@ -32,7 +32,8 @@ class Selector(Part, ABC):
 
         Returns:
             Indices, int64 ``(G, K)`` in rising order with K the largest k, and bool ``(G, K)``, True at the first k of
-            each group. The same tokens come out for a group in any batch.
+            each group; on the device of the saliencies, or on the CPU where they were chosen there: the runtime then
+            need not ask the device what is left. The same tokens come out for a group in any batch.
         """
 
 

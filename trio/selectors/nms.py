@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from ..core.context import SelectionContext
 from ..core.flops import blocked_flops
-from ..core.greedy import exact_products, uploaded_choice
-from ..core.ops import first_k, kept_first, ranking, take_rows, unit_length
+from ..core.greedy import HostChoice, exact_products, uploaded_choice
+from ..core.ops import ranking, take_rows, unit_length
 from ..core.part import Choice, FloatRange
 from ..core.shape import ModelShape
 from .base import SELECTORS, Selector
@@ -49,9 +49,8 @@ class NMS(Selector):
         exists = ctx.valid.gather(1, order)
         unit = unit_length(centred(ctx.features, ctx.valid) if self.centre else ctx.features)
         with exact_products():
-            kept = suppress(take_rows(unit, order), exists, self.threshold, ctx.k.tolist())
-        # Kept ones first, then the best suppressed ones, then what does not exist; each in order of saliency.
-        return first_k(order.gather(1, kept_first(kept, exists)), ctx.k)
+            choice = suppress(take_rows(unit, order), exists, self.threshold, ctx.k.tolist(), order)
+        return choice.first(ctx.k.tolist(), ctx.counts)  # the best suppressed ones fill up
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of the kept tokens with all, and of one block of candidates: about, see `blocked_flops`."""
@@ -71,7 +70,9 @@ def centred(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return features - mean
 
 
-def suppress(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: Sequence[int]) -> torch.Tensor:
+def suppress(
+    unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: Sequence[int], order: torch.Tensor | None = None
+) -> HostChoice:
     """Greedy suppression in blocks: the next candidates among each other, then the kept ones against all.
 
     That takes O(k N + N m) time for blocks of m, O(N) memory beyond one block, and one wait for the device a block.
@@ -81,46 +82,52 @@ def suppress(unit: torch.Tensor, exists: torch.Tensor, threshold: float, k: Sequ
         exists: bool ``(G, N)``.
         threshold: see `NMS`.
         k: the answer is exact for the first k that are kept, later ones are left out.
+        order: see `HostChoice`.
 
     Returns:
-        bool ``(G, N)``, True at kept tokens.
+        The kept tokens.
     """
     tokens = unit.shape[1]
     size = min(BLOCK, tokens)
     # One column more: padding has a place there.
-    closed, kept = pad(~exists, (0, 1), value=True), pad(torch.zeros_like(exists), (0, 1))
+    closed, choice = pad(~exists, (0, 1), value=True), HostChoice.none(*exists.shape)
     remaining = np.asarray(k, dtype=np.int64)
     while size and remaining.any():
         block = closed.to(torch.int8).sort(dim=1, stable=True).indices[:, :size]
         rows = take_rows(unit, block)
         near = torch.bmm(rows, rows.transpose(1, 2)) >= threshold
-        packed = torch.cat([block[..., None].int(), closed.gather(1, block)[..., None], near], 2)
-        chosen, counts = _survivors(packed.cpu().numpy(), remaining)
+        columns = [block.int(), closed.gather(1, block), near.flatten(1)]
+        packed = choice.downloaded(columns, order)
+        chosen, counts = _survivors(packed, size, remaining)
+        choice.add(chosen)
         if not counts.any():
             break
         remaining = np.where(counts > 0, remaining - counts, 0)
-        repeated, marked = uploaded_choice(chosen, tokens, unit.device)
-        kept.scatter_(1, marked, True)
         if size == tokens:  # nothing is outside the block
             break
         if remaining.any():
+            repeated, _ = uploaded_choice(chosen, tokens, unit.device)
             closed[:, :tokens] |= (torch.bmm(take_rows(unit, repeated), unit.transpose(1, 2)) >= threshold).any(1)
             closed.scatter_(1, block, True)
-    return kept[:, :tokens]
+    return choice
 
 
-def _survivors(packed: NDArray[np.int32], remaining: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _survivors(
+    packed: NDArray[np.int32], size: int, remaining: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Follows the rule inside the blocks of all groups.
 
     Args:
-        packed: ``(G, m, 2 + m)``: for each candidate, best first, its index, whether it is closed, and whether it
-            is near to each other one.
+        packed: ``(G, 2 m + m m)``: of the m candidates, best first, the indices, whether each is closed, and for each
+            whether it is near to each other one.
+        size: m.
         remaining: int64 ``(G,)``, tokens still to be kept.
 
     Returns:
         Tokens kept, int64 ``(G, p)`` in order with -1 behind them, and how many, int64 ``(G,)``.
     """
-    token, dead, near = packed[..., 0], packed[..., 1] > 0, packed[..., 2:] > 0
+    token, dead = packed[:, :size], packed[:, size : 2 * size] > 0
+    near = packed[:, 2 * size :].reshape(len(packed), size, size) > 0
     group, going = np.arange(len(packed)), remaining > 0
     chosen: list[NDArray[np.int32]] = []
     while True:

@@ -11,7 +11,7 @@ from pydantic import Field
 from ..core.context import SelectionContext
 from ..core.flops import blocked_flops
 from ..core.greedy import BLOCK, exact_products, most_distant
-from ..core.ops import first_k, kept_first, ranking, take_rows, unit_length
+from ..core.ops import ranking, take_rows, unit_length
 from ..core.part import Choice, FloatRange
 from ..core.shape import ModelShape
 from ..core.transfer import upload
@@ -71,8 +71,8 @@ class SoftNMS(Selector):
             return distance
 
         with exact_products():
-            kept = most_distant(weights, exists, ctx.k.tolist(), distances)
-        return first_k(order.gather(1, kept_first(kept, exists)), ctx.k)
+            choice = most_distant(weights, exists, ctx.k.tolist(), distances, order)
+        return choice.first(ctx.k.tolist(), ctx.counts)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of the kept tokens with all, and of the candidates of each round: about, see `blocked_flops`."""

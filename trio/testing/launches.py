@@ -66,6 +66,7 @@ ORDERS = {"sort": 1, "topk": 1}
 FIRSTS = {"argmax": 0, "argmin": 0, "max": 1, "min": 1}
 #: Make a tensor of values on the host.
 FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+SOFTMAXES = (torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax)
 #: Values of tensors with more elements are not worked out.
 MOST_VALUES = 2**21
 #: A loop that ends by values would never end on stand-ins.
@@ -269,6 +270,10 @@ class _Functions(TorchFunctionMode):
                 batch, heads, length = query.shape[:3]
                 # As kernels lay it out: heads side by side, so that joining them copies nothing.
                 return query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if func in SOFTMAXES and kwargs.get("dtype") == torch.float32 and args[0].device == META:
+            dim = kwargs["dim"] if "dim" in kwargs else args[1]
+            if args[0].dtype in (torch.float16, torch.bfloat16):  # elsewhere copied in float32 first
+                return torch._softmax(args[0], dim, True)
         if func in FROM_HOST:
             return self._from_host(func, args, kwargs)
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == META:

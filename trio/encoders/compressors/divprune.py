@@ -12,6 +12,7 @@ from ...core.greedy import exact_products, most_distant
 from ...core.ops import unit_length
 from ...core.shape import ModelShape
 from ...core.token_batch import TokenBatch
+from ...core.transfer import upload
 from ..reading.batched import keep
 from ..reading.blocks import row_blocks
 from .base import COMPRESSORS, BatchCompressor, Space
@@ -76,4 +77,4 @@ def farthest(features: torch.Tensor, valid: torch.Tensor, k: Sequence[int]) -> t
         # The one whose nearest other token is farthest comes first: of all weights, 1, its own is the largest.
         leader = torch.cat(nearest, 1).masked_fill_(~valid, float("inf")).argmin(1, keepdim=True)
         weights = torch.ones_like(valid, dtype=torch.float32).scatter_(1, leader, 2.0)
-        return most_distant(weights, valid, k, distances)
+        return upload(torch.from_numpy(most_distant(weights, valid, k, distances).kept), valid.device)

@@ -59,7 +59,7 @@ class Scan(BatchCompressor):
 
     def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
         """See `Compressor.compress_batch`."""
-        device, valid = batch.token_index.device, batch.valid
+        device, valid = batch.token_index.device, batch.present
         shallow, deep = (batch.signals[signal] for signal in self.reads())
         window, windows = windows_of(batch.origins, self.window)
         wanted = [int(count * self.local) for count in k]
@@ -71,8 +71,9 @@ class Scan(BatchCompressor):
         if not self.merge:
             return keep(batch, chosen, k)
         leaders = in_order(chosen, max(k))
-        into = most_similar(unit_length(batch.features), leaders, first(k, max(k), device))
-        return merge(batch, chosen, into.masked_fill_(~valid, -1), k)
+        exist = None if min(k) == max(k) else first(k, max(k), device)
+        into = most_similar(unit_length(batch.features), leaders, exist)
+        return merge(batch, chosen, into if valid is None else into.masked_fill_(~valid, -1), k)
 
     def flops(self, shape: ModelShape, *, tokens: int, visual: int, keep: int) -> int:
         """Similarities of all tokens with the kept ones."""
@@ -80,13 +81,13 @@ class Scan(BatchCompressor):
 
 
 def best_in_windows(
-    attention: torch.Tensor, valid: torch.Tensor, window: torch.Tensor, wanted: torch.Tensor, most: torch.Tensor
+    attention: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor, wanted: torch.Tensor, most: torch.Tensor
 ) -> torch.Tensor:
     """The best tokens of each window, by falling attention, while their window and the input have room.
 
     Args:
         attention: float32 ``(G, N)``.
-        valid: bool ``(G, N)``.
+        valid: bool ``(G, N)``; None: all are.
         window: int64 ``(G, N)``, the window of each token.
         wanted: int64 ``(G, 1)``, how many tokens, all windows together.
         most: int64 ``(G, 1)``, how many tokens of each window.
@@ -98,6 +99,8 @@ def best_in_windows(
     in_windows, by_window = window.gather(1, order).sort(dim=1, stable=True)
     place = torch.arange(order.shape[1], device=order.device)
     rank = place - torch.searchsorted(in_windows, in_windows)  # within the token's window
-    chosen = torch.empty_like(valid).scatter_(1, by_window, rank < most) & valid.gather(1, order)
+    chosen = torch.empty_like(order, dtype=torch.bool).scatter_(1, by_window, rank < most)
+    if valid is not None:
+        chosen &= valid.gather(1, order)
     chosen &= chosen.cumsum(1) <= wanted
     return torch.empty_like(chosen).scatter_(1, order, chosen)

@@ -112,22 +112,24 @@ def dominant_and_contextual(
         bool ``(G, N)``, True at the dominant tokens and the targets; int64 ``(G, N)``, for each other token the one of
         these that it goes into, -1 where there are no targets and at padding.
     """
-    valid, device, most = batch.valid, attention.device, max(contextual)
+    valid, device, most = batch.present, attention.device, max(contextual)
     counts = zip(batch.counts, dominant, contextual, strict=True)
     steps = [max(1, (n - d) // max(1, c)) for n, d, c in counts]
     dominant_, contextual_, step = per_input(device, dominant, contextual, steps)
     first = largest(attention, valid, dominant_)
     if not most:
-        return first, torch.full_like(valid, -1, dtype=torch.int64)
-    others = valid & ~first
+        return first, torch.full_like(first, -1, dtype=torch.int64)
+    others = ~first if valid is None else valid & ~first
     number = torch.arange(most, device=device)
     # Of the tokens left, in raster order, every step-th; where there are fewer than `most`, any token stands in.
-    targets = in_order(others, valid.shape[1]).gather(1, (number * step).clamp_max_(valid.shape[1] - 1))
-    exist = number < contextual_
+    width = others.shape[1]
+    targets = in_order(others, width).gather(1, (number * step).clamp_max_(width - 1))
+    exist = None if min(contextual) == most else number < contextual_
     rank = slots(others)
     chosen = first | (others & (rank % step == 0) & (rank < step * contextual_))
     into = slots(chosen).gather(1, targets).gather(1, most_similar(unit_length(keys), targets, exist))
-    return chosen, into.masked_fill(~(others & (contextual_ > 0)), -1)
+    goes = others if min(contextual) else others & (contextual_ > 0)
+    return chosen, into.masked_fill(~goes, -1)
 
 
 def target_plus_mean(
@@ -148,5 +150,6 @@ def target_plus_mean(
     own = rows(features, leaders)
     followers = members(into.masked_fill(chosen, -1), leaders.shape[1], sizes)
     weight = followers.sum(2, keepdim=True)
-    mean = (followers @ features.float()) / torch.where(weight > 0, weight, 1.0)
-    return torch.where(weight > 0, (own.float() + mean).to(features.dtype), own)
+    some = weight > 0
+    mean = (followers @ features.float()) / torch.where(some, weight, 1.0)
+    return torch.where(some, (own.float() + mean).to(features.dtype), own)

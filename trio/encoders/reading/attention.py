@@ -6,7 +6,7 @@ import torch
 
 #: What the float32 scores of a block may take on an accelerator, where few large blocks are few launches. On the CPU
 #: they take as much as half the keys.
-BLOCK_BYTES = 2**30
+BLOCK_BYTES = 2**31
 
 
 def class_row(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
@@ -50,12 +50,13 @@ def received(
     rows = queries.transpose(1, 2).flatten(0, 1)  # (G * heads, Q, head_dim)
     columns = keys.permute(0, 2, 3, 1).flatten(0, 1)  # (G * heads, head_dim, S)
     nothing = rows.new_zeros(1, 1, 1)
-    total = torch.zeros(groups, length, dtype=torch.float32, device=keys.device)
-    for start in range(0, count, size):
+    starts = range(0, count, size)
+    parts = torch.empty(len(starts), groups, length, dtype=torch.float32, device=keys.device)
+    for part, start in zip(parts, starts, strict=True):
         scores = torch.baddbmm(nothing, rows[:, start : start + size], columns, beta=0, alpha=scale)
         weights = scores.softmax(-1, dtype=torch.float32)
-        total += weights.view(groups, -1, length).sum(1)
-    return total / (count * heads)
+        torch.sum(weights.view(groups, -1, length), 1, out=part)
+    return parts.sum(0).div_(count * heads)
 
 
 def as_one_head(heads: torch.Tensor) -> torch.Tensor:

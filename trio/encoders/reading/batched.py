@@ -22,12 +22,13 @@ def per_input(device: torch.device, *numbers: Sequence[int]) -> tuple[torch.Tens
     return upload(torch.tensor(numbers), device).unsqueeze(-1).unbind(0)
 
 
-def ranking(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Token indices ``(G, N)`` by falling value, ties to the lower index, padding last."""
-    return values.masked_fill(~valid, float("-inf")).sort(dim=1, descending=True, stable=True).indices
+def ranking(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Token indices ``(G, N)`` by falling value, ties to the lower index, padding last (None: there is none)."""
+    values = values if valid is None else values.masked_fill(~valid, float("-inf"))
+    return values.sort(dim=1, descending=True, stable=True).indices
 
 
-def largest(values: torch.Tensor, valid: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def largest(values: torch.Tensor, valid: torch.Tensor | None, k: torch.Tensor) -> torch.Tensor:
     """bool ``(G, N)``, True at the k ``(G, 1)`` largest of each row, ties to the lower; k is at most the count."""
     return first_of(ranking(values, valid), k)
 
@@ -55,16 +56,18 @@ def rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values[torch.arange(len(index), device=index.device)[:, None], index]
 
 
-def most_similar(unit: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def most_similar(unit: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """For each token the most similar target, int64 ``(G, N)``; ties to the lower.
 
     Args:
         unit: float32 ``(G, N, D)`` of length 1.
         targets: int64 ``(G, M)``, indices of the N.
-        valid: bool ``(G, M)``, False at targets that do not exist.
+        valid: bool ``(G, M)``, False at targets that do not exist; None: all do.
     """
     similarity = unit @ rows(unit, targets).transpose(1, 2)
-    return similarity.masked_fill_(~valid[:, None], float("-inf")).argmax(2)
+    if valid is not None:
+        similarity.masked_fill_(~valid[:, None], float("-inf"))
+    return similarity.argmax(2)
 
 
 def members(into: torch.Tensor, groups: int, weights: torch.Tensor, first: int = 0) -> torch.Tensor:
@@ -119,7 +122,7 @@ def keep(batch: TokenBatch, chosen: torch.Tensor, counts: Sequence[int]) -> Toke
 
 def keep_at(batch: TokenBatch, leaders: torch.Tensor, into: torch.Tensor, counts: Sequence[int]) -> TokenBatch:
     """As `keep`, of int64 ``(G, M)``, indices of tokens, and int64 ``(G, N)``, each token's place among them or -1."""
-    origins, host_index = _on_the_host(batch, leaders, None, counts)
+    origins, host_index, host_map = _on_the_host(batch, leaders, None, counts)
     return TokenBatch(
         rows(batch.features, leaders),
         tuple(counts),
@@ -132,6 +135,7 @@ def keep_at(batch: TokenBatch, leaders: torch.Tensor, into: torch.Tensor, counts
         batch.cls,
         batch.seeds,
         host_index,
+        host_map,
     )
 
 
@@ -175,7 +179,7 @@ def merge_at(
     def forward(one: Signal, value: torch.Tensor) -> torch.Tensor:
         return value if one.kind == "cls" else group_mean(value, sizes, into, leaders)
 
-    origins, host_index = _on_the_host(batch, leaders, into, counts)
+    origins, host_index, host_map = _on_the_host(batch, leaders, into, counts)
     return TokenBatch(
         features,
         tuple(counts),
@@ -188,6 +192,7 @@ def merge_at(
         batch.cls,
         batch.seeds,
         host_index,
+        host_map,
     )
 
 
@@ -205,10 +210,11 @@ def with_class(batch: TokenBatch) -> TokenBatch:
         origins=tuple(class_origins(one) for one in batch.origins),
         sizes=before(batch.sizes, 1.0),
         token_index=before(batch.token_index, -1),
-        merge_map=torch.where(batch.merge_map < 0, batch.merge_map, batch.merge_map + 1),
+        merge_map=batch.merge_map + (batch.merge_map >= 0),
         signals=LazySignals(batch.signals, lambda one, value: value if one.kind == "cls" else before(value, 0.0)),
         cls=None,  # it is among the tokens now
         host_index=None if batch.host_index is None else before(batch.host_index, -1),
+        host_map=None if batch.host_map is None else batch.host_map + (batch.host_map >= 0),
         whole=False,
     )
 
@@ -233,23 +239,30 @@ def _brought_forward(merge_map: torch.Tensor, into: torch.Tensor) -> torch.Tenso
 
 def _on_the_host(
     batch: TokenBatch, leaders: torch.Tensor, into: torch.Tensor | None, counts: Sequence[int]
-) -> tuple[tuple[ImageTokens, ...], torch.Tensor | None]:
+) -> tuple[tuple[ImageTokens, ...], torch.Tensor | None, torch.Tensor | None]:
     """What the host knows of what is left: the one copy from the device that a reduction makes.
 
     Returns:
         Origins of the leaders; with a map of kind "merged" and with the sizes of all members where there are several.
-        And their `token_index`, where that of the batch is known.
+        And their `token_index` and the `merge_map`, where those of the batch are known.
     """
-    most = leaders.shape[1]
+    most, tokens = leaders.shape[1], batch.features.shape[1]
     host = (leaders if into is None else torch.cat([leaders, into], 1)).cpu()
+    went = torch.full((len(host), tokens), -1) if into is None else host[:, most:]
     origins = []
     for g, (own, count) in enumerate(zip(batch.origins, counts, strict=True)):
         kept = own.select(host[g, :count])
-        if into is not None:
-            groups = host[g, most : most + own.tokens] + 1  # 0: dropped
+        if into is None:
+            went[g, host[g, :count]] = torch.arange(count)
+        else:
+            groups = went[g, : own.tokens] + 1  # 0: dropped
             several = torch.bincount(groups, minlength=count + 1)[1:] > 1
             size = torch.zeros(count + 1, dtype=torch.int64).index_add_(0, groups, own.size)[1:]
             kept = replace(kept, kind=kept.kind.masked_fill(several, MERGED), size=size)
         origins.append(kept)
-    index = batch.host_index
-    return tuple(origins), None if index is None else index.gather(1, host[:, :most])
+    index, before = batch.host_index, batch.host_map
+    return (
+        tuple(origins),
+        None if index is None else index.gather(1, host[:, :most]),
+        None if before is None else _brought_forward(before, went),
+    )

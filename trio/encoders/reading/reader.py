@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.hooking import Owner, adopt, hook_ids, remove_hooks
 from ...core.tokens import Signal
-from ...core.transfer import upload
+from ...core.transfer import HostValues, upload
 from ...errors import AttachError, InputError, UnsupportedModelError
 from ..towers.base import Heads, Layout, Tower, hidden_of
 from .attention import as_one_head, class_row, received
@@ -133,6 +133,10 @@ class Reader:
         for handle in self._handles:
             handle.remove()
         self._handles, self._calls = [], []
+
+    def looked(self, values: HostValues) -> None:
+        """What the host knows of the tensors that the tower is given: it need not look at them again."""
+        self.tower.looked = values
 
     def clear(self) -> None:
         """Forgets what was read, so that the next `take` starts afresh (a call may have failed half-way)."""

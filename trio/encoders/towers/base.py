@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.shape import TowerShape
-from ...core.transfer import upload
+from ...core.transfer import HostValues, upload
 from ...errors import InputError, UnsupportedModelError
 from ...registry import Registry
 
@@ -136,6 +136,8 @@ class Tower(ABC):
             UnsupportedModelError: the module is of the right class but built in a way that is not known.
         """
         self.module = module
+        #: What the host knows of the tensors that the tower is given, by those who run it.
+        self.looked = HostValues()
         self._check()
 
     @classmethod

@@ -100,9 +100,8 @@ class QwenTower(Tower):
         return [self.module.register_forward_pre_hook(before, with_kwargs=True)]
 
     def _layout(self, given: Any, kwargs: Mapping[str, Any]) -> Layout:
-        grid = torch.as_tensor(
-            given
-        ).cpu()  # windows are worked out from it on the host, too: the one look a call takes
+        # Windows are worked out from it on the host, too.
+        (grid,) = self.looked.look([torch.as_tensor(given)])
         spans, start = [], 0
         for frames, rows, columns in grid.tolist():
             for _ in range(frames):
@@ -150,16 +149,9 @@ class QwenTower(Tower):
             outputs = held.take("qkv")
             if not outputs:
                 return
-            queries, plain, _ = split_heads(outputs[0], 3 * heads).chunk(3, dim=1)
-            cos, sin = kwargs[ROTARY]
-            told(
-                Heads(
-                    rotate(queries, cos, sin)[None],
-                    rotate(plain, cos, sin)[None],
-                    plain[None],
-                    queries.shape[-1] ** -0.5,
-                )
-            )
+            both = split_heads(outputs[0], 3 * heads)[:, : 2 * heads]
+            queries, keys = rotate(both, *kwargs[ROTARY])[None].chunk(2, dim=2)
+            told(Heads(queries, keys, both[None, :, heads:], both.shape[-1] ** -0.5))
 
         return [
             attention.get_submodule("qkv").register_forward_hook(hold),
