@@ -159,7 +159,8 @@ def everything() -> Iterator[Measured]:
 
 def main(out: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None) -> None:
     """Counts prefills of all shipped specs that fit, and one decoding step for each architecture."""
-    columns = ("batch", "operators", "of stock", "scoring", "selecting", "encoder", "bookkeeping", "uploads", "waits", "of selectors")
+    parts = ("scoring", "selecting", "encoder", "bookkeeping")
+    columns = ("batch", "operators", "of stock", *parts, "uploads", "waits", "of selectors")
     table = Table("shapes", "spec", *columns, title="A prefill; waits and uploads are ours")
     rows = []
     for row in everything():

@@ -1,7 +1,8 @@
 """docs/performance.md from committed results: ``python -m benchmarks.performance``.
 
-Results are ``benchmarks/results/bench-*.json`` (`benchmarks.speed`, `benchmarks.gpu`) and ``growth.json``
-(`benchmarks.growth`). The page says of each which command made it, on which shapes and machine.
+Results are ``benchmarks/results/bench-*.json`` (`benchmarks.speed`, `benchmarks.gpu`), ``compiled.json``
+(`benchmarks.compiled`) and ``growth.json`` (`benchmarks.growth`). The page says of each which command made it, on which
+shapes and machine.
 """
 
 from __future__ import annotations
@@ -160,6 +161,24 @@ def growth_section(found: dict[str, Any]) -> str:
     )
 
 
+def compiled_section(found: dict[str, Any]) -> str:
+    """What compiling the scoring would give."""
+    kernels = found["products"] + found["fused"]
+    return "\n\n".join(
+        [
+            "## Scoring, compiled",
+            f"`{found['command']}`, {found['versions']}, on a processor, a layer of `tiny-llava`: the scoring of a "
+            f"stage, forward and backward, is {found['eager']} operators eager. Traced as one graph and compiled it is "
+            f"{kernels} kernels: {found['products']} matrix products and {found['fused']} fused loops, with the same "
+            f"saliencies. `torch.compile` around it by itself leaves {found['graphs']} graphs and {found['breaks']} "
+            "breaks.",
+            "It is no option of this package: the graph is made anew for each number of tokens, which differs by "
+            "prompt and stage, and only an accelerator would show whether fewer kernels are worth that. Kernels on an "
+            "accelerator may be fused otherwise.",
+        ]
+    )
+
+
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
     parts = [HEAD.rstrip()]
@@ -170,6 +189,9 @@ def page(results: Path = RESULTS) -> str:
             "## On an accelerator\n\nNot measured yet: no result of `python -m benchmarks.gpu` is committed, and "
             "nothing on this page says how fast an accelerator is."
         )
+    compiled = results / "compiled.json"
+    if compiled.is_file():
+        parts.append(compiled_section(json.loads(compiled.read_text(encoding="utf-8"))))
     growth = results / "growth.json"
     if growth.is_file():
         parts.append(growth_section(json.loads(growth.read_text(encoding="utf-8"))))
