@@ -181,5 +181,9 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     """Queries or keys ``(S, heads, head_dim)`` turned by ``(S, head_dim)``, in their own dtype as the tower's."""
     dtype = heads.dtype
     heads, cos, sin = heads.float(), cos[:, None].float(), sin[:, None].float()
-    first, second = heads.chunk(2, dim=-1)
-    return (heads * cos + torch.cat([-second, first], dim=-1) * sin).to(dtype)
+    (first, second), (sin_first, sin_second) = heads.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    turned = heads * cos
+    begin, end = turned.chunk(2, dim=-1)
+    begin.addcmul_(second, sin_first, value=-1)
+    end.addcmul_(first, sin_second)
+    return turned.to(dtype)
