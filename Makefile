@@ -7,6 +7,7 @@ LOWEST := .venv-lowest
 PREVIOUS := .venv-previous
 LMMS := .venv-lmms
 RAY := .venv-ray
+QUANTISED := .venv-quantised
 VLLM := .venv-vllm
 ALIAS := .venv-alias
 ALONE := .venv-wheel
@@ -21,7 +22,7 @@ QUICK := $(addprefix tests/,$(addsuffix .py,test_check_compressor test_check_sel
 	test_jsonlines test_merge test_part_descriptions test_registry test_report test_schedule \
 	test_selectors test_spec test_spec_strangers integrations/test_expected zoo/test_card zoo/test_scenes))
 
-.PHONY: demo test quick check launches lowest previous versions lmms-eval ray vllm vllm-full wheel alias docs format clean
+.PHONY: demo test quick check launches lowest previous versions lmms-eval ray quantised vllm vllm-full wheel alias docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/trio run
@@ -69,6 +70,10 @@ lmms-eval: $(LMMS)/.installed
 # Jobs on Ray: an actor dies, the driver is killed, and every row comes out once.
 ray: $(RAY)/.installed
 	$(RAY)/bin/python -m pytest -n 0 tests/integrations/test_ray_run.py
+
+# Weights quantised by torchao and bitsandbytes; `$(QUANTISED)/bin/python -m benchmarks.quantised` measures all kinds.
+quantised: $(QUANTISED)/.installed
+	$(QUANTISED)/bin/python -m pytest -n 0 tests/integrations/test_quantised_run.py
 
 # The plugin for vLLM, in vLLM on the CPU: about 8 engines are started.
 vllm: $(VLLM)/.installed
@@ -146,6 +151,13 @@ $(LMMS)/.installed: $(VENV)/.dev
 $(RAY)/.installed: $(VENV)/.dev
 	$(call beside,$(RAY))
 	$(RAY)/bin/python -m pip install --quiet 'ray[data]>=2.60'
+	@touch $@
+
+$(QUANTISED)/.installed: $(VENV)/.dev
+	$(call beside,$(QUANTISED))
+	$(QUANTISED)/bin/python -m pip install --quiet 'torchao>=0.18' 'bitsandbytes>=0.50'
+	@touch $@
+
 # vLLM brings a torch of its own. Its distribution for the CPU asks for builds that are not on the package index: the plain
 # torch of that version is installed first, then what else it asks for, and it alone at last. torchvision's operators do not
 # load beside a torch without CUDA, and nothing here calls them: see tests/integrations/vllm_environment/torchvision_operators.py.

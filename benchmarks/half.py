@@ -49,6 +49,13 @@ def shapes(tokens: int, layers: int) -> dict[str, list[dict[str, Any]]]:
     return {"one stage": both[:1], "two stages": both}
 
 
+def one_of_each(model: Any, scenes: int) -> list[LabelledSample]:
+    """A question about each of the first scenes, of different sub-tasks, and so of different lengths."""
+    task = shapesvqa(limit=scenes, canvas=canvas_for(model))
+    asked = [[s for s in task.samples if s.scene == scene] for scene in range(scenes)]
+    return [of_scene[number % len(of_scene)] for number, of_scene in enumerate(asked)]
+
+
 def chosen(model: Any, processor: Any, pipeline: trio.Pipeline, samples: Sequence[LabelledSample]) -> list[set[int]]:
     """The tokens that each sample has left."""
     inputs = batch_for(processor, [([one.load()], one.question) for one in samples])
@@ -64,10 +71,7 @@ def main(
     """Measure and write the result."""
     torch.set_num_threads(threads)
     model, processor = zoo.load(NAME, dtype=torch.bfloat16)
-    task = shapesvqa(limit=scenes, canvas=canvas_for(model))
-    # Questions of different sub-tasks, and so of different lengths: a batch is padded.
-    asked = [[s for s in task.samples if s.scene == scene] for scene in range(scenes)]
-    samples = [of_scene[number % len(of_scene)] for number, of_scene in enumerate(asked)]
+    samples = one_of_each(model, scenes)
     rows = []
     for shape, stages in shapes(144, 8).items():
         for what, parts in PARTS.items():

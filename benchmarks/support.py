@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import versions
+from benchmarks import quantised, versions
 from trio.adapters.base import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
@@ -119,9 +119,11 @@ def main() -> None:
             parts += [checks_cost(json.loads(CHECKS.read_text()))]
         lines = versions.broken(releases)
         parts += ["Not kept:", "\n".join(lines)] if lines else []
+    if quantised.RESULT.exists():
+        parts.append(quantised.page(json.loads(quantised.RESULT.read_text())))
     parts.append(
-        "Made by `python -m benchmarks.support` from `benchmarks/results/support-*.json`, which the tests wrote, and "
-        "`benchmarks/results/versions-*.json`, which `make versions` wrote."
+        "Made by `python -m benchmarks.support` from `benchmarks/results/support-*.json`, which the tests wrote, "
+        "`benchmarks/results/versions-*.json`, which `make versions` wrote, and `benchmarks/results/quantised.json`."
     )
     (ROOT / "docs" / "support.md").write_text("\n\n".join(parts) + "\n")
     readme = ROOT / "README.md"

@@ -58,28 +58,35 @@ def test_offloaded_weights():
 
 
 class Int8Linear(torch.nn.Module):
-    """Weights in 8 bits, one scale a row; as with many quantised kernels, gradients may not come through."""
+    """Weights in 8 bits, one scale a row; as with many quantised kernels, gradients may not come through.
 
-    def __init__(self, linear, *, backward):
+    With `dynamic` the activations are rounded as well, each token by its own scale.
+    """
+
+    def __init__(self, linear, *, backward, dynamic):
         super().__init__()
         scale = linear.weight.abs().amax(1, keepdim=True) / 127
         self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
-        self.backward = backward
+        self.backward, self.dynamic = backward, dynamic
 
     def forward(self, x):
         with torch.set_grad_enabled(self.backward and torch.is_grad_enabled()):
+            if self.dynamic:
+                step = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-6) / 127
+                x = x + ((x / step).round() * step - x).detach()
             return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
-def quantised(*, backward):
+def quantised(*, backward, dynamic=False):
     model = llava()
     for layer in model.model.language_model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, child in list(parent.named_children()):
                 if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, Int8Linear(child.requires_grad_(False), backward=backward))
+                    new = Int8Linear(child.requires_grad_(False), backward=backward, dynamic=dynamic)
+                    setattr(parent, name, new)
     return model
 
 
@@ -95,8 +102,44 @@ def test_quantised_layers_without_a_backward():
     with pytest.raises(trio.UnsupportedModelError, match=r"needs objective.*fit: last-token-attention") as refused:
         trio.Pipeline(model, stages=STAGES)
     assert "objective-gradient" not in str(refused.value).partition("fit:")[2]
+    assert "quantised (int8)" in str(refused.value) and "as they come" not in str(refused.value)
     stages = [{**stage, "scorer": "last-token-attention", "selector": "top-k"} for stage in STAGES]
     check_adapter(model, TOKENS, stages=stages, promises=["identity", "reversibility", "decode", "batch"])
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_activations_that_are_quantised_as_they_come_are_named(configured):
+    """Without a backward they are refused: the message says which kind it is, and which ones work."""
+    model = quantised(backward=False, dynamic=True)
+    if configured:
+        kind = "Int8DynamicActivationInt8WeightConfig"
+        model.config.quantization_config = {"quant_method": "torchao", "quant_type": kind}
+    with pytest.raises(trio.UnsupportedModelError, match="activations are quantised as they come") as refused:
+        trio.Pipeline(model, stages=STAGES)
+    said = str(refused.value)
+    assert ("(torchao Int8DynamicActivationInt8WeightConfig, int8)" in said) is configured
+    for works in ("torchao int8 weight-only", "bitsandbytes nf4", "bitsandbytes int8"):
+        assert works in said
+
+
+def test_activations_that_are_quantised_with_a_backward_work():
+    """As in bitsandbytes int8: nothing about them is refused."""
+    model = quantised(backward=True, dynamic=True)
+    with trio.Pipeline(model, stages=STAGES) as pipeline:
+        model.generate(**TOKENS([ONE]), max_new_tokens=2)
+    assert pipeline.report.retention < 1
+    check_adapter(model, TOKENS, tolerance=5e-2, promises=["identity", "reversibility", "refusals", "nothing-lost"])
+
+
+def test_a_model_that_is_not_quantised_is_not_called_so():
+    """Gradients that do not come through have other reasons, too."""
+    model = llava()
+    for layer in model.model.language_model.layers:
+        project = layer.self_attn.o_proj
+        project.forward = lambda x, forward=project.forward: forward(x).detach()
+    with pytest.raises(trio.UnsupportedModelError, match="no gradient comes through it") as refused:
+        trio.Pipeline(model, stages=STAGES)
+    assert "quantis" not in str(refused.value)
 
 
 def test_a_layer_of_unknown_anatomy():

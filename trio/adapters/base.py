@@ -24,6 +24,7 @@ from ..core.upstream import Role, Upstream
 from ..errors import UnsupportedModelError
 from ..registry import Registry
 from .decoder_probe import Anatomy, LayerProbe, RowProbe, llama_like, take_positions, values_are_linear
+from .quantised import advice, kind_of
 
 if TYPE_CHECKING:
     from ..core.tokens import Signal
@@ -395,12 +396,21 @@ class Adapter(Backbone):
                 with _without_autocast(inputs.hidden.device):
                     gradient = self.probe(layer, inputs).saliency(rows)[0, :-1]
             except (RuntimeError, NotImplementedError) as error:
-                self._backwards[layer] = f"no gradient comes through it ({_first_line(error)})"
+                self._backwards[layer] = self._blamed(layer, f"no gradient comes through it ({_first_line(error)})")
             except (TypeError, LookupError, ValueError, AttributeError) as error:
                 self._backwards[layer] = _cannot_run(error)
             else:
-                self._backwards[layer] = _judged(gradient)
+                self._backwards[layer] = self._blamed(layer, _judged(gradient))
         return self._backwards[layer]
+
+    def _blamed(self, layer: int, reason: str) -> str:
+        """A reason for which a layer gives no gradient, with how its weights are quantised, where they are."""
+        kind = kind_of(self.model, self.layers[layer]) if reason else ""
+        if not kind:
+            return reason
+        anatomy = self.anatomy(layer)
+        linear = anatomy is None or self._with_values(layer, anatomy).linear_values
+        return f"{reason}; {advice(kind, as_they_come=not linear)}"
 
     def _random_inputs(self, layer: int) -> LayerInputs:
         """Hidden states of nine random tokens, where and as the layer takes them."""

@@ -402,6 +402,29 @@ def default_model(model_type: str) -> tuple[type[nn.Module], Any]:
         raise unsupported("AutoModelForImageTextToText", f"a class for {model_type!r}", "none") from error
 
 
+_BITS = ("4bit", "8bit")
+_QUANTISED = ("quant_method", "quant_type", *(f"load_in_{bits}" for bits in _BITS))
+
+
+def quantisation(config: Any) -> str:
+    """How a checkpoint's weights are quantised, in the words of its configuration; empty where it says nothing.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        For example ``torchao Int8WeightOnlyConfig`` or ``bitsandbytes 8bit``.
+    """
+    given = getattr(config, "quantization_config", None)
+    facts = dict(given) if isinstance(given, Mapping) else {n: getattr(given, n, None) for n in _QUANTISED}
+    method, kind, *bits = (facts.get(name) for name in _QUANTISED)
+    words = [getattr(method, "value", method)]
+    if kind is not None and not isinstance(kind, Mapping):
+        words.append(kind if isinstance(kind, str) else type(kind).__name__)
+    words += [name for name, given_bits in zip(_BITS, bits, strict=True) if given_bits]
+    return " ".join(str(word) for word in words if word)
+
+
 @contextmanager
 def silenced() -> Iterator[None]:
     """transformers' own messages left out for the block."""
