@@ -45,10 +45,11 @@ def reuse(out: Console) -> None:
 
 
 def testing(out: Console) -> None:
-    """The table of `benchmarks.half`."""
-    from benchmarks.half import RESULT, table
+    """The tables of `benchmarks.half`."""
+    from benchmarks.half import RESULT, answer_table, table
 
-    out.print(table(json.loads(RESULT.read_text())))
+    found = json.loads(RESULT.read_text())
+    out.print(table(found), answer_table(found))
 
 
 def plot(file: Path) -> None:

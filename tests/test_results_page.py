@@ -98,8 +98,11 @@ def test_what_half_precision_changes_is_shown_as_measured() -> None:
     from benchmarks.measured import block
 
     assert block("testing") in (DOCS / "testing.md").read_text()
-    rows = json.loads(RESULT.read_text())["rows"]
-    assert all(0.9 < row["same"] / row["tokens"] <= 1 for row in rows) and len(rows) == 6
+    found = json.loads(RESULT.read_text())
+    assert all(0.9 < row["same"] / row["tokens"] <= 1 for row in found["rows"]) and len(found["rows"]) == 6
+    answers = {row["name"]: row["differ"]["mean"] for row in found["answers"]}  # percent; what docs/testing.md says
+    assert answers["trio-soft (ours), 33%"] == answers["trio-soft (ours), 22%"] == 0
+    assert max(answers.values()) < 1 and answers["divprune, 11%"] > 0
 
 
 def test_the_readme_is_made_from_the_committed_results(shown: EvaluationResults) -> None:
