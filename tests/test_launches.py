@@ -198,7 +198,7 @@ CASES = [
     Case("llava-next-7b", "visionzip-llava-next-320", 1, a_stage(19), NONE, encoder(126), waits(2)),
     Case("llava-next-7b", "visionzip-llava-next-320", 8, a_stage(34), NONE, encoder(141), waits(2)),
     Case("qwen2.5-vl-7b", "trio-soft-11", 1, a_stage(173), selecting(2, 129), NONE, waits(2)),
-    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(213), selecting(1, 29), encoder(147), waits(3)),
+    Case("qwen2.5-vl-7b", "trio-qwen2.5-vl-11", 8, a_stage(212), selecting(1, 29), encoder(143), waits(3)),
 ]
 DECODING = Budget(8, 4)
 DECODING_WAITS = Budget(0, 0)
