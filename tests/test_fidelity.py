@@ -168,9 +168,19 @@ def test_floor_keeps_as_many_tokens(report: FidelityReport) -> None:
 
 def test_two_specs_of_one_name_are_told_apart(report: FidelityReport) -> None:
     assert [row.name for row in report.rows()] == [
-        *("everything", "everything, random", "trio-11", "trio-11, random"),
-        *("trio-11 (2)", "trio-11 (2), random"),
+        f"{spec}{end}" for spec in ("everything", "trio-11", "trio-11 (2)") for end in ("", ", random", ", equal cost")
     ]
+
+
+def test_pooled_tokens_of_equal_cost_stand_beside_a_spec(report: FidelityReport) -> None:
+    for result in report.results:
+        equal = result.equal_cost
+        assert equal is not None and equal.flops is not None and result.spec.flops is not None
+        assert 0 <= result.spec.flops - equal.flops < 0.006  # a pooled token of 144 is less than that
+        assert equal.spec is not None and equal.spec["compressor"]["name"] == "average-pool"
+        assert result.equal_gain is not None
+        gained = result.spec.agreement.top1.mean - equal.agreement.top1.mean
+        assert result.equal_gain.top1.mean == pytest.approx(gained)
 
 
 def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, asked: list[PromptSample]) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import trio
 from trio import zoo
+from trio.adapters import adapter_for
 from trio.batch import RowAnswerer
 from trio.batch.rows import BatchRow
 from trio.cli import app
@@ -21,6 +22,7 @@ from trio.core.upstream import patch_processor
 from trio.cost import of_report, predict, published_shape, shape_of
 from trio.encoders.resizing import resized_size
 from trio.measure import evaluation
+from trio.measure.answering import GreedyAnswerer
 from trio.measure.bench import BenchSettings, ImagePrompts, NoisePrompts, architecture, config_of
 from trio.measure.bench import measure as bench
 from trio.measure.evaluation import figures, wording
@@ -28,6 +30,9 @@ from trio.measure.evaluation.figures import cost_curve
 from trio.measure.evaluation.results import RowResult
 from trio.measure.fidelity import PromptSample, measure
 from trio.measure.shapesvqa.examples import examples
+from trio.measure.tuning.space import Space
+from trio.measure.tuning.study import Study
+from trio.measure.tuning.trials import Found, Judge
 from trio.spec import PipelineSpec, load_spec
 
 SIZES = [(168, 168), (252, 168), (100, 300), (640, 480), (1000, 40), (20, 20)]
@@ -249,6 +254,15 @@ def test_fidelity_of_a_smaller_image(qwen: Any) -> None:
     specs = [resizing("50%"), resizing("50%", name="both", stages=[{"after_layer": 2, "keep": "25%"}])]
     report = measure(*qwen, specs, samples, max_new_tokens=3, batch_size=2)
     alone, both = report.results
+    assert alone.equal_cost is None
+    equal = both.equal_cost
+    assert equal is not None and equal.flops is not None and both.spec.flops is not None
+    assert 0 <= both.spec.flops - equal.flops < 0.08  # a step of the grid
+    assert 144 > equal.average_kept > both.spec.average_kept
+    assert both.equal_gain is not None
+    change = both.spec.agreement.kl.mean - equal.agreement.kl.mean
+    assert both.equal_gain.kl.mean == pytest.approx(change)
+    assert "above equal cost" in report.summary()
     assert (alone.spec.visual_tokens, alone.spec.average_kept) == (144, 72)
     assert alone.floor.average_kept == 72
     assert both.spec.average_kept == both.floor.average_kept < 72
@@ -358,3 +372,29 @@ def test_sizes_that_are_none(wrong: str, tmp_path: Any) -> None:
     assert said.exit_code == 2 and "--sizes" in said.stderr
     with pytest.raises(trio.InputError, match="sizes"):
         evaluation.evaluate(None, None, evaluation.shapesvqa(limit=1), ["trio-soft-11"], sizes=[1.5])
+
+
+def test_a_search_tries_smaller_images(qwen: Any, llava: Any) -> None:
+    adapter = adapter_for(qwen[0])
+    space = Space.of(adapter, without=["divprune", "visionzip", "vispruner", "scan", "prumerge", "tome"])
+    assert space.resizes[0] == "100%" and len(space.resizes) > 3
+    study = Study(None, {}, seed=3, sampler="tpe")
+    seen: list[PipelineSpec] = []
+
+    def judge(spec: PipelineSpec) -> Found:
+        seen.append(spec)
+        return Found({"agreement": 0.5, "flops": 0.5 + len(seen) / 100}, {}, 0.1)
+
+    study.run(30, space, space.starts(144), judge, "agreement", None)
+    assert [spec.resize for spec in seen[:3]] == [None] * 3  # it begins with the default
+    assert {spec.resize for spec in seen} == {None, *space.resizes[1:]}
+    assert any(spec.resize and not spec.stages and spec.compressor is None for spec in seen)
+    assert Space.of(adapter_for(llava[0])).resizes == ()
+
+    samples = [PromptSample(one.image, one.question, str(one.scene)) for one in examples("validation", 5, 1)][:3]
+    found = Judge(GreedyAnswerer(*qwen, max_new_tokens=2), samples, batch_size=2, timed=True)
+    half, whole = found.judge(resizing("50%")), found.judge(resizing("100%"))
+    assert half.values["tokens"] == 0.5 and whole.values["tokens"] == 1
+    assert whole.values["agreement"] == whole.values["answers"] == 1 and whole.kl == 0
+    assert 0.4 < half.values["flops"] < 0.6 and whole.values["flops"] == 1
+    assert half.values["speed"] > 0

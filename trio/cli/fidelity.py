@@ -97,7 +97,8 @@ def print_report(report: FidelityReport, out: Console) -> None:
     first, end = duration(report.full.first_token), duration(report.full.answer)
     savings.add_row("full", f"{full:.1f}", "100%", first, "", end, "", end_section=True)
     for result in report.results:
-        for name, row in ((result.spec.name, result.spec), ("  random", result.floor)):
+        names = (result.spec.name, "  random", "  equal cost")
+        for name, row in zip(names, result.rows(), strict=False):
             found = row.agreement
             shown = (found.top1.percent(), found.kl.plain(), found.exact.percent(), found.edit.plain())
             agreement.add_row(Text(name), *map(_two_lines, shown))
@@ -109,15 +110,19 @@ def print_report(report: FidelityReport, out: Console) -> None:
                 times(row.speedup.first_token),
                 duration(row.seconds.answer),
                 times(row.speedup.answer),
-                end_section=row is result.floor,
+                end_section=row is result.rows()[-1],
             )
-        gained = result.gain
-        shown = (gained.top1.points(), gained.kl.change(), gained.exact.points(), gained.edit.change())
-        agreement.add_row("  above random", *map(_two_lines, shown), end_section=True)
+        for name, gained in (("  above random", result.gain), ("  above equal cost", result.equal_gain)):
+            if gained is not None:
+                shown = (gained.top1.points(), gained.kl.change(), gained.exact.points(), gained.edit.change())
+                last = result.equal_gain is None or gained is result.equal_gain
+                agreement.add_row(name, *map(_two_lines, shown), end_section=last)
     print_table(out, agreement)
     print_table(out, savings)
     out.print(Text("below each mean: its 95% interval, samples of one image drawn together"))
     out.print(Text("random: as many tokens at the same places, drawn at random"))
+    if any(result.equal_cost is not None for result in report.results):
+        out.print(Text("equal cost: a smaller image that costs no more, or pooled tokens where images have one size"))
     print_notes(out, report.all_notes())
 
 

@@ -162,6 +162,8 @@ def print_report(report: TuningReport, out: Console) -> None:
     for line in report.verdict():
         out.print(Text(line))
     spec = report.spec
+    if "resize" in spec:
+        out.print(Text(f"  images resized to {spec['resize']} of their tokens"))
     if "compressor" in spec:
         out.print(Text(f"  compressor {_part(spec['compressor'])}"))
     for stage in spec.get("stages", []):
@@ -174,20 +176,21 @@ def print_report(report: TuningReport, out: Console) -> None:
         table = Table(title=title, title_justify="left", title_style="", header_style="bold")
         for column in ("", "first token same", "answer same", "tokens", "FLOPs", "to first token"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        tuned, default = agreement.results
-        rows = (tuned.spec, tuned.floor, default.spec, default.floor)
-        for row, name in zip(rows, ("tuned", "  random", default.spec.name, "  random"), strict=True):
-            table.add_row(
-                Text(name),
-                row.agreement.top1.percent(),
-                row.agreement.exact.percent(),
-                f"{row.retention:.1%}",
-                "?" if row.flops is None else f"{row.flops:.1%}",
-                f"{row.speedup.first_token:.2f}x",
-                end_section=row is tuned.floor,
-            )
+        for result, name in zip(agreement.results, ("tuned", agreement.results[1].spec.name), strict=True):
+            for row, called in zip(result.rows(), (name, "  random", "  equal cost"), strict=False):
+                table.add_row(
+                    Text(called),
+                    row.agreement.top1.percent(),
+                    row.agreement.exact.percent(),
+                    f"{row.retention:.1%}",
+                    "?" if row.flops is None else f"{row.flops:.1%}",
+                    f"{row.speedup.first_token:.2f}x",
+                    end_section=row is result.rows()[-1],
+                )
         print_table(out, table)
     out.print(Text("in brackets: 95% intervals; random: as many tokens at the same places, drawn at random"))
+    if any(result.equal_cost is not None for result in report.unseen.results):
+        out.print(Text("equal cost: a smaller image that costs no more, or pooled tokens where images have one size"))
     refused = sum(report.refused.values())
     notes = [f"{refused} of {report.trials} specs could not run: {'; '.join(report.refused)}"] if refused else []
     notes += [f"{part} was left out: {reason}" for part, reason in report.left_out.items()]

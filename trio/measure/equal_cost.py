@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from ..core.upstream import PatchProcessor
@@ -21,8 +21,11 @@ __all__ = [
     "SHARES",
     "AskedPrompt",
     "dearest",
+    "equal_share",
+    "is_baseline",
     "mean_cost",
     "nearest_size",
+    "percent",
     "pool_count",
     "pooled_cost",
     "pooled_spec",
@@ -80,6 +83,7 @@ def pooled_cost(shape: ModelShape, keep: int | str, visual: int, text: int, new:
     return predict(spec, shape, images=(visual,), text_tokens=text, new_tokens=new).compressed.flops.total
 
 
+@lru_cache(maxsize=65536)
 def resized_tokens(patches: PatchProcessor, size: tuple[int, int], share: float) -> int:
     """Visual tokens of an image that is resized to a share of them."""
     small = resized_size(size, patches, share_of(share))
@@ -101,6 +105,42 @@ def dearest(candidates: Iterable[Candidate], cost: Callable[[Candidate], float],
     found = [(cost(one), one) for one in candidates]
     fitting = [pair for pair in found if pair[0] <= most]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def equal_share(
+    shape: ModelShape, patches: PatchProcessor | None, prompts: Mapping[AskedPrompt, int], most: float
+) -> float | None:
+    """The share of their visual tokens at which images cost nearest to `most` an answer, and not more.
+
+    Args:
+        shape: of the model.
+        patches: its image processor, where tokens follow an image's size; None: tokens are pooled.
+        prompts: what is asked, and how often.
+        most: FLOPs of an answer.
+
+    Returns:
+        A share above 0 and up to 1; None where everything costs more.
+    """
+    typical = round(sum(one.tokens * times for one, times in prompts.items()) / sum(prompts.values()))
+    shares = SHARES if patches is not None else [count / typical for count in range(1, typical + 1)]
+
+    def cost(share: float, one: AskedPrompt) -> int:
+        if patches is not None:
+            return whole_cost(shape, resized_tokens(patches, one.size, share), one.text, one.new)
+        return pooled_cost(shape, percent(share), one.tokens, one.text, one.new)
+
+    return dearest(shares, lambda share: mean_cost(prompts, partial(cost, share)), most)
+
+
+def percent(share: float) -> str:
+    """A share as specs write it."""
+    return f"{100 * share:.4f}%"
+
+
+def is_baseline(spec: PipelineSpec) -> bool:
+    """Whether a spec only resizes, or only pools: it is what others are compared with."""
+    pooled = spec.compressor is not None and spec.compressor.name == "average-pool"
+    return not spec.stages and (spec.compressor is None or pooled)
 
 
 def pool_count(cost: Callable[[int], float], visual: int, most: float) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...core.images import batch_for
-from ...cost import ModelShape, shape_of
-from ...errors import InputError, UnsupportedModelError
+from ...core.upstream import MASK, patch_processor
+from ...cost import ModelShape, of_report, shape_of
+from ...errors import InputError, TrioError, UnsupportedModelError
+from ...report import CompressionReport
 from ...spec import PipelineSpec, load_spec
 from ..ahead import AHEAD, prepared
 from ..answering import BatchAnswers, GreedyAnswerer
 from ..encoding import LIMIT, EncodedImages
+from ..equal_cost import AskedPrompt, equal_share, is_baseline, percent, pooled_spec
 from ..extras import require
 from .compare import compare
 from .floor import random_floor
@@ -55,10 +59,11 @@ def measure(
 ) -> FidelityReport:
     """How far a model answers with compressed images as it does with whole ones.
 
-    Every batch is answered by the full model, by each spec and by each spec's floor (as many tokens at the same places,
-    drawn at random), in an order that rotates. The first batch is answered once more before that, unmeasured. In each
-    turn the images are encoded once, and those seconds are part of every way's times; a spec whose compressor reads the
-    vision tower has it run anew.
+    Every batch is answered by the full model, by each spec, by each spec's floor (as many tokens at the same places,
+    drawn at random) and on smaller images that cost as much (pooled tokens where images have one size), in an order
+    that rotates. The first batch is answered once more before that, unmeasured. In each turn the images are encoded
+    once, and those seconds are part of every way's times; a spec whose compressor reads the vision tower has it run
+    anew.
 
     Args:
         model: a vision-language model of transformers, in evaluation mode.
@@ -96,9 +101,12 @@ def measure(
     for index, batch in enumerate(batches):
         if progress is not None:
             progress(index, len(batches))
+        prompts = [one.question() for one in batch]
         inputs = {resize: answerer.on_device(one) for resize, one in next(coming).items()}
         if index == 0:
-            run.warm_up(inputs)
+            run.warm_up(inputs, [images[0].size for images, _ in prompts])
+        run.complete(inputs, prompts)
+        if index == 0:
             for turn in range(whole, TURNS):
                 run.turn(inputs, turn)
         run.compare(inputs, run.turn(inputs, index, timed=len(batch) == len(batches[0])))
@@ -117,6 +125,7 @@ class _Run:
         self.seed = seed
         self.specs = [Way([spec], answerer) for spec in specs]  # refused before anything runs
         self.floors: list[Way] = []
+        self.equals: list[Way | None] = []
         self.full: list[Pair] = []
         self.texts: list[str] = []
         self.notes: list[str] = []
@@ -128,7 +137,9 @@ class _Run:
 
     @property
     def ways(self) -> list[Way]:
-        return [way for pair in zip(self.specs, self.floors, strict=True) for way in pair]
+        """Each spec, its floor, and what costs as much, where anything does."""
+        found = zip(self.specs, self.floors, self.equals, strict=True)
+        return [way for ways in found for way in ways if way is not None]
 
     def prepare(self, prompts: Sequence[tuple[Sequence[Image], str]]) -> Inputs:
         """A batch on the host, once for each size of images that a spec asks for."""
@@ -140,8 +151,20 @@ class _Run:
         }
         return {None: self.answerer.prepare(prompts), **resized}
 
-    def warm_up(self, inputs: Inputs) -> None:
-        """Pays for loading and caches, and finds how many tokens the floors are to keep."""
+    def complete(self, inputs: dict[int | str | None, Any], prompts: Sequence[tuple[Sequence[Image], str]]) -> None:
+        """Adds the sizes of images that were not known when the batch was prepared."""
+        for way in self.ways:
+            if way.spec.resize not in inputs:
+                processor = way.pipeline(0).processor(self.answerer.processor)
+                inputs[way.spec.resize] = self.answerer.on_device(batch_for(processor, prompts))
+
+    def warm_up(self, inputs: Inputs, sizes: Sequence[tuple[int, int]]) -> None:
+        """Pays for loading and caches, and finds how many tokens the floors are to keep, and what costs as much.
+
+        Args:
+            inputs: of the first batch.
+            sizes: width and height of its images.
+        """
         self.answerer(inputs[None], max_new_tokens=2, memory=self.memory)
         for way in self.specs:
             given = inputs[way.spec.resize]
@@ -159,6 +182,35 @@ class _Run:
             self.floors.append(Way(floors, self.answerer))
             floor = self.floors[-1]
             self.answerer(inputs[floor.spec.resize], floor.pipeline(0), max_new_tokens=2, memory=self.memory)
+            self.equals.append(self._equal(way.spec, report, inputs, sizes))
+
+    def _equal(
+        self, spec: PipelineSpec, report: CompressionReport, inputs: Inputs, sizes: Sequence[tuple[int, int]]
+    ) -> Way | None:
+        """A smaller image, or pooled tokens, that cost no more than the spec did on the first batch; None without."""
+        if self.shape is None or is_baseline(spec):
+            return None
+        adapter = self.answerer.adapter
+        patches = patch_processor(self.answerer.processor) if adapter.image_tokens == "by-size" else None
+        visual = [sample.visual_tokens for sample in report.samples]
+        if patches is not None:
+            visual = [sum(images) for images in adapter.image_counts(inputs[None])]
+        prompts = Counter(
+            AskedPrompt(tokens, length - tokens, 1, size)
+            for tokens, length, size in zip(visual, inputs[None][MASK].sum(1).tolist(), sizes, strict=True)
+        )
+        try:
+            most = of_report(report, spec, self.shape).compressed.flops.total / len(report.samples)
+            share = equal_share(self.shape, patches, prompts, most)
+            if share is None:
+                return None
+            name, positions = f"{spec.name}, equal cost", spec.positions
+            if patches is None:
+                return Way([pooled_spec(percent(share), name=name, positions=positions)], self.answerer)
+            return Way([PipelineSpec(name=name, resize=percent(share), positions=positions)], self.answerer)
+        except TrioError as error:
+            self.notes.append(f"{spec.name}: nothing of equal cost stands beside it: {error}")
+            return None
 
     def turn(self, inputs: Inputs, number: int, *, timed: bool = True) -> list[BatchAnswers]:
         """The answers of the full model and of every way; who comes first changes from turn to turn."""
@@ -216,8 +268,10 @@ class _Run:
                     spec=spec.row(images, self.full),
                     floor=floor.row(images, self.full),
                     gain=gain(spec.likenesses, floor.likenesses, images),
+                    equal_cost=None if equal is None else equal.row(images, self.full),
+                    equal_gain=None if equal is None else gain(spec.likenesses, equal.likenesses, images),
                 )
-                for spec, floor in zip(self.specs, self.floors, strict=True)
+                for spec, floor, equal in zip(self.specs, self.floors, self.equals, strict=True)
             ],
             asked=[
                 Asked(

@@ -75,11 +75,20 @@ class SpecFidelity(Record):
         spec: the spec.
         floor: random tokens.
         gain: agreement of the spec minus that of the floor, on the same samples. Below zero for `kl` is better.
+        equal_cost: the full model on smaller images that cost as much as the spec did on the first batch, or on pooled
+            tokens where images have one size; None where nothing does, costs are not known, or the spec is just that.
+        equal_gain: agreement of the spec minus that of `equal_cost`.
     """
 
     spec: FidelityRow
     floor: FidelityRow
     gain: Likenesses
+    equal_cost: FidelityRow | None = None
+    equal_gain: Likenesses | None = None
+
+    def rows(self) -> list[FidelityRow]:
+        """Spec, floor, and what costs as much."""
+        return [self.spec, self.floor, *([self.equal_cost] if self.equal_cost is not None else [])]
 
 
 class Asked(Record):
@@ -131,8 +140,8 @@ class FidelityReport(Document):
         return len(self.asked)
 
     def rows(self) -> list[FidelityRow]:
-        """Every spec followed by its floor."""
-        return [row for result in self.results for row in (result.spec, result.floor)]
+        """Every spec followed by its floor and by what costs as much."""
+        return [row for result in self.results for row in result.rows()]
 
     def summary(self) -> str:
         """A few plain lines for people."""
@@ -146,6 +155,11 @@ class FidelityReport(Document):
                 f"{row.speedup.first_token:.2f}x to the first token, {row.speedup.answer:.2f}x to the end"
             )
         lines += [f"  {one.spec.name} above random, points: top-1 {one.gain.top1.points()}" for one in self.results]
+        lines += [
+            f"  {one.spec.name} above equal cost, points: top-1 {one.equal_gain.top1.points()}"
+            for one in self.results
+            if one.equal_gain is not None
+        ]
         lines += [f"  note: {note}" for note in self.all_notes()]
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from .report import TuningReport, cost_of, quality_of
 from .target import COSTS, QUALITIES, parse_target
 
 #: Colours that the colour-blind tell apart (Okabe and Ito), with a marker of their own each.
-TUNED, DEFAULT, CHANCE = ("#0072B2", "o"), ("#D55E00", "s"), ("#555555", "X")
+TUNED, DEFAULT, CHANCE, EQUAL = ("#0072B2", "o"), ("#D55E00", "s"), ("#555555", "X"), ("#009E73", "D")
 
 
 def matplotlib() -> Any:
@@ -60,7 +60,12 @@ def draw(report: TuningReport, file: Path) -> None:
         label="chosen, images of the search",
     )
     tuned, default = report.unseen.results
-    rows = ((tuned.spec, "chosen", TUNED), (default.spec, default.spec.name, DEFAULT))
+    rows: tuple[tuple[FidelityRow, str, tuple[str, str]], ...] = (
+        (tuned.spec, "chosen", TUNED),
+        (default.spec, default.spec.name, DEFAULT),
+    )
+    if tuned.equal_cost is not None:
+        rows = (*rows, (tuned.equal_cost, "equal cost to the chosen", EQUAL))
     for row, label, style in (*rows, (tuned.floor, "random, as the chosen", CHANCE)):
         _judged(axes, row, quality, f"{label}, unseen images", *style)
     for bound in parse_target(report.target.split(" and ")).bounds:

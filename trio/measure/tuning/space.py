@@ -23,6 +23,8 @@ STAGES = 3
 #: Shares of the tokens in front of a stage (or the compressor) that it keeps.
 LEAST, MOST = 0.05, 0.95
 NO = "none"
+#: Shares of an image's visual tokens that are tried in front of the processor; the first one leaves it as it is.
+RESIZES = ("100%", "85%", "70%", "60%", "50%", "40%")
 #: What scorers need that is not there before a layer has run.
 AFTER_A_LAYER = frozenset({"ran", "last"})
 #: Averages of the default spec with which a search begins.
@@ -52,6 +54,7 @@ class Space:
         scorers: names, with the lowest layer after which each can stand.
         selectors: names.
         left_out: parts that do not fit, with the reason.
+        resizes: sizes of images, as shares of their tokens; empty where an image's tokens do not follow its size.
     """
 
     layers: int
@@ -59,6 +62,7 @@ class Space:
     scorers: Mapping[str, int]
     selectors: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    resizes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, adapter: Adapter, *, without: Collection[str] = ()) -> Space:
@@ -110,7 +114,8 @@ class Space:
             raise InputError("without: no part is left to search with; leave fewer out.")
         needs = {name: SCORERS.build(_example("scorer", name)).required() for name in scorers}
         lowest = {name: int(bool(needed & AFTER_A_LAYER)) for name, needed in needs.items()}
-        return cls(layers, tuple(compressors), lowest if selectors else {}, tuple(selectors), left_out)
+        resizes = RESIZES if adapter.image_tokens == "by-size" else ()
+        return cls(layers, tuple(compressors), lowest if selectors else {}, tuple(selectors), left_out, resizes)
 
     def draw(self, trial: Suggests) -> PipelineSpec:
         """The spec of a trial.
@@ -120,15 +125,19 @@ class Space:
         """
         made: dict[str, Any] = {"version": 1, "name": "trial"}
         chosen = NO
+        resize = trial.suggest_categorical("resize", self.resizes) if self.resizes else RESIZES[0]
+        smaller = resize != RESIZES[0]
+        if smaller:
+            made["resize"] = resize
         if self.compressors:
-            needed = not self.scorers
+            needed = not self.scorers and not smaller
             choices = self.compressors if needed else (NO, *self.compressors)
             chosen = trial.suggest_categorical("compressor", choices)
         if chosen != NO:
             share = trial.suggest_float("compressor.keep", LEAST, MOST, log=True) if not _decides(chosen) else 1.0
             made["compressor"] = _compressor(_drawn(trial, "compressor", chosen)[0], share)
         if self.scorers:
-            count = trial.suggest_int("stages", int(chosen == NO), STAGES)
+            count = trial.suggest_int("stages", int(chosen == NO and not smaller), STAGES)
             if count:
                 made["stages"] = self._stages(trial, count)
         return load_spec(made)
@@ -173,6 +182,7 @@ class Space:
                 continue
             shares = [after / before for before, after in zip((tokens, *kept), kept, strict=False)]
             params: dict[str, Any] = {"compressor": NO} if self.compressors else {}
+            params |= {"resize": RESIZES[0]} if self.resizes else {}
             params |= {"stages": len(kept), **parts}
             params |= {f"layer.{i}": layer for i, layer in enumerate(schedule.layers)}
             params |= {f"keep.{i}": min(max(share, LEAST), MOST) for i, share in enumerate(shares)}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...core.context import LayerContext
+from ...core.images import batch_for
 from ...cost import ModelShape, shape_of
 from ...errors import UnsupportedModelError
 from ...pipeline import Pipeline
@@ -73,8 +74,10 @@ class Judge:
         except UnsupportedModelError as error:
             self._shape, self.unknown = None, str(error)
         batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        self._batches = batches
         self._memory = EncodedImages(answerer.adapter, limit=encoded_bytes)
         self._inputs: list[Any] = []
+        self._resized: dict[int | str, list[Any]] = {}
         self._full: list[BatchAnswers] = []
         for batch in prepared(lambda some: answerer.prepare([one.question() for one in some]), batches):
             self._inputs.append(answerer.on_device(batch))
@@ -99,10 +102,11 @@ class Judge:
         """
         pipeline = Pipeline.from_spec(spec, self._answerer.adapter.model, adapter=self._answerer.adapter)
         tokens, likenesses = Tokens(), list[Likeness]()
-        for inputs, full in zip(self._inputs, self._full, strict=True):
+        for inputs, whole, full in zip(self._seen(pipeline), self._inputs, self._full, strict=True):
             other = self._answerer(inputs, pipeline, memory=self._memory)
             assert other.report is not None  # a pipeline was given
-            tokens.add(other.report, spec, self._shape)
+            before = None if spec.resize is None else self._answerer.adapter.image_counts(whole)
+            tokens.add(other.report, spec, self._shape, before)
             likenesses += compare(full.logits, other.logits, full.texts, other.texts)
         share = tokens.kept / tokens.visual if tokens.visual else 1.0
         qualities = {
@@ -117,11 +121,24 @@ class Judge:
             values["speed"] = self._speed(pipeline)
         return Found(values, errors, fmean(one.kl for one in likenesses))
 
+    def _seen(self, pipeline: Pipeline) -> list[Any]:
+        """The batches as a spec sees them: of each size of images made once."""
+        resize = pipeline.spec.resize
+        if resize is None:
+            return self._inputs
+        if resize not in self._resized:
+            processor = pipeline.processor(self._answerer.processor)
+            self._resized[resize] = [
+                self._answerer.on_device(batch_for(processor, [one.question() for one in batch]))
+                for batch in self._batches
+            ]
+        return self._resized[resize]
+
     def _speed(self, pipeline: Pipeline) -> float:
-        inputs = self._inputs[0]
+        whole, inputs = self._inputs[0], self._seen(pipeline)[0]
         ratios = []
         for _ in range(TURNS):
-            full = self._answerer(inputs, max_new_tokens=1).first_token
+            full = self._answerer(whole, max_new_tokens=1).first_token
             ratios.append(full / self._answerer(inputs, pipeline, max_new_tokens=1).first_token)
         return median(ratios)
 

@@ -85,7 +85,7 @@ def tune(
         "model": [called, str(model.dtype)],
         "samples": _fingerprint(seen),
         "search": [wanted.quality, wanted.timed, length, seed, sampler],
-        "space": [DEFAULT_SPEC, space.layers, space.compressors, dict(space.scorers), space.selectors],
+        "space": [DEFAULT_SPEC, space.layers, space.compressors, dict(space.scorers), space.selectors, *space.resizes],
     }
     search = Study(study, setup, seed=seed, sampler=sampler)
 
