@@ -75,7 +75,7 @@ ray: $(RAY)/.installed
 quantised: $(QUANTISED)/.installed
 	$(QUANTISED)/bin/python -m pytest -n 0 tests/integrations/test_quantised_run.py
 
-# The plugin for vLLM, in vLLM on the CPU: about 8 engines are started.
+# The plugin for vLLM, in vLLM on the CPU: 10 engines are started.
 vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -W default tests/integrations/test_vllm_run.py # vLLM warns of the future by itself
 

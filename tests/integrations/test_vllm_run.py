@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.multimodal.processing import BaseMultiModalProcessor
 from vllm.multimodal.registry import MultiModalRegistry
+from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from benchmarks.untrained import qwen3_vl
 from benchmarks.vllm import QUESTIONS, embeddings
@@ -31,6 +32,7 @@ from trio.core.images import inputs_for, load_image, prompt_for
 from trio.encoders import compress
 from trio.errors import TrioError, UnsupportedModelError
 from trio.integrations.vllm.jobs import VllmEngine
+from trio.integrations.vllm.qwen_vl import QwenModel
 from trio.integrations.vllm.seams import missing_seam
 from trio.pipeline import Pipeline
 from trio.testing.engines.__main__ import main
@@ -209,6 +211,18 @@ def test_untested_architectures_are_refused_by_name(engine):
     assert processor.apply(SimpleNamespace(hf_processor_mm_kwargs={}), None) == "whole images"
     with pytest.raises(UnsupportedModelError, match="Leave 'trio' out of mm_processor_kwargs"):
         processor.apply(SimpleNamespace(hf_processor_mm_kwargs={"trio": "divprune-16"}), None)
+
+
+def test_no_graph_encodes_images():
+    class Stock:
+        def get_encoder_cudagraph_config(self) -> Any:
+            return EncoderCudaGraphConfig(modalities=["image", "video"], buffer_keys=[], out_hidden_size=8)
+
+    class Model(QwenModel, Stock):
+        def __init__(self) -> None:
+            pass
+
+    assert Model().get_encoder_cudagraph_config().modalities == ["video"]
 
 
 def test_missing_seams_and_other_versions_are_named(monkeypatch):
