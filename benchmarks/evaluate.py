@@ -38,6 +38,8 @@ COMPRESSORS: tuple[dict[str, Any], ...] = (
     {"name": "average-pool"},
     {"name": "uniform-grid"},
 )
+#: Smaller images (pooled tokens where images have one size): the curve that methods are held against.
+SIZES = (0.85, 0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 #: Depths of the default's stages, and what they keep.
 TWO: dict[str, Any] = {"3.2%": "auto", "50%": {"share": "60%", "of": "current"}}
 console = Console()
@@ -105,6 +107,14 @@ def methods() -> Iterator[dict[str, Any]]:
                 "compressor": {**compressor, "keep": f"{1.25 * float(share.rstrip('%')):.2f}%"},
                 "stages": two_stages()[1:],
             }
+    for label, share in SHARES.items():  # as many tokens as the default has, behind a cheaper tower
+        yield {
+            "version": 1,
+            "name": f"resize 60% + trio-soft, {label}%",
+            "resize": "60%",
+            "stages": two_stages(),
+            "budget": {"average": f"{float(share.rstrip('%')) / 0.6:.1f}%"},
+        }
     for label, share in (("33", "23.8%"), ("22", "11.1%")):  # after one of eight layers no share averages 11%
         for scorer in ("last-token-attention", "objective-gradient"):
             stage = {"after_layer": 1, "keep": share, "scorer": scorer, "selector": "top-k"}
@@ -161,6 +171,7 @@ def main(
             out=Path("runs") / f"{kind}-{name}",
             name=name,
             batch_size=batch_size,
+            sizes=SIZES,
             speed_rounds=speed_rounds,
             progress=lambda done, total: bar.update(job, completed=done, total=total),
         )

@@ -94,6 +94,7 @@ def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[t
         ("uniform grid, at the default's layers", controls("uniform")),
         (f"random, at the default's layers (mean of {draws} draws)", random),
         ("lower resolution", controls("equal tokens")),
+        ("smaller image or average-pool, equal cost", {s: by_name.get(base.equal_cost) for s, base in bases.items()}),
         ("oracle, at the default's layers", controls("oracle")),
         ("nothing, from the default's first layer", nothing),
         ("no image", controls("no image")),

@@ -227,6 +227,12 @@ def _negative(results: EvaluationResults) -> Iterator[str]:
         for title, some in ((f"Significantly **below** {what}", below), (f"Not shown to be above {what}", level)):
             said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
             yield f"- {title} with the same counts at the same layers: {said}."
+    equal = [one for one in results.comparisons if results.row(one.row).control == "equal cost"]
+    below = [one for one in equal if one.difference.mean > 0 and one.p_holm < LEVEL]
+    level = [one for one in equal if one.p_holm >= LEVEL]
+    for title, some in (("Significantly **below**", below), ("Not shown to be above", level)) if equal else ():
+        said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
+        yield f"- {title} a smaller image or pooled features of equal cost: {said}."
     for one in results.comparisons:
         if not results.row(one.row).control and one.p_holm < LEVEL and one.difference.mean > 0:
             yield f"- {one.row} is **above** the default {one.baseline}: {one.difference.signed()}."
@@ -262,9 +268,10 @@ def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowRe
         for row in methods
         for control in ("oracle", "random", "uniform", "equal tokens")
     ]
-    for control in dict.fromkeys(row.name for row in controls if row is not None):
+    names = [row.name for row in controls if row is not None] + [row.equal_cost for row in methods if row.equal_cost]
+    for control in dict.fromkeys(names):
         yield _line(results, results.row(control), "", None)
-    ends = [row for row in results.rows if row.control in ("none", "full", "no image", "wrong image")]
+    ends = [row for row in results.rows if row.control in ("size", "none", "full", "no image", "wrong image")]
     for row in ends:
         yield _line(results, row, "", None)
     yield ""
@@ -275,6 +282,7 @@ def _line(results: EvaluationResults, row: RowResult, floor: str, default: Compa
         return table_row([row.name, "not applicable", *[""] * 7])
     kind = COUNTED if COUNTED in row.accuracy else OVERALL
     speed = results.speed.get(row.name)
+    flops = row.flops if row.answer_flops is None else row.answer_flops
     power = "" if default is None else f"({100 * default.power:.0f}%, {default.scenes_for_90})"
     return table_row(
         [
@@ -285,7 +293,7 @@ def _line(results: EvaluationResults, row: RowResult, floor: str, default: Compa
             floor,
             "" if default is None else f"{default.difference.signed()}{_star(default)}",
             "" if default is None else f"{'yes' if default.p_baseline_inferior_holm < LEVEL else 'no'} {power}",
-            "" if row.flops is None else f"{row.flops / 1e9:.3g}",
+            "" if flops is None else f"{flops / 1e9:.3g}",
             "" if speed is None else f"{1000 * speed.first_token:.0f} ms",
         ]
     )
