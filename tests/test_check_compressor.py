@@ -90,9 +90,19 @@ class Scribbler(UniformGrid):
 class AlwaysAverages(AveragePool):
     """Averages twice, and once where nothing is to be done."""
 
+    rewrites = True
+
     def compress(self, tokens, k):
         every = torch.arange(tokens.tokens)
         return merge(super().compress(tokens, k), torch.arange(k), torch.arange(k), tokens.features[every[:k]] * 0.5)
+
+
+class Brightens(RandomTokens):
+    """Changes tokens that nothing went into, and does not say so."""
+
+    def compress(self, tokens, k):
+        out = super().compress(tokens, k)
+        return replace(out, features=out.features * 2)
 
 
 class LastPlace(RandomTokens):
@@ -132,6 +142,7 @@ WRONG = [
     (FullPrecision, "form, bfloat16", "torch.float32"),
     (Scribbler, "reads only", "features differ"),
     (AlwaysAverages, "as many as there are", "features changed"),
+    (Brightens, "form, square grid", "other features than it started with"),
     (LastPlace, "form, a tile", "IndexError"),
     (OnTheWay, "form, square grid", "1 tokens of 64, asked for 2"),
     (ClassLast, "form, with the class token", "does not come first"),

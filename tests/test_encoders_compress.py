@@ -8,6 +8,8 @@ from support.library_towers import MODELS, pixels
 from support.towers import TOWERS
 
 import trio
+from trio import zoo
+from trio.core.images import inputs_for, load_image
 from trio.core.tokens import CLS, Signal, VisualTokens
 from trio.encoders import compress
 from trio.encoders.compressors.base import Compressor
@@ -15,6 +17,7 @@ from trio.encoders.reading.merge import keep as keep_tokens
 from trio.encoders.reading.reader import Reader
 from trio.encoders.towers import tower_for
 from trio.errors import InputError, UnknownNameError, UnsupportedModelError
+from trio.integrations.embeddings import export_embeddings
 
 
 class Loudest(Compressor):
@@ -116,6 +119,29 @@ def test_the_projector_runs_before_or_after_as_the_compressor_asks():
         zipped = compress(module, images, "visionzip-4", project=project)
     assert torch.equal(after[0].features, plain[0].features[:, :5] * 2)
     assert before[0].features.shape == (4, 5) and zipped[0].features.shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        *("visionzip", "scan", "vispruner", "divprune", "tome", "average-pool", "uniform-grid"),
+        *({"share": 0.1}, {"share": 0.1, "neighbours": 3}, {"plus": True}),  # of prumerge
+    ],
+    ids=str,
+)
+def test_a_pipeline_gives_the_language_model_the_features_of_compress(named):
+    """Whatever a compressor does to a token's features reaches the language model, also where nothing was merged."""
+    model, processor = zoo.load("tiny-llava")
+    model = model.float()
+    image = load_image(zoo.demo_image())
+    spec = {"name": "prumerge", **named} if isinstance(named, dict) else {"name": named, "keep": 16}
+    if named == "scan":
+        spec |= {"window": 4, "local_layer": 1, "global_layer": -2}
+    values = inputs_for(processor, [image], "?")["pixel_values"]
+    with torch.no_grad():
+        (left,) = compress(model.model.vision_tower, values, spec, project=model.model.multi_modal_projector)
+    (rows,) = export_embeddings(model, processor, [image], {"compressor": spec, "positions": "compact"})
+    torch.testing.assert_close(rows, left.features, rtol=1e-5, atol=1e-4)
 
 
 def test_the_forms_of_a_compressor_and_its_count():

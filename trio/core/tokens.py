@@ -183,7 +183,8 @@ class VisualTokens:
         origins: of the n tokens; row and column may start anywhere (a tile's are those of the whole image).
         sizes: float32 ``(n,)``, how many tokens of the start each one stands for.
         token_index: int64 ``(n,)``, for each token the one of the s that it stands in for, all different; -1 for the
-            class token, which stands for none. A ``patch`` has the features that it started with.
+            class token, which stands for none. A ``patch`` has the features that it started with (but see
+            `Compressor.rewrites`).
         merge_map: int64 ``(s,)``, for each token of the start the one of the n that it went into, -1 where it was
             dropped.
         signals: what `Compressor.reads` asks for, first dimension n (but ``cls``: ``(D,)``).

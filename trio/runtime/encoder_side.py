@@ -245,7 +245,7 @@ class EncoderSide:
         k = [size if piece.k is None else piece.k for size, piece in zip(sizes, pieces, strict=True)]
         tokens = self._bound.compressor.compress_batch(batch, k)
         token_index, went = _on_host(tokens)
-        slots, rewritten = _slots(tokens, token_index, sizes)
+        slots, rewritten = _slots(tokens, token_index, sizes, self._bound.compressor.rewrites)
         return _Compressed(numbers, tokens, index, samples, columns, slots, went, rewritten)
 
     def _write_back(
@@ -482,17 +482,20 @@ def _on_host(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return both[:, : tokens.token_index.shape[1]], both[:, tokens.token_index.shape[1] :]
 
 
-def _slots(tokens: TokenBatch, index: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _slots(
+    tokens: TokenBatch, index: torch.Tensor, sizes: Sequence[int], rewrites: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens of each piece make room for those that are left, and which of these are written: see `_Compressed`.
 
-    Each token has its own place; a class token takes a free one, and others make way for it.
+    With `rewrites` all are written. Each token has its own place; a class token takes a free one, and others make way
+    for it.
     """
     slots = torch.full_like(index, max(sizes))
     changed = torch.zeros_like(index, dtype=torch.bool)
     for g, count in enumerate(tokens.counts):
         kind = tokens.origins[g].kind
         own = seats(index[g, :count], kind, sizes[g])
-        changed[g, :count] = kind != PATCH
+        changed[g, :count] = (kind != PATCH) | rewrites
         if not torch.equal(own[1:], index[g, 1:count]):
             changed[g, :count] = True
         slots[g, :count] = own

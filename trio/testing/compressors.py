@@ -182,6 +182,12 @@ class _Suite:
             require(size == len(members), f"{name}: its origin has size {size}, expected {len(members)}")
             was = first.get(place)
             require(was is not None, f"{name} stands at {place}, where no token stood")
+            same = torch.equal(out.features[at], tokens.features[was or 0])
+            require(
+                kind != KINDS[PATCH] or same or self.compressor.rewrites,
+                f"{name} is a {kind!r} and has other features than it started with; a pipeline would not write them: "
+                "set `rewrites = True` on the compressor",
+            )
             for axis in ("frame", "row", "column"):
                 here, there = (int(getattr(o, axis)[i]) for o, i in ((out.origins, at), (tokens.origins, was or 0)))
                 require(here == there, f"{name}: its {axis} is {here}, that of its place is {there}")

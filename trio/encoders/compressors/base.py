@@ -27,6 +27,8 @@ class Compressor(Part, ABC):
     space: ClassVar[Space] = "tower"
     #: True where the method decides the number itself; `compress` is then called with k = n.
     decides_count: ClassVar[bool] = False
+    #: True where tokens may get new features also if nothing went into them (they stay of kind ``patch``).
+    rewrites: ClassVar[bool] = False
     #: True where it draws from `VisualTokens.seed`, so that another prompt about the image keeps other tokens.
     draws: ClassVar[bool] = False
 

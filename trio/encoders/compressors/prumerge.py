@@ -41,6 +41,7 @@ class PruMerge(BatchCompressor):
     """
 
     decides_count: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True  # a centre's neighbours may all be, in the merge map, with another centre
 
     plus: bool = False
     neighbours: Annotated[int, Field(ge=1)] = 32
