@@ -17,7 +17,7 @@ from trio import zoo
 from trio.adapters.tiles import tiled_image, tiled_patches
 from trio.core.images import inputs_for, load_image
 from trio.core.tokens import ImageTokens, Signal
-from trio.encoders import compress_features
+from trio.encoders import compress, compress_features
 from trio.encoders.reading.reader import Reader
 from trio.encoders.towers.find import tower_for
 from trio.errors import InputError, TrioError, UnsupportedModelError
@@ -61,9 +61,14 @@ def test_one_spec_has_one_text_however_it_is_written():
         ({**DIVPRUNE, "positions": "compact"}, QWEN, "positions: found 'compact'"),
         ("tome-16", LLAVA, "was not tested in this engine; tested are average-pool, divprune"),
         ("random-16", LLAVA, "no seed is written"),
-        ({"compressor": {"name": "prumerge"}, "positions": "auto"}, LLAVA, "was not tested"),
+        ({"compressor": {"name": "prumerge"}, "positions": "auto"}, LLAVA, "known only when the image has been"),
         (
-            {"compressor": {"name": "vispruner", "keep": 16, "layer": -1}, "positions": "auto"},
+            {"compressor": {"name": "prumerge", "share": 0.1, "plus": True}, "positions": "auto"},
+            LLAVA,
+            "write its `share` without `plus`",
+        ),
+        (
+            {"compressor": {"name": "prumerge", "share": 0.1}, "positions": "auto"},
             LLAVA,
             r"block -1 of the vision tower: the engine loads the first 23 of 24 blocks.*Write layer: -2",
         ),
@@ -103,6 +108,20 @@ def test_counts_are_those_of_the_schedule():
     )
     assert share.counts([144]) == [36] and count.counts([9]) == [9] and count.counts([100, 60]) == [10, 6]
     assert tile.counts([144, 3]) == [5, 3]
+
+
+@pytest.mark.parametrize(("share", "rest"), [(0.1, True), (0.1, False), (0.004, True), (1.0, True)])
+def test_a_compressor_that_decides_its_count_leaves_what_it_says_before(share, rest):
+    name = {"name": "prumerge", "share": share, "rest": rest, "layer": -2, "neighbours": 3}
+    read = read_spec({"compressor": name, "positions": "auto"}, LLAVA)
+    torch.manual_seed(0)
+    attention, keys = read.compressor.reads()
+    for tokens in (9, 100, 144):
+        signals = {attention: torch.rand(tokens), keys: torch.randn(tokens, 2, 4)}
+        (left,) = compress_features(
+            [torch.randn(tokens, 8)], ImageTokens.from_grid(1, tokens), read.compressor, signals=[signals]
+        )
+        assert read.counts([tokens]) == [left.tokens]
 
 
 # Encoding
@@ -295,6 +314,19 @@ def test_exported_embeddings_are_the_features_of_the_tokens_kept(name):
         newline = model.model.image_newline.detach()
         whole = whole[[not torch.equal(row, newline) for row in whole]]
     torch.testing.assert_close(rows, whole[kept])
+
+
+def test_centres_whose_neighbours_are_anothers_have_their_new_features_in_the_pipeline():
+    model, processor = zoo.load("tiny-llava")
+    image, name = load_image(zoo.demo_image()), {"name": "prumerge", "share": 0.1, "layer": -2}
+    pixels = inputs_for(processor, [image], "?")["pixel_values"]
+    with torch.no_grad():
+        (left,) = compress(model.model.vision_tower, pixels, name, project=model.model.multi_modal_projector)
+        whole = model.model.get_image_features(pixel_values=pixels).pooler_output[0]
+    alone = torch.bincount(left.merge_map[left.merge_map >= 0], minlength=left.tokens) == 1
+    assert not torch.allclose(left.features[alone], whole[left.token_index[alone]], atol=1)  # some changed all the same
+    (rows,) = export_embeddings(model, processor, [image], {"compressor": name, "positions": "compact"})
+    torch.testing.assert_close(rows, left.features)
 
 
 def test_merging_compressors_export_too_and_stages_do_not():

@@ -25,7 +25,7 @@ from vllm.multimodal.registry import MultiModalRegistry
 from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from benchmarks.untrained import qwen3_vl
-from benchmarks.vllm import QUESTIONS, embeddings
+from benchmarks.vllm import QUESTIONS, UNSTEADY, embeddings
 from trio import zoo
 from trio.batch import LocalEngine, RowAnswerer, open_rows
 from trio.core.images import inputs_for, load_image, prompt_for
@@ -52,7 +52,7 @@ def test_the_engine_answers_as_transformers_does(name, tmp_path):
     result = EngineParity.from_json(out.read_text(encoding="utf-8"))
     assert code == 0 and result.passed and len(result.cases) == 2
     for case in result.cases:
-        assert case.requests == 26 and case.images == case.same_tokens == 26 and case.difference < 1e-4
+        assert case.requests == 28 and case.images == case.same_tokens == 28 and case.difference < 1e-4
     assert result.cases[0].cached > 100  # the second round found prompts in the prefix cache
 
 
@@ -60,7 +60,8 @@ def test_qwen3_with_features_for_later_layers_answers_as_transformers_does(tmp_p
     qwen3_vl(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32").eval()
     processor = AutoProcessor.from_pretrained(tmp_path)
-    asked, ends = requests(IMAGE, QUESTIONS), frozenset([model.generation_config.eos_token_id])
+    asked = requests(IMAGE, QUESTIONS, without=[UNSTEADY])
+    ends = frozenset([model.generation_config.eos_token_id])
     spec = {"compressor": {"name": "divprune", "keep": 16}, "positions": "auto"}
     expected = reference(model, processor, asked, spec, NEW_TOKENS, ends)
     (chunked,) = (case for case in CASES if "max_num_batched_tokens" in case.options)
@@ -134,10 +135,7 @@ def test_random_tokens_are_those_of_the_pixels(engine):
         ("trio-11", "inside the language model"),
         ("random-16", "no seed is written"),
         ("tome-16", "was not tested in this engine"),
-        (
-            {"compressor": {"name": "visionzip", "keep": 9, "layer": -1}, "positions": "auto"},
-            "loads the first 4 of 5 blocks",
-        ),
+        ({"compressor": {"name": "prumerge", "share": 0.1}, "positions": "auto"}, "loads the first 4 of 5 blocks"),
         ({"compressor": {"name": "divprune", "keep": 16}}, "positions: found 'original'"),
         ("divprun-16", "no shipped spec"),
     ],

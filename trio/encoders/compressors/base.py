@@ -36,6 +36,10 @@ class Compressor(Part, ABC):
         """What it reads off the tower."""
         return ()
 
+    def decided_count(self, tokens: int) -> int | None:
+        """Of one that decides the number itself: how many of so many tokens it leaves; None where an image says it."""
+        return None
+
     @property
     def wants_cls(self) -> bool:
         """Whether it may keep the class token as one of its k tokens."""

@@ -54,6 +54,17 @@ class PruMerge(BatchCompressor):
         """Attention and keys of one block."""
         return Signal("attention", self.layer, self.heads), Signal("keys", self.layer)
 
+    def decided_count(self, tokens: int) -> int | None:
+        """See `Compressor.decided_count`: known of a share that nothing is added to."""
+        if self.share is None or self.plus:
+            return None
+        centres = self._outliers_of(self.share, tokens)
+        return centres + (self.rest and centres < tokens)
+
+    @staticmethod
+    def _outliers_of(share: float, tokens: int) -> int:
+        return max(1, int(tokens * share))
+
     def compress_batch(self, batch: TokenBatch, k: Sequence[int]) -> TokenBatch:
         """See `Compressor.compress_batch`; `k` plays no role."""
         attention, keys = (batch.signals[signal] for signal in self.reads())
@@ -93,10 +104,9 @@ class PruMerge(BatchCompressor):
     ) -> torch.Tensor:
         """bool ``(G, N)``: outliers of the attention, and tokens spread evenly where asked for."""
         if self.share is None:
-            found = outliers(attention, valid, counts)
+            found = outliers(attention, valid, counts).clamp_min(1)
         else:
-            (found,) = per_input(attention.device, [int(count * self.share) for count in counts])
-        found = found.clamp_min(1)
+            (found,) = per_input(attention.device, [self._outliers_of(self.share, count) for count in counts])
         centres = first_of(ranking(attention, valid), found)
         if self.plus:
             place = torch.arange(attention.shape[1], device=attention.device)

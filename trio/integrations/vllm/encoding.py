@@ -72,10 +72,13 @@ def compress_items(
     for members in by_spec.values():
         compressor = items[members[0]].spec.compressor
         tokens: list[VisualTokens] = []
+        asked: list[int] = []
         counts: list[int] = []
         for at in members:
             item = items[at]
-            counts += item.spec.counts([len(piece) for piece in item.pieces])
+            sizes = [len(piece) for piece in item.pieces]
+            asked += item.spec.counts(sizes)
+            counts += sizes if compressor.decides_count else asked[-len(sizes) :]
             for number, piece in enumerate(item.pieces):
                 seed = pixel_seed(item.pixels[number]) if compressor.draws else 0
                 own = piece.to(item.features.device)
@@ -90,8 +93,8 @@ def compress_items(
                 )
         compressed = compress_tokens(compressor, tokens, counts, project)
         found = [one.tokens for one in compressed]
-        if found != counts:
-            raise InputError(f"compressor: it left {found} tokens where the prompt has room for {counts}; report it")
+        if found != asked:
+            raise InputError(f"compressor: it left {found} tokens where the prompt has room for {asked}; report it")
         left = iter(compressed)
         for at in members:
             done[at] = _joined(items[at], [next(left) for _ in items[at].pieces])

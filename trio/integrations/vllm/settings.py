@@ -23,7 +23,7 @@ WHOLE = "none"
 #: The compressors that the plugin has been tested with.
 COMPRESSORS_TESTED = (
     *("average-pool", "divprune", "random", "uniform-grid"),  # read nothing off the tower
-    *("scan", "visionzip", "vispruner"),
+    *("prumerge", "scan", "visionzip", "vispruner"),
 )
 
 
@@ -110,10 +110,17 @@ class EngineSpec:
         Raises:
             BudgetError: the image has fewer tokens than the count, and the spec says that this is an error.
         """
+        if self.compressor.decides_count:
+            return [self._decided(size) for size in sizes]
         keep = self.spec.compressor.keep if self.spec.compressor is not None else None
         if keep is not None and keep.per == "tile":
             return [self._count(size) for size in sizes]
         return split(self._count(sum(sizes)), sizes, [float(size) for size in sizes])
+
+    def _decided(self, tokens: int) -> int:
+        count = self.compressor.decided_count(tokens)
+        assert count is not None  # refused in `read_spec`
+        return count
 
     def _count(self, started: int) -> int:
         count = self.schedule.compressed_count(started)
@@ -192,11 +199,14 @@ def _read(spec: PipelineSpec, family: ServedFamily, compressors: Sequence[str]) 
             f"{', '.join(compressors)}. Others work through image embeddings (trio export-embeds)."
         )
     compressor: Compressor = COMPRESSORS.build(named)
-    if compressor.decides_count or named.keep is None:
+    if compressor.decides_count and compressor.decided_count(1) is None:
         raise UnsupportedModelError(
             f"{place}: how many tokens {named.name!r} leaves is known only when the image has been encoded, and the "
-            "engine lays out the prompt before; write `keep`, or use image embeddings (trio export-embeds)."
+            "engine lays out the prompt before; write its `share` without `plus`, or use image embeddings (trio "
+            "export-embeds)."
         )
+    if not compressor.decides_count and named.keep is None:
+        raise UnsupportedModelError(f"{place}: compressor.keep is missing; say how many tokens {named.name!r} leaves.")
     for signal in compressor.reads():
         if lack := family.tower.lacks(signal):
             raise UnsupportedModelError(

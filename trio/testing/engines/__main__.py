@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image", type=Path, required=True, help="that the questions are about")
     parser.add_argument("--question", action="append", required=True, help="two or more")
     parser.add_argument("--spec", default="divprune-16", help="of the engine, as vLLM takes it")
+    parser.add_argument("--without", action="append", default=[], help="compressor that is not asked for")
     parser.add_argument("--quick", action="store_true", help="the short run")
     parser.add_argument("--out", type=Path, help="where the result goes, as JSON")
     given = parser.parse_args(arguments)
@@ -70,7 +71,8 @@ def _model(model: Path, given: argparse.Namespace, first: bool) -> tuple[list[An
     }
     Pipeline.from_spec(default, stock)  # refused here, before an engine is started
     image = load_image(given.image)
-    asked = requests(image, given.question, reading=isinstance(tower_for(stock), ClipTower | QwenTower))
+    reading = isinstance(tower_for(stock), ClipTower | QwenTower)
+    asked = requests(image, given.question, reading=reading, without=given.without)
     end = stock.generation_config.eos_token_id
     ends = frozenset([end] if isinstance(end, int) else end or [])
     expected = reference(stock, processor, asked, default, engine.NEW_TOKENS, ends)

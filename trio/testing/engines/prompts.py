@@ -27,6 +27,7 @@ READING: tuple[dict[str, Any], ...] = (
         "newlines": "always",
     },
     {"compressor": {"name": "vispruner", "keep": "20%"}, "positions": "auto", "newlines": "never"},
+    {"compressor": {"name": "prumerge", "share": 0.1, "layer": -2}, "positions": "auto", "newlines": "never"},
 )
 #: Height and width of the images, as shares of the given one's sides.
 SIZES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.4), (1.7, 0.9), (0.8, 2.1), (0.3, 0.3))
@@ -69,15 +70,18 @@ def sized(image: Image) -> list[Image]:
     return [image.resize((round(image.width * wide), round(image.height * tall))) for tall, wide in SIZES]
 
 
-def requests(image: Image, questions: Sequence[str], *, reading: bool = True) -> list[Request]:
+def requests(
+    image: Image, questions: Sequence[str], *, reading: bool = True, without: Sequence[str] = ()
+) -> list[Request]:
     """Prompts of one image in all sizes and specs, of several images, of none.
 
     Args:
         image: that the questions are about.
         questions: at least two.
         reading: whether the engine can read the model's vision tower.
+        without: compressors that are not asked for.
     """
-    read = READING if reading else ()
+    read = [spec for spec in READING if reading and spec["compressor"]["name"] not in without]
     images = sized(image)
     first, second = questions[:2]
     asked = [Request(first, (one,)) for one in images]
