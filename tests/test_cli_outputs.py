@@ -16,6 +16,7 @@ from trio.cli.common import check_outputs, print_json, say, unused, writable, wr
 from trio.cli.tables import console
 from trio.core.printable import visible
 from trio.errors import InputError
+from trio.measure.evaluation import job
 
 #: Clears the screen, rings, recolours, and turns the direction of the line.
 HOSTILE = "a\x1b[2J\x07\x9b31m\u202eb\x7f"
@@ -37,6 +38,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise Loaded
 
     monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(job, "load_model", load)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     (tmp_path / "images").mkdir()

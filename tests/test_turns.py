@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from support.models import inputs, llava
 
 import trio
 from trio.errors import AttachError, BusyError, InputError
-from trio.runtime.turns import Turn, Turns, turns_of
+from trio.runtime.turns import Turn, Turns, frame_of, is_running, turns_of
 from trio.testing.promises.reversibility import footprint
 
 PROMPTS = [[5, "image", 6, 7], [8, "image", 9, 10, 11], [12, 4, "image", 6], [9, "image", "image", 7, 3]]
@@ -336,6 +337,32 @@ def test_a_queue_forgets_turns_that_are_over():
     queue.leave(turn)
     queue.leave(turn)
     assert queue.waiting == 0
+
+
+class Within:
+    def __init__(self):
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def call(self):
+        self.frame = frame_of(Within.call.__code__, self)
+        self.inside.set()
+        return self.go.wait(30)
+
+
+def test_whether_a_call_of_another_thread_runs_is_asked_of_its_frame_alone():
+    """Python 3.11 crashed where its callers were looked up while the other thread went on."""
+    one, other = Within(), Within()
+    thread, results = in_thread(one.call)
+    assert one.inside.wait(30)
+    assert is_running(one.frame) and is_running(one.frame)
+    assert frame_of(Within.call.__code__, one) is None  # not in this thread
+    one.go.set()
+    thread.join(30)
+    assert results == [True] and not is_running(one.frame)
+    other.go.set()
+    assert other.call() and not is_running(other.frame)
+    package = Path(trio.__file__).parent
+    assert not [file for file in package.rglob("*.py") if "_current_frames" in file.read_text(encoding="utf-8")]
 
 
 def test_a_queue_goes_with_its_model():

@@ -184,7 +184,6 @@ class Forward:
 
     Attributes:
         entry: the module through which it came in; the forward ends with it.
-        thread: the thread that runs it; 0 where it was traced.
         call: arguments of the multimodal module, by name.
         brings_images: whether the call brings images.
         reached: whether the language model was called.
@@ -209,7 +208,6 @@ class Forward:
     """
 
     entry: nn.Module
-    thread: int = 0
     call: Mapping[str, Any] = field(default_factory=dict)
     brings_images: bool = False
     reached: bool = False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .record import PrefillRecord
 from .shrink import Shrinker
 from .stage import BoundStage, run_stage
 from .state import NewlinePolicy, TokenState
-from .turns import Turn, is_within, turns_of
+from .turns import Turn, frame_of, is_running, turns_of
 
 #: Within these a forward and `generate` have their turn.
 _FORWARD, _GENERATE = nn.Module._call_impl.__code__, GuardedGenerate.__call__.__code__
@@ -132,6 +133,7 @@ class Runtime:
         self._turns = turns_of(backbone.language_model)
         self._here: Turn | None = None  # of the thread for which alone it is attached
         self._claim: Forward | None = None  # the forward that runs
+        self._claimed: FrameType | None = None  # the call of its entry
         self._running = _Running()
         self._uncached: Prefill | None = None
         self.within_encoder = False
@@ -176,8 +178,7 @@ class Runtime:
             self._put_on(model)
             if here:
                 self._here = self._running.turn = turn
-                epoch = owner.epoch  # until it is detached, and what follows has been done
-                turn.code, turn.receiver = Runtime._release.__code__, self
+                epoch = owner.epoch  # until it is detached, and `_release` has ended
                 turn.used = lambda: owner.epoch is epoch
             owner.attach(here=here)
         except BaseException:
@@ -222,7 +223,7 @@ class Runtime:
         Raises:
             InputError: the model is in the middle of a forward, or works for another thread alone.
         """
-        running = self._claim is not None and is_within(self._claim.thread, _FORWARD, self._claim.entry)
+        running = self._claimed is not None and is_running(self._claimed)
         elsewhere = self._here is not None and not self._here.mine and not self._here.is_over
         if running or elsewhere:
             raise InputError(
@@ -237,12 +238,14 @@ class Runtime:
             self.detach()
 
     def _release(self) -> None:
+        if self._here is not None:
+            self._here.frame = sys._getframe()
         self._owner.detach()
         owner = self._owner
         _take_off(self._backbone.model, lambda other: other is owner)
         if self._encoder is not None:
             self._encoder.detach()
-        self._claim = None
+        self._claim = self._claimed = None
         self._running = _Running()
         self._uncached = None
         self._encoded.clear()
@@ -268,7 +271,7 @@ class Runtime:
         if self._has_turn():
             yield
             return
-        turn, running = Turn(code, receiver), self._running
+        turn, running = Turn(code, None if code is None else frame_of(code, receiver)), self._running
         try:
             self._wait_for(turn, self._wait if wait is None else wait)
             running.turn = turn
@@ -480,7 +483,7 @@ class Runtime:
             if module is forward.entry or failed:
                 self._running.forward = None
                 if forward is self._claim:
-                    self._claim = None
+                    self._claim = self._claimed = None
                     self._leave()
 
     def _enter(self, module: nn.Module) -> Forward:
@@ -500,11 +503,10 @@ class Runtime:
     def _take(self, forward: Forward) -> None:
         """Takes a turn for a forward of this thread, where it has none; an interrupted forward has left its own."""
         if not self._has_turn():
-            turn = Turn(_FORWARD)
+            turn = Turn(_FORWARD, frame_of(_FORWARD, forward.entry))
             self._wait_for(turn, self._wait)
             self._running.turn = turn
-        forward.thread = threading.get_ident()
-        self._claim = forward
+        self._claim, self._claimed = forward, frame_of(_FORWARD, forward.entry)
 
     def _leave(self) -> None:
         """Ends the turn of a forward that has ended, where it took one."""

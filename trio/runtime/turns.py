@@ -27,17 +27,15 @@ class Turn:
 
     Attributes:
         code: the function within which the turn is used; None: until it is left.
-        receiver: the `self` of that function; None: of any.
+        frame: the call of that function, see `frame_of`; None: not known, so that the turn ends when it is left.
         thread: the thread that asked.
-        used: whether it is still used, asked from any thread; where not, it is over outside `code`.
-        outermost: the first frame of the thread.
+        used: whether it is still used, asked from any thread; where not, it is over with `frame`.
     """
 
     code: CodeType | None = None
-    receiver: Any = None
+    frame: FrameType | None = field(default=None, repr=False)
     thread: threading.Thread = field(default_factory=threading.current_thread)
     used: Callable[[], bool] | None = None
-    outermost: FrameType = field(default_factory=lambda: _outermost(), repr=False)
 
     @property
     def mine(self) -> bool:
@@ -51,9 +49,7 @@ class Turn:
             return True
         if self.used is not None and self.used():
             return False
-        if self.code is None:
-            return self.used is not None
-        return not is_within(self.thread.ident, self.code, self.receiver, outermost=self.outermost)
+        return self.used is not None if self.frame is None else not is_running(self.frame)
 
 
 class Turns:
@@ -145,28 +141,27 @@ def seconds_of(wait: bool | float) -> float:
     return float(wait)
 
 
-def is_within(thread: int | None, code: CodeType, receiver: Any, *, outermost: FrameType | None = None) -> bool:
-    """Whether a thread stands within a method of an object, or in what it calls.
+def frame_of(code: CodeType, receiver: Any) -> FrameType | None:
+    """The innermost call of a method of an object within which this thread stands; None where there is none.
 
     Args:
-        thread: its number.
         code: of the method.
-        receiver: the object; None: of any.
-        outermost: the thread's first frame; with it the answer is True where in doubt: a frame that has just ended,
-            or a generator that has just yielded, has no caller.
+        receiver: the object.
     """
-    frame = None if thread is None else sys._current_frames().get(thread)
-    last = None
-    while frame is not None:
-        if frame.f_code is code and (receiver is None or frame.f_locals.get("self") is receiver):
-            return True
-        frame, last = frame.f_back, frame
-    return outermost is not None and last is not outermost
-
-
-def _outermost() -> FrameType:
-    """The first frame of this thread."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
+    frame = sys._getframe().f_back
+    while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is receiver):
         frame = frame.f_back
     return frame
+
+
+def is_running(frame: FrameType) -> bool:
+    """Whether a call has not ended yet, asked from any thread.
+
+    The frame alone is asked: Python 3.11 crashes where the callers of a call are looked up in a thread that runs on
+    meanwhile. A call that has ended loses its local variables by this.
+    """
+    try:
+        frame.clear()  # refused while the call runs
+    except RuntimeError:
+        return True
+    return False
