@@ -47,7 +47,7 @@ PART_HELP = "a registered name, or a mapping with `name` and the part's own para
 COMPRESSOR_HELP = "the reduction on the encoder side: a name, or a mapping with `name`, `keep` and parameters"
 RESIZE_HELP = (
     'what happens to an image in front of the processor: a share such as "60%" of its visual tokens, or a count such '
-    "as 256; larger than it is no image becomes"
+    "as 256; images are never enlarged"
 )
 IF_FEWER_HELP = "where an image has fewer tokens than the count: keep them all, or raise"
 Group = Literal["image", "sample", "tile"]
