@@ -20,10 +20,11 @@ from trio import zoo
 from trio.cli import app
 from trio.errors import InputError, TrioError
 from trio.measure.fidelity import DESCRIBE, FidelityReport, PromptSample, measure, read_samples
-from trio.measure.fidelity.compare import compare, edit_similarity, kl
+from trio.measure.fidelity.compare import compare, edit_similarity
 from trio.measure.fidelity.floor import random_floor
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.statistics import Bootstrap
+from trio.measure.teacher import kl
 from trio.spec import load_spec
 
 ROOT = Path(trio.__file__).parent.parent
@@ -66,28 +67,6 @@ def report(tiny: tuple[Any, Any], asked: list[PromptSample]) -> FidelityReport:
 )
 def test_edit_similarity(one: str, two: str, expected: float) -> None:
     assert edit_similarity(one, two) == edit_similarity(two, one) == pytest.approx(expected)
-
-
-def test_kl_is_that_of_torch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    full, other = torch.randn(5, 40, generator=generator) * 6, torch.randn(5, 40, generator=generator) * 6
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=full.double()), torch.distributions.Categorical(logits=other.double())
-    )
-    assert torch.allclose(kl(full, other), expected, rtol=1e-9)
-    assert kl(full, full).tolist() == [0.0] * 5
-    assert torch.allclose(
-        kl(full, full + 3.0), torch.zeros(5, dtype=torch.float64), atol=1e-6
-    )  # only differences count
-
-
-def test_kl_by_hand_and_with_tokens_ruled_out() -> None:
-    never = float("-inf")
-    full = torch.tensor([[math.log(0.75), math.log(0.25), never], [0.0, 0.0, never]])
-    other = torch.tensor([[0.0, 0.0, never], [0.0, never, 0.0]])
-    found = kl(full, other).tolist()
-    assert found[0] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
-    assert found[1] == math.inf  # the other model rules out what the full one says half of the time
 
 
 def test_compare() -> None:

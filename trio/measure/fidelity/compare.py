@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..extras import require
+from ..teacher import kl
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,6 @@ def compare(
         Likeness(top1, nats, one == two, edit_similarity(one, two))
         for top1, nats, one, two in zip(same, divergence, full_answers, other_answers, strict=True)
     ]
-
-
-def kl(full: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(full || other) of the distributions behind logits ``(B, V)``: float64 ``(B,)``, in nats, 0 or more.
-
-    Tokens that the full model rules out (a logit of -inf) count nothing, whatever the other one says of them.
-    """
-    p, q = full.double().log_softmax(-1), other.double().log_softmax(-1)
-    terms = torch.where(p == float("-inf"), 0.0, p.exp() * (p - q))
-    return terms.sum(-1).clamp_min(0.0)
 
 
 def edit_similarity(one: str, two: str) -> float:
