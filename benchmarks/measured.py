@@ -26,6 +26,14 @@ def fidelity(out: Console) -> None:
     print_report(FidelityReport.from_json((RESULTS / "fidelity-tiny-llava.json").read_text()), out)
 
 
+def fidelity_long(out: Console) -> None:
+    """The same for long answers."""
+    from trio.cli.fidelity import print_report
+    from trio.measure.fidelity import FidelityReport
+
+    print_report(FidelityReport.from_json((RESULTS / "fidelity-long-tiny-llava.json").read_text()), out)
+
+
 def tune(out: Console) -> None:
     """What `trio tune` prints; `main` draws its plot beside the page."""
     from trio.cli.tune import print_report
@@ -60,9 +68,15 @@ def plot(file: Path) -> None:
     draw(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), file)
 
 
-PAGES: dict[str, Callable[[Console], None]] = {"reuse": reuse, "fidelity": fidelity, "tune": tune, "testing": testing}
+PAGES: dict[str, Callable[[Console], None]] = {
+    "reuse": reuse,
+    "fidelity": fidelity,
+    "fidelity-long": fidelity_long,
+    "tune": tune,
+    "testing": testing,
+}
 #: Blocks that stand on the page of another.
-ELSEWHERE = {"reuse": "fidelity"}
+ELSEWHERE = {"reuse": "fidelity", "fidelity-long": "fidelity"}
 
 
 def block(name: str) -> str:

@@ -22,9 +22,10 @@ from trio.errors import InputError, TrioError
 from trio.measure.fidelity import DESCRIBE, FidelityReport, PromptSample, measure, read_samples
 from trio.measure.fidelity.compare import compare, edit_similarity
 from trio.measure.fidelity.floor import random_floor
+from trio.measure.fidelity.positions import PositionFidelity, Positions
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.statistics import Bootstrap
-from trio.measure.teacher import kl
+from trio.measure.teacher import PositionAgreement
 from trio.spec import load_spec
 
 ROOT = Path(trio.__file__).parent.parent
@@ -180,6 +181,88 @@ def test_numbers_come_from_the_answers_in_the_report(report: FidelityReport, ask
     assert report.results[2].spec.agreement.kl.mean > report.results[1].spec.agreement.kl.mean > 0
 
 
+def test_positions_are_those_of_the_full_model_s_answers(
+    report: FidelityReport, tiny: tuple[Any, Any], asked: list[PromptSample]
+) -> None:
+    """Against each prompt alone, forced token by token, whether or not its free answer was the full model's."""
+    from trio.core.images import inputs_for
+    from trio.measure.teacher import greedy_answer, teacher_forced
+
+    model, processor = tiny
+    with_another_answer = [i for i, one in enumerate(report.asked) if one.answers["trio-11 (2)"] != one.full]
+    assert 0 < len(with_another_answer) < 14
+    pipeline = trio.Pipeline.from_spec({"version": 1, "stages": [{"after_layer": 0, "keep": 2}]}, model)
+    for index in (with_another_answer[0], *(i for i in range(14) if i not in with_another_answer[:1])):
+        inputs = inputs_for(processor, [asked[index].load()], asked[index].prompt)
+        full = greedy_answer(model, inputs, max_new_tokens=4)
+        expected = teacher_forced(model, inputs, full, pipeline)[0]
+        found = report.asked[index]
+        assert len(found.position_kl["trio-11 (2)"]) == full.lengths[0]
+        assert found.position_kl["trio-11 (2)"] == pytest.approx(expected.kl, rel=1e-2, abs=1e-4)
+        assert found.position_kl["everything"] == [0.0] * full.lengths[0]
+        assert found.position_top1["everything"] == [True] * full.lengths[0]
+
+
+def test_places_come_from_the_positions_in_the_report(report: FidelityReport) -> None:
+    assert report.results[0].spec.positions is not None
+    for row in report.rows():
+        assert row.positions is not None
+        top1 = [one.position_top1[row.name] for one in report.asked]
+        kl_ = [one.position_kl[row.name] for one in report.asked]
+        flat = [nats for one in kl_ for nats in one]
+        overall, buckets = row.positions.overall, row.positions.buckets
+        assert overall.tokens == len(flat) > 14 and overall.kl.mean == pytest.approx(sum(flat) / len(flat))
+        assert overall.top1.mean == pytest.approx(sum(map(sum, top1)) / len(flat))
+        assert [one.name for one in buckets] == ["token 1", "tokens 2 to 4"]  # four tokens at most
+        assert (buckets[0].kl.mean, buckets[0].top1.mean) == pytest.approx(
+            (row.agreement.kl.mean, row.agreement.top1.mean), rel=1e-6
+        )
+        behind = [nats for one in kl_ for nats in one[1:4]]
+        assert buckets[1].kl.mean == pytest.approx(sum(behind) / len(behind))
+        third = [one[2] for one in kl_ if len(one) > 2]
+        assert row.positions.by_position[2].kl.mean == pytest.approx(sum(third) / len(third))
+        assert row.positions.worst.kl.mean == max(one.kl.mean for one in buckets)
+        assert overall.kl.low <= overall.kl.mean <= overall.kl.high
+
+
+def test_positions_of_an_image_are_drawn_together() -> None:
+    def half(images: list[str]) -> PositionFidelity:
+        agreements = [PositionAgreement((i % 2 == 0,) * 3, (float(i % 2),) * 3) for i in range(20)]
+        return Positions([3] * 20, images).summarised(agreements)
+
+    alone, pairs = half([str(i) for i in range(20)]), half([str(i % 4) for i in range(20)])
+    assert (alone.overall.images, pairs.overall.images) == (20, 4)
+    assert alone.overall.tokens == pairs.overall.tokens == 60
+    assert pairs.overall.kl.high - pairs.overall.kl.low > 1.5 * (alone.overall.kl.high - alone.overall.kl.low)
+    assert alone.overall.kl.mean == alone.overall.top1.mean == 0.5
+
+
+def test_buckets_end_where_answers_do() -> None:
+    agreements = [PositionAgreement((True,) * 9 + (False,), (0.0,) * 9 + (2.0,)), PositionAgreement((True,), (0.5,))]
+    found = Positions([10, 1], ["a", "b"]).summarised(agreements)
+    assert [(one.name, one.tokens, one.images) for one in found.buckets] == [
+        ("token 1", 2, 2),
+        ("tokens 2 to 4", 3, 1),
+        ("tokens 5 to 8", 4, 1),
+        ("token 9 on", 2, 1),
+    ]
+    assert found.worst.name == "token 9 on" and found.worst.kl.mean == 1.0 and found.worst.top1.mean == 0.5
+    assert len(found.by_position) == 10 and found.by_position[9].kl.mean == 2.0
+
+
+def test_a_model_that_cannot_be_forced_is_measured_without_positions(
+    tiny: tuple[Any, Any], asked: list[PromptSample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny
+    free = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: free(**{**given, "logits_processor": []}))
+    harsh = {"version": 1, "name": "harsh", "stages": [{"after_layer": 0, "keep": 1}]}
+    found = measure(model, processor, harsh, asked[:6], max_new_tokens=2, batch_size=3)
+    assert all(row.positions is None for row in found.rows())
+    assert any("not compared at every position" in note for note in found.notes)
+    assert found.asked[0].position_kl == {} and found.samples == 6
+
+
 def test_the_answers_are_the_model_s_own(
     report: FidelityReport, tiny: tuple[Any, Any], asked: list[PromptSample]
 ) -> None:
@@ -193,9 +276,11 @@ def test_the_answers_are_the_model_s_own(
         with trio.Pipeline.from_spec("trio-11", model):
             other = model(**inputs).logits[:, -1]
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    log_p, log_q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    divergence = float(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum"))
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert report.asked[9].answers["trio-11"] == answer
-    assert report.asked[9].kl["trio-11"] == pytest.approx(float(kl(full, other)), rel=1e-2, abs=1e-5)
+    assert report.asked[9].kl["trio-11"] == pytest.approx(divergence, rel=1e-2, abs=1e-5)
 
 
 def test_times_are_measured_of_every_row(report: FidelityReport) -> None:
@@ -323,7 +408,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     options = ["--prompts", prompts, "--spec", "trio-11", "--spec", spec, "--out", out, "--max-new-tokens", "2"]
     result = trio_("fidelity", "tiny-llava", "--images", folder, *options)
     assert result.exit_code == 0, result.stderr
-    assert "mine" in result.stdout and "random" in result.stdout and "95% interval" in result.stdout
+    assert "mine" in result.stdout and "every token" in result.stdout and "95% interval" in result.stdout
     found = FidelityReport.from_json(out.read_text())
     assert found.samples == found.images == 5
     assert [one.spec.name for one in found.results] == ["trio-11", "mine"]
@@ -370,11 +455,11 @@ def test_the_page_shows_the_committed_result(monkeypatch: pytest.MonkeyPatch, tm
     from benchmarks.measured import block
 
     page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
-    assert block("fidelity") in page and block("reuse") in page
+    assert all(block(name) in page for name in ("fidelity", "fidelity-long", "reuse"))
     assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])["name"] == "attention-15"  # type: ignore[index]
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    assert code is not None
+    steps, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(steps, "docs/fidelity.md", "exec"), {})
     names: dict[str, Any] = {}
-    exec(compile(code[1].replace("scenes=40", "scenes=3"), "docs/fidelity.md", "exec"), names)
+    exec(compile(example.replace("scenes=40", "scenes=3"), "docs/fidelity.md", "exec"), names)
     assert names["report"].images == 2

@@ -93,6 +93,9 @@ def print_report(report: FidelityReport, out: Console) -> None:
     savings = Table(header_style="bold")
     for column in ("", "visual tokens", "FLOPs", "to first token", "", "to end", ""):
         savings.add_column(column, justify="right" if savings.columns else "left")
+    places = Table(header_style="bold")
+    for column in ("every token", "same", "KL, nats", "worst place", "same there", "KL there"):
+        places.add_column(column, justify="right" if places.columns else "left")
     full = report.results[0].spec.visual_tokens
     first, end = duration(report.full.first_token), duration(report.full.answer)
     savings.add_row("full", f"{full:.1f}", "100%", first, "", end, "", end_section=True)
@@ -102,6 +105,15 @@ def print_report(report: FidelityReport, out: Console) -> None:
             found = row.agreement
             shown = (found.top1.percent(), found.kl.plain(), found.exact.percent(), found.edit.plain())
             agreement.add_row(Text(name), *map(_two_lines, shown))
+            if row.positions is not None:
+                overall, worst = row.positions.overall, row.positions.worst
+                places.add_row(
+                    Text(name),
+                    *map(_two_lines, (overall.top1.percent(), overall.kl.plain())),
+                    worst.name,
+                    *map(_two_lines, (worst.top1.percent(), worst.kl.plain())),
+                    end_section=row is result.rows()[-1],
+                )
             savings.add_row(
                 Text(name),
                 f"{row.average_kept:.1f}",
@@ -118,8 +130,12 @@ def print_report(report: FidelityReport, out: Console) -> None:
                 last = result.equal_gain is None or gained is result.equal_gain
                 agreement.add_row(name, *map(_two_lines, shown), end_section=last)
     print_table(out, agreement)
+    if places.rows:
+        print_table(out, places)
     print_table(out, savings)
     out.print(Text("below each mean: its 95% interval, samples of one image drawn together"))
+    if places.rows:
+        out.print(Text("every token: the full model's answer is fed to both, its end token included"))
     out.print(Text("random: as many tokens at the same places, drawn at random"))
     if any(result.equal_cost is not None for result in report.results):
         out.print(Text("equal cost: a smaller image that costs no more, or pooled tokens where images have one size"))

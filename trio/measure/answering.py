@@ -84,6 +84,8 @@ class BatchAnswers:
 
     Attributes:
         logits: of the first token, float32 ``(B, V)`` on the CPU, before any processing by `generate`.
+        tokens: int64 ``(B, T)``, without the prompts, padded behind the end of an answer.
+        steps: of every token, float32 ``(B, T, V)`` on the CPU; None where they were not asked for.
         texts: B answers, special tokens left out.
         first_token: seconds from the call of `generate` to the first token. Where images were not encoded again, the
             seconds that encoding them took before are part of it.
@@ -92,6 +94,8 @@ class BatchAnswers:
     """
 
     logits: torch.Tensor
+    tokens: torch.Tensor
+    steps: torch.Tensor | None
     texts: list[str]
     first_token: float
     answer: float
@@ -136,12 +140,21 @@ class GreedyAnswerer:
         *,
         max_new_tokens: int | None = None,
         memory: EncodedImages | None = None,
+        steps: bool = False,
     ) -> BatchAnswers:
-        """Answers a batch; with a memory, images that it knows are not encoded again."""
+        """Answers a batch; with a memory, images that it knows are not encoded again.
+
+        Args:
+            inputs: of `on_device`.
+            pipeline: attached for the call; None: the full model.
+            max_new_tokens: longest answer; None: as the answerer was told.
+            memory: of encoded images.
+            steps: whether to keep the logits of every token.
+        """
         reused = nullcontext() if memory is None else memory.reused(pipeline)
         before = 0.0 if memory is None else memory.saved_seconds
         # Attaching is not timed.
-        with reused, pipeline or nullcontext(), _FirstToken.of(self.adapter.model) as first:
+        with reused, pipeline or nullcontext(), _FirstToken.of(self.adapter.model, steps) as first:
             wait(self.model.device)
             start = time.perf_counter()
             tokens = generate(self.model, inputs, max_new_tokens=max_new_tokens or self.max_new_tokens)
@@ -150,6 +163,8 @@ class GreedyAnswerer:
         saved = 0.0 if memory is None else memory.saved_seconds - before
         return BatchAnswers(
             logits=first.logits.float().cpu(),
+            tokens=tokens.cpu(),
+            steps=torch.stack([one.float().cpu() for one in first.steps], 1) if steps else None,
             texts=decode(self.processor, tokens),
             first_token=first.time - start + saved,
             answer=end - start + saved,
@@ -158,19 +173,20 @@ class GreedyAnswerer:
 
 
 class _FirstToken:
-    """Notes when the first forward ended, and its logits at the last position."""
+    """Notes when the first forward ended, and its logits at the last position; where wanted, those of all forwards."""
 
     logits: torch.Tensor
     time: float
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, all_steps: bool) -> None:
+        self._model, self._all_steps = model, all_steps
         self._seen = False
+        self.steps: list[torch.Tensor] = []
 
     @classmethod
     @contextmanager
-    def of(cls, model: torch.nn.Module) -> Iterator[_FirstToken]:
-        watch = cls(model)
+    def of(cls, model: torch.nn.Module, all_steps: bool) -> Iterator[_FirstToken]:
+        watch = cls(model, all_steps)
         handle = model.register_forward_hook(watch._after)
         try:
             yield watch
@@ -184,3 +200,5 @@ class _FirstToken:
             wait(device)
             self.time = time.perf_counter()
             self.logits = output.logits[:, -1].detach()
+        if self._all_steps:
+            self.steps.append(output.logits[:, -1].detach().clone())

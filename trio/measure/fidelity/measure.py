@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +15,24 @@ from ...core.images import batch_for
 from ...core.upstream import MASK, patch_processor
 from ...cost import ModelShape, of_report, shape_of
 from ...errors import InputError, TrioError, UnsupportedModelError
+from ...pipeline import Pipeline
 from ...report import CompressionReport
 from ...spec import PipelineSpec, load_spec
 from ..ahead import AHEAD, prepared
-from ..answering import BatchAnswers, GreedyAnswerer
+from ..answering import BatchAnswers, GreedyAnswerer, answer_length
 from ..encoding import LIMIT, EncodedImages
 from ..equal_cost import AskedPrompt, equal_share, is_baseline, percent, pooled_spec
 from ..extras import require
+from ..teacher import PositionAgreement, ReferenceAnswer, compare_positions, forced_logits
 from .compare import compare
 from .floor import random_floor
+from .positions import Positions
 from .report import Asked, FidelityReport, SpecFidelity
 from .samples import PromptSample
 from .ways import Pair, Way, gain, middle
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 #: Draws of the floor; batches take them in turn, because prompts that are alike draw alike.
@@ -61,7 +66,8 @@ def measure(
 
     Every batch is answered by the full model, by each spec, by each spec's floor (as many tokens at the same places,
     drawn at random) and on smaller images that cost as much (pooled tokens where images have one size), in an order
-    that rotates. The first batch is answered once more before that, unmeasured. In each turn the images are encoded
+    that rotates. Where an answer differs, the full model's is fed to the model again, which compares them at every
+    position. The first batch is answered once more before that, unmeasured. In each turn the images are encoded
     once, and those seconds are part of every way's times; a spec whose compressor reads the vision tower has it run
     anew.
 
@@ -109,7 +115,7 @@ def measure(
         if index == 0:
             for turn in range(whole, TURNS):
                 run.turn(inputs, turn)
-        run.compare(inputs, run.turn(inputs, index, timed=len(batch) == len(batches[0])))
+        run.compare(inputs, run.turn(inputs, index, timed=len(batch) == len(batches[0])), index)
     if progress is not None:
         progress(len(batches), len(batches))
     return run.report(samples, batch_size, name or type(answerer.adapter.model).__name__)
@@ -128,7 +134,9 @@ class _Run:
         self.equals: list[Way | None] = []
         self.full: list[Pair] = []
         self.texts: list[str] = []
+        self.lengths: list[int] = []
         self.notes: list[str] = []
+        self.forces = True  # until the model turns out not to say what it is told to
         self.shape: ModelShape | None = None
         try:
             self.shape = shape_of(answerer.adapter.model.config)
@@ -222,19 +230,47 @@ class _Run:
             way = ways[place]
             pipeline = None if way is None else way.pipeline(number)
             given = inputs[None if way is None else way.spec.resize]
-            answers[place] = answer = self.answerer(given, pipeline, memory=self.memory)
+            answers[place] = answer = self.answerer(given, pipeline, memory=self.memory, steps=self.forces)
             if timed:
                 (self.full if way is None else way.seconds).append((answer.first_token, answer.answer))
         return [answers[place] for place in range(len(ways))]
 
-    def compare(self, inputs: Inputs, answers: Sequence[BatchAnswers]) -> None:
-        """Compares a batch's answers with the full model's, the first of them."""
+    def compare(self, inputs: Inputs, answers: Sequence[BatchAnswers], number: int) -> None:
+        """Compares a batch's answers in turn `number` with the full model's, the first of them."""
         full, *others = answers
         resized = any(way.spec.resize is not None for way in self.ways)
         before = self.answerer.adapter.image_counts(inputs[None]) if resized else None
         self.texts += full.texts
+        lengths = tuple(answer_length(self.answerer.model, one) for one in full.tokens)
+        self.lengths += lengths
         for way, other in zip(self.ways, others, strict=True):
             way.add(other, compare(full.logits, other.logits, full.texts, other.texts), self.shape, before)
+            if full.steps is not None and self.forces:
+                reference = ReferenceAnswer(full.tokens, lengths, full.steps)
+                way.positions += self._forced(reference, other, inputs[way.spec.resize], way.pipeline(number))
+
+    def _forced(
+        self, full: ReferenceAnswer, free: BatchAnswers, inputs: Any, pipeline: Pipeline
+    ) -> list[PositionAgreement]:
+        """How a pipeline agrees at every position of the full model's answers.
+
+        Up to its end a free answer that is the full model's was given behind the same tokens: nothing runs again.
+        """
+        if free.steps is not None and _same_answers(full, free.tokens):
+            return compare_positions(full, free.steps)
+        try:
+            logits = forced_logits(self.answerer.model, inputs, full.tokens, self._attached(pipeline))
+        except UnsupportedModelError as error:
+            self.forces = False
+            self.notes.append(f"answers were not compared at every position: {error}")
+            return []
+        return compare_positions(full, logits.cpu())
+
+    @contextmanager
+    def _attached(self, pipeline: Pipeline) -> Iterator[None]:
+        """The pipeline attached, and this turn's images not encoded again."""
+        with self.memory.reused(pipeline), pipeline:
+            yield
 
     def report(self, samples: Sequence[PromptSample], batch_size: int, name: str) -> FidelityReport:
         """Everything, with intervals."""
@@ -245,6 +281,8 @@ class _Run:
             notes.append(f"{distinct} images are too few for intervals by bootstrap: they are too narrow")
         prefill = self.specs[0].tokens.full_flops / len(samples)
         model = self.answerer.model
+        compared = self.ways if self.forces else []
+        places = Positions(self.lengths, images) if self.forces else None
         if self.shape is not None and prefill < SMALL and model.device.type == "cpu":
             notes.append(
                 "a model this small spends its time on overhead outside the layers, so its times say nothing about "
@@ -265,10 +303,10 @@ class _Run:
             full=middle(self.full),
             results=[
                 SpecFidelity(
-                    spec=spec.row(images, self.full),
-                    floor=floor.row(images, self.full),
+                    spec=spec.row(images, self.full, places),
+                    floor=floor.row(images, self.full, places),
                     gain=gain(spec.likenesses, floor.likenesses, images),
-                    equal_cost=None if equal is None else equal.row(images, self.full),
+                    equal_cost=None if equal is None else equal.row(images, self.full, places),
                     equal_gain=None if equal is None else gain(spec.likenesses, equal.likenesses, images),
                 )
                 for spec, floor, equal in zip(self.specs, self.floors, self.equals, strict=True)
@@ -281,11 +319,19 @@ class _Run:
                     answers={way.spec.name: way.texts[index] for way in self.ways},
                     top1={way.spec.name: way.likenesses[index].top1 for way in self.ways},
                     kl={way.spec.name: way.likenesses[index].kl for way in self.ways},
+                    position_top1={way.spec.name: list(way.positions[index].top1) for way in compared},
+                    position_kl={way.spec.name: list(way.positions[index].kl) for way in compared},
                 )
                 for index, sample in enumerate(samples)
             ],
             notes=notes,
         )
+
+
+def _same_answers(full: ReferenceAnswer, tokens: torch.Tensor) -> bool:
+    """Whether answers ``(B, T')`` are the full model's, each up to its end."""
+    pairs = zip(full.tokens.tolist(), tokens.tolist(), full.lengths, strict=True)
+    return all(one[:length] == other[:length] for one, other, length in pairs)
 
 
 def _named(specs: list[PipelineSpec]) -> list[PipelineSpec]:

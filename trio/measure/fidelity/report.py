@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ...core.record import Document, Record
 from ..statistics import Estimate
+from .positions import PositionFidelity
 
 
 class Times(Record):
@@ -43,6 +44,8 @@ class FidelityRow(Record):
         name: of the spec; of a floor the spec's with ", random".
         spec: as plain data; None where a part has no registered name.
         agreement: with the full model.
+        positions: at every position of the full model's answer, which is fed to both; None where the model cannot be
+            made to say it, and in reports of earlier versions.
         visual_tokens: of the full model, a sample, on average.
         average_kept: visual tokens averaged over the decoder layers, a sample, on average.
         flops: FLOPs of prefill and tower as a share of the full model's, scoring included; None where the cost of the
@@ -55,6 +58,7 @@ class FidelityRow(Record):
     name: str
     spec: dict[str, Any] | None
     agreement: Likenesses
+    positions: PositionFidelity | None = None
     visual_tokens: float
     average_kept: float
     flops: float | None
@@ -92,7 +96,18 @@ class SpecFidelity(Record):
 
 
 class Asked(Record):
-    """One sample: the answers of the full model and of each row, and the row's divergence and agreement."""
+    """One sample: the answers of the full model and of each row, and the row's divergence and agreement.
+
+    Attributes:
+        image: its name.
+        prompt: in words.
+        full: the full model's answer.
+        answers: of each row, left to itself.
+        top1: of each row, whether its most probable first token is the full model's.
+        kl: of each row, of the first token's distribution, nats.
+        position_top1: as `top1` at every position of the full model's answer, which was fed.
+        position_kl: as `kl` likewise.
+    """
 
     image: str
     prompt: str
@@ -100,6 +115,8 @@ class Asked(Record):
     answers: dict[str, str]
     top1: dict[str, bool]
     kl: dict[str, float]
+    position_top1: dict[str, list[bool]] = Field(default_factory=dict)
+    position_kl: dict[str, list[float]] = Field(default_factory=dict)
 
 
 class FidelityReport(Document):
@@ -154,6 +171,12 @@ class FidelityReport(Document):
                 f"{agreement.exact.percent()}, edit similarity {agreement.edit.plain()}; "
                 f"{row.speedup.first_token:.2f}x to the first token, {row.speedup.answer:.2f}x to the end"
             )
+            if row.positions is not None:
+                found, worst = row.positions.overall, row.positions.worst
+                lines.append(
+                    f"    at every position of the full model's answer: the same token {found.top1.percent()}, KL "
+                    f"{found.kl.plain()} nats; largest at {worst.name}: {worst.kl.plain()}"
+                )
         lines += [f"  {one.spec.name} above random, points: top-1 {one.gain.top1.points()}" for one in self.results]
         lines += [
             f"  {one.spec.name} above equal cost, points: top-1 {one.equal_gain.top1.points()}"

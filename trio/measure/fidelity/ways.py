@@ -13,7 +13,9 @@ from ...report import CompressionReport
 from ...spec import PipelineSpec
 from ..answering import BatchAnswers, GreedyAnswerer
 from ..statistics import Bootstrap
+from ..teacher import PositionAgreement
 from .compare import Likeness
+from .positions import Positions
 from .report import FidelityRow, Likenesses, Times
 
 #: Seconds to the first token and to the end, of one batch.
@@ -79,6 +81,7 @@ class Way:
         self.pipelines = [Pipeline.from_spec(spec, answerer.adapter.model, adapter=answerer.adapter) for spec in specs]
         self.tokens = Tokens()
         self.likenesses: list[Likeness] = []
+        self.positions: list[PositionAgreement] = []
         self.texts: list[str] = []
         self.seconds: list[Pair] = []
 
@@ -100,8 +103,14 @@ class Way:
         self.likenesses += likenesses
         self.texts += answered.texts
 
-    def row(self, images: Sequence[str], full: Sequence[Pair]) -> FidelityRow:
-        """What was found, with intervals over images; `full` are the times of the full model on the same batches."""
+    def row(self, images: Sequence[str], full: Sequence[Pair], positions: Positions | None) -> FidelityRow:
+        """What was found, with intervals over images.
+
+        Args:
+            images: name of each sample's image.
+            full: times of the full model on the same batches.
+            positions: of the full model's answers; None where they were not compared.
+        """
         count = len(self.likenesses)
         notes = [*self.tokens.notes, *([f"FLOPs are not known: {self.tokens.unknown}"] if self.tokens.unknown else [])]
         try:
@@ -113,6 +122,7 @@ class Way:
             name=self.spec.name,
             spec=plain,
             agreement=agreement(self.likenesses, images),
+            positions=None if positions is None else positions.summarised(self.positions),
             visual_tokens=self.tokens.visual / count,
             average_kept=self.tokens.kept / count,
             flops=self.tokens.flops_share,
