@@ -39,16 +39,35 @@ class Job:
         column: of the table.
         command: arguments of lmms-eval.
         folder: where its results go.
+        asked: what the results depend on, beside the task.
     """
 
     column: str
     command: tuple[str, ...]
     folder: Path
+    asked: Mapping[str, Any]
+
+    @property
+    def record(self) -> Path:
+        """The file that says what was asked."""
+        return self.folder / "asked.json"
 
     def results(self) -> dict[str, Any] | None:
-        """What lmms-eval has written; None where the task is not done."""
+        """What lmms-eval has written; None where the task is not done.
+
+        Raises:
+            InputError: it was asked otherwise: another checkpoint, other arguments, or fewer questions.
+        """
         files = sorted(self.folder.rglob("*_results.json"))
-        return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
+        if not files:
+            return None
+        before = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else "nobody knows what"
+        if before != self.asked:
+            raise InputError(
+                f"{str(self.folder)!r}: it holds results of {before}, and not of {dict(self.asked)}; give another "
+                "--out, or remove the folder."
+            )
+        return dict(json.loads(files[-1].read_text(encoding="utf-8")))
 
 
 def jobs(
@@ -89,7 +108,12 @@ def jobs(
     ]
     options += [] if limit is None else ["--limit", str(limit)]
     return [
-        Job(column, (*options, "--tasks", source.task, "--output_path", str(out / source.task)), out / source.task)
+        Job(
+            column,
+            (*options, "--tasks", source.task, "--output_path", str(out / source.task)),
+            out / source.task,
+            {"model_args": given, "limit": limit},
+        )
         for column, source in sources.items()
     ]
 
@@ -101,6 +125,7 @@ def run(job: Job) -> dict[str, Any]:
         InputError: lmms-eval has written no results (it ends with 0 all the same); its last lines are in the message.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
+    job.record.write_text(json.dumps(job.asked, indent=1) + "\n", encoding="utf-8")
     log = job.folder / "log.txt"
     with log.open("w", encoding="utf-8") as file:
         subprocess.run([sys.executable, "-m", "lmms_eval", *job.command], stdout=file, stderr=file, check=False)
@@ -240,10 +265,9 @@ def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def done(folder: Path, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
-    """The results that lie below a row's folder, by task."""
-    tasks = [Job(column, (), folder / source.task) for column, source in sources.items()]
-    return {job.folder.name: results for job in tasks if (results := job.results()) is not None}
+def done(asked: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """The results of the jobs that are done, by task; errors as `Job.results`."""
+    return {job.folder.name: results for job in asked if (results := job.results()) is not None}
 
 
 def _asked(table: PaperTable, columns: Sequence[str] | None) -> dict[str, Source]:
@@ -272,17 +296,19 @@ def main(
         of = table_of(table)
         if row not in of.rows:
             raise UnknownNameError(f"row: found {row!r}. {did_you_mean(row, of.rows)}Allowed: {', '.join(of.rows)}.")
-        sources, folder = _asked(of, column), out / table
-        found = jobs(
-            of,
-            of.rows[row],
-            model,
-            folder / row,
-            sources=sources,
-            include=HERE / "tasks",
-            batch_size=batch_size,
-            limit=limit,
-            arguments=model_args or (),
+        found, base = (
+            jobs(
+                of,
+                of.rows[name],
+                model,
+                out / table / name,
+                sources=_asked(of, column),
+                include=HERE / "tasks",
+                batch_size=batch_size,
+                limit=limit,
+                arguments=model_args or (),
+            )
+            for name in (row, FULL)
         )
         if dry_run:
             for job in found:
@@ -293,8 +319,8 @@ def main(
             console.print(f"{number} of {len(found)}: {job.folder.name}: {state}")
             if state == "running":
                 run(job)
-        full = {} if row == FULL else done(folder / FULL, sources)
-        console.print(report(of, of.rows[row], done(folder / row, sources), full, _config(model)))
+        full = {} if row == FULL else done(base)
+        console.print(report(of, of.rows[row], done(found), full, _config(model)))
         for text in (of.remark, "" if full or row == FULL else f"run --row {FULL} too: percents are relative to it"):
             if text:
                 console.print(f"note: {text}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -166,6 +166,7 @@ def test_a_cancelled_request_that_waits_is_not_asked_and_leaves_its_place(batche
         with pytest.raises(QueueFullError, match="12 requests wait"):
             batcher.submit(request(ASKED[0]))
         assert all(future.cancel() for future in futures[:10])
+        assert wait(futures[:10], timeout=30).not_done == set()
         assert batcher.stats.waiting == 2
         futures.append(batcher.submit(request(ASKED[13])))
     assert [answer.batch_size for answer in results([first, *futures[10:]])] == [1, 3, 3, 3]

@@ -33,6 +33,7 @@ from trio.measure.shapesvqa.examples import examples
 from trio.measure.tuning.space import Space
 from trio.measure.tuning.study import Study
 from trio.measure.tuning.trials import Found, Judge
+from trio.scorers.base import SCORERS
 from trio.spec import PipelineSpec, load_spec
 
 SIZES = [(168, 168), (252, 168), (100, 300), (640, 480), (1000, 40), (20, 20)]
@@ -390,6 +391,12 @@ def test_a_search_tries_smaller_images(qwen: Any, llava: Any) -> None:
     assert {spec.resize for spec in seen} == {None, *space.resizes[1:]}
     assert any(spec.resize and not spec.stages and spec.compressor is None for spec in seen)
     assert Space.of(adapter_for(llava[0])).resizes == ()
+
+    seen.clear()
+    compressors = Space.of(adapter, without=SCORERS.names())
+    Study(None, {}, seed=3, sampler="tpe").run(30, compressors, [], judge, "agreement", None)
+    assert any(spec.resize and spec.compressor is None for spec in seen)
+    assert any(not spec.resize for spec in seen) and all(spec.resize or spec.compressor for spec in seen)
 
     samples = [PromptSample(one.image, one.question, str(one.scene)) for one in examples("validation", 5, 1)][:3]
     found = Judge(GreedyAnswerer(*qwen, max_new_tokens=2), samples, batch_size=2, timed=True)

@@ -176,7 +176,7 @@ def test_a_row_of_the_paper_s_tables(task: Path, tmp_path: Path) -> None:
         )
         assert job.results() is None
         assert paper.run(job) == job.results()
-        found[name] = paper.done(tmp_path / name, {"scenes": source})
+        found[name] = paper.done([job])
     config = zoo.load("tiny-llava")[0].config
     shown = paper.report(table, table.rows["trio"], found["trio"], found["full"], config, {"scenes": (source,)})
     columns = {column.header: list(column.cells) for column in shown.columns}

@@ -115,6 +115,10 @@ def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert done.exit_code == 0, done.output
         assert "run --row full too" in " ".join(done.output.split())
     assert runs == ["pope"]
+    for other in (("--limit", 5), ("--model-args", "dtype=float16"), ("--model", zoo.path("tiny-llava"))):
+        refused = called(*options, *other)
+        assert refused.exit_code == 2 and "give another --out" in refused.output
+    assert runs == ["pope"]
     failed = called(*options, "--column", "gqa")
     assert failed.exit_code == 2 and "task gqa: lmms-eval gave no results" in failed.output
 
@@ -141,6 +145,6 @@ def test_wrong_names(options: tuple[str, ...], match: str) -> None:
 
 
 def test_a_run_without_results_says_where_to_look(tmp_path: Path) -> None:
-    job = paper.Job("pope", ("--model", "trio"), tmp_path / "pope")
+    job = paper.Job("pope", ("--model", "trio"), tmp_path / "pope", {})
     with pytest.raises(InputError, match=r"lmms-eval gave no results \(.*\); see .*log\.txt"):
         paper.run(job)  # without its arguments, or without lmms-eval

@@ -302,6 +302,7 @@ class DynamicBatcher:
         with self._changed:
             self._queue = [one for one in self._queue if one.future is not future]  # it may hold large images
             if future.cancelled():
+                future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for that
                 self._stats.outcomes["cancelled"] += 1
             elif future.exception() is not None:
                 self._stats.outcomes["failed"] += 1

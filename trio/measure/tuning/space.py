@@ -132,7 +132,9 @@ class Space:
         if self.compressors:
             needed = not self.scorers and not smaller
             choices = self.compressors if needed else (NO, *self.compressors)
-            chosen = trial.suggest_categorical("compressor", choices)
+            # A parameter has the same choices in all trials: Optuna refuses others.
+            name = "compressor of the whole image" if needed and self.resizes else "compressor"
+            chosen = trial.suggest_categorical(name, choices)
         if chosen != NO:
             share = trial.suggest_float("compressor.keep", LEAST, MOST, log=True) if not _decides(chosen) else 1.0
             made["compressor"] = _compressor(_drawn(trial, "compressor", chosen)[0], share)
