@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Set
+import threading
+from collections.abc import Generator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from typer.testing import CliRunner, Result
 import trio
 from trio import zoo
 from trio.batch import BatchRow, LocalEngine, RowAnswerer, RowOutput, RowSource, Shards, open_rows, run_job
+from trio.batch.answerer import PreparedRows
 from trio.batch.rows import ParquetRows
 from trio.cli import app
 from trio.integrations.ray import RayAnswerer
@@ -74,7 +78,7 @@ class Recorded:
         self.asked: list[str] = []
         self.stop, self.twice, self.leave = stop, twice, leave
 
-    def answers(self, source: RowSource, done: Set[str]) -> Iterator[RowOutput]:
+    def answers(self, source: RowSource, done: Set[str]) -> Generator[RowOutput, None, None]:
         for row in [one for one in source.rows() if one.id not in done][1 if self.leave else 0 :]:
             if len(self.asked) == self.stop:
                 raise KeyboardInterrupt
@@ -164,6 +168,122 @@ def test_a_batch_that_fails_is_asked_row_by_row(table: tuple[Path, list[dict[str
     assert not pipeline.attached
 
 
+class Watched(RowAnswerer):
+    """Does not ask a batch before the next one is prepared, of which it notes the size and the thread."""
+
+    batches, asked = 5, 0
+
+    def __init__(self) -> None:
+        model, processor = zoo.load("tiny-llava")
+        super().__init__(model, processor, trio.Pipeline.from_spec("trio-soft-11", model), max_new_tokens=8)
+        self.sizes: list[int] = []
+        self.threads: set[str] = set()
+        self.changed = threading.Condition()
+
+    def prepare(self, rows: Sequence[BatchRow]) -> PreparedRows:
+        made = super().prepare(rows)
+        with self.changed:
+            self.sizes.append(len(rows))
+            self.threads.add(threading.current_thread().name)
+            self.changed.notify_all()
+        return made
+
+    def ask(self, prepared: PreparedRows) -> list[RowOutput]:
+        self.asked += 1
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.sizes) >= min(self.asked + 1, self.batches), 60)
+        return super().ask(prepared)
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_next_batches_are_prepared_while_the_model_has_one(
+    ahead: int, table: tuple[Path, list[dict[str, Any]]], answers: list[str | None]
+) -> None:
+    """And not more of them; the rows come in their order, and an image that is no image is its row's error alone."""
+    file, rows = table
+    answerer, found = Watched(), []
+    for one in LocalEngine(answerer, 5, ahead=ahead).answers(open_rows(file), set()):
+        found.append(one)
+        assert len(answerer.sizes) <= answerer.asked + ahead
+    assert [one.id for one in found] == [row["id"] for row in rows]
+    assert [one.answer for one in found] == answers
+    assert [number for number, one in enumerate(found) if one.error] == [BAD]
+    assert answerer.sizes == [5, 5, 5, 5, 2]
+    assert all(name.startswith("trio-prepare") for name in answerer.threads) and len(answerer.threads) == 1
+
+
+def test_a_second_call_of_the_class_for_ray_reads_while_the_first_has_the_model(
+    table: tuple[Path, list[dict[str, Any]]], answers: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rows = table
+    read, inside, first = threading.Semaphore(0), threading.Lock(), threading.Event()
+    prepare, ask = RowAnswerer.prepare, RowAnswerer.ask
+
+    def prepares(self: RowAnswerer, rows: Sequence[BatchRow]) -> PreparedRows:
+        made = prepare(self, rows)
+        read.release()
+        return made
+
+    def asks(self: RowAnswerer, prepared: PreparedRows) -> list[RowOutput]:
+        assert inside.acquire(blocking=False)  # one at a time
+        try:
+            if not first.is_set():
+                first.set()
+                assert read.acquire(timeout=60) and read.acquire(timeout=60)  # its own batch, and the other
+            return ask(self, prepared)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(RowAnswerer, "prepare", prepares)
+    monkeypatch.setattr(RowAnswerer, "ask", asks)
+    answerer = RayAnswerer("tiny-llava", "trio-soft-11", max_new_tokens=8, folder=file.parent)
+    columns = {
+        name: np.array([row[name] for row in rows], dtype=object) for name in ("id", "image", "question", "answer")
+    }
+    halves = [{name: values[n : n + 11] for name, values in columns.items()} for n in (0, 11)]
+    with ThreadPoolExecutor(2) as pool:
+        found = [one for made in pool.map(answerer, halves) for one in results_of(made)]
+    answerer.close()
+    assert [one.answer for one in found] == answers
+
+
+def test_a_job_that_is_terminated_writes_what_is_answered_and_leaves_no_thread(
+    table: tuple[Path, list[dict[str, Any]]],
+    answers: list[str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, rows = table
+    asked: list[RowAnswerer] = []
+    ask = RowAnswerer.ask
+
+    def terminates(self: RowAnswerer, prepared: PreparedRows) -> list[RowOutput]:
+        asked.append(self)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(self, prepared)
+
+    def unhandled(*_: object) -> None:
+        raise AssertionError("SIGTERM ended the process")
+
+    given = ("--input", file, "--out", tmp_path, "--max-new-tokens", 8, "--batch-size", 5)
+    before = signal.signal(signal.SIGTERM, unhandled)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(RowAnswerer, "ask", terminates)
+            result = batch(*given)
+        assert signal.getsignal(signal.SIGTERM) is unhandled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 130 and "goes on where it was" in result.stderr
+    assert [line["answer"] for line in written(tmp_path)] == answers[:10]
+    assert not asked[0].pipeline.attached
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("trio-prepare")]
+    assert batch(*given).exit_code == 0
+    assert [line["id"] for line in written(tmp_path)] == [row["id"] for row in rows]
+    assert [line["answer"] for line in written(tmp_path)] == answers
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -173,6 +293,7 @@ def test_a_batch_that_fails_is_asked_row_by_row(table: tuple[Path, list[dict[str
         (["--engine", "vllm", "--spec", "{folder}/alone.yaml"], "vLLM is not installed"),
         (["--engine", "vllm", "--ray", "local"], "--ray: not with --engine vllm"),
         (["--engine", "vllm", "--device", "cpu"], "--device: not with --engine vllm"),
+        (["--engine", "vllm", "--workers", "2"], "--workers: not with --engine vllm"),
         (["--spec", "trio-111"], "no shipped spec 'trio-111'"),
         (["--model", "nothing"], "model 'nothing'"),
         (["--input", "nothing.jsonl"], "there is no such file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,23 @@ def test_an_error_comes_when_its_turn_comes(ahead: int) -> None:
     assert next(coming) == 0
     with pytest.raises(InputError, match=r"b\.png"):
         next(coming)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_an_error_of_the_items_comes_when_its_turn_comes(ahead: int) -> None:
+    """And they are taken in the thread that prepares: reading a table is work, too."""
+    threads: set[int] = set()
+
+    def items() -> Iterator[int]:
+        threads.add(threading.get_ident())
+        yield from range(2)
+        raise InputError("table 'a.parquet': damaged")
+
+    coming = prepared(lambda item: -item, items(), ahead=ahead)
+    assert [next(coming), next(coming)] == [0, -1]
+    with pytest.raises(InputError, match="damaged"):
+        next(coming)
+    assert (threads == {threading.get_ident()}) == (ahead == 0)
 
 
 def test_nothing_is_prepared_behind_an_interrupt() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,6 +92,26 @@ def test_an_actor_that_dies_loses_and_repeats_nothing(
     assert mark.exists()
     assert written(tmp_path / "out") == plain
     assert summary.rows == ROWS and list(summary.examples) == [f"row-{BAD}"]
+
+
+def test_an_actor_reads_one_batch_while_its_model_has_another(
+    table: Path, plain: list[dict[str, Any]], cluster: None, tmp_path: Path
+) -> None:
+    class Meets(RayAnswerer):  # within the test, so that actors get its code by value
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.first, self.both = [1, 2], threading.Barrier(2, timeout=120)
+
+        def __call__(self, batch: Any) -> Any:
+            if self.first:
+                self.first.pop()
+                self.both.wait()  # breaks where calls come one after the other
+            return super().__call__(batch)
+
+    engine = RayEngine(OPTIONS, 1, batch_size=16, ordered=True, cpus=0.5, answerer=Meets)
+    with Shards(tmp_path, {}) as shards:
+        run_job(open_rows(table), shards, lambda: engine, shard_rows=100)
+    assert written(tmp_path) == plain
 
 
 def test_actors_that_take_every_cpu_are_refused(table: Path, cluster: None, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..measure.evaluation.task import normalise
 from ..pipeline import Pipeline
 from .rows import BatchRow
 
-__all__ = ["OF_A_ROW", "Answerer", "RowAnswerer", "RowOutput"]
+__all__ = ["OF_A_ROW", "Answerer", "PreparedRows", "RowAnswerer", "RowOutput"]
 
 #: What one row may bring about while it is answered. Other errors, such as those of a device, are not the row's.
 OF_A_ROW = (TrioError, ValueError, torch.OutOfMemoryError)
@@ -46,33 +46,85 @@ class RowOutput:
     right: bool | None = None
 
 
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows of one batch as they are asked, on the host.
+
+    Attributes:
+        rows: all of them.
+        failed: what became of those whose images cannot be read, by place.
+        inputs: what is asked for the others; None where there are none, or where it could not be made.
+        problem: why it could not be made.
+    """
+
+    rows: tuple[BatchRow, ...]
+    failed: Mapping[int, RowOutput]
+    inputs: Any
+    problem: Exception | None = None
+
+    @property
+    def asked(self) -> list[BatchRow]:
+        """The rows that are asked."""
+        return [row for number, row in enumerate(self.rows) if number not in self.failed]
+
+
 class Answerer(ABC):
-    """Answers batches of rows; a row whose image cannot be read gets its reason and is not asked."""
+    """Answers batches of rows; a row whose image cannot be read gets its reason and is not asked.
+
+    `prepare` needs no model, so that it may run in another thread while `ask` answers an earlier batch.
+    """
+
+    #: What one row may bring about while it is answered. Other errors, such as those of a device, are not the row's.
+    of_a_row: tuple[type[Exception], ...] = OF_A_ROW
 
     def answer(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
         """What became of each row, in their order; they are asked as one batch."""
-        results: dict[int, RowOutput] = {}
+        return self.ask(self.prepare(rows))
+
+    def prepare(self, rows: Sequence[BatchRow]) -> PreparedRows:
+        """Reads the images and makes what is asked; what goes wrong is kept for `ask`."""
+        failed: dict[int, RowOutput] = {}
         images: dict[int, Image.Image] = {}
         for number, row in enumerate(rows):
             try:
                 images[number] = row.load()
             except InputError as error:
-                results[number] = _failed(row, error)
-        asked = [rows[number] for number in images]
-        results |= dict(zip(images, self._ask(asked, list(images.values())), strict=True))
-        return [results[number] for number in range(len(rows))]
+                failed[number] = _failed(row, error)
+        inputs: Any = None
+        if images:
+            try:
+                inputs = self._inputs([rows[number] for number in images], list(images.values()))
+            except Exception as error:  # a processor may raise anything over an odd image
+                return PreparedRows(tuple(rows), failed, None, error.with_traceback(None))  # which holds the images
+        return PreparedRows(tuple(rows), failed, inputs)
+
+    def ask(self, prepared: PreparedRows) -> list[RowOutput]:
+        """What became of each row of a batch, in their order."""
+        outputs = iter(self._ask(prepared))
+        return [prepared.failed.get(number) or next(outputs) for number in range(len(prepared.rows))]
 
     @abstractmethod
-    def _ask(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[RowOutput]:
-        """As `answer`, with the images loaded; where a batch fails, its rows are asked one by one."""
+    def _inputs(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> Any:
+        """What is asked for some rows; runs in any thread."""
 
-    def _one_by_one(
-        self, rows: Sequence[BatchRow], images: Sequence[Image.Image], error: BaseException
-    ) -> list[RowOutput]:
-        """Asks each row alone, or says why the only one has no answer."""
+    @abstractmethod
+    def _outputs(self, rows: Sequence[BatchRow], inputs: Any) -> list[RowOutput]:
+        """Asks for some rows; an error out of `of_a_row` is taken for one of theirs."""
+
+    def _ask(self, prepared: PreparedRows) -> list[RowOutput]:
+        """The outputs of the rows that are asked; where a batch fails, they are asked one by one."""
+        rows = prepared.asked
+        if not rows:
+            return []
+        problem = prepared.problem
+        if problem is None:
+            try:
+                return self._outputs(rows, prepared.inputs)
+            except self.of_a_row as error:
+                problem = error.with_traceback(None)  # which holds the memory of the batch
         if len(rows) == 1:
-            return [_failed(rows[0], error)]
-        return [self._ask([row], [image])[0] for row, image in zip(rows, images, strict=True)]
+            return [_failed(rows[0], problem)]
+        return [output for row in rows for output in self.answer([row])]
 
 
 class RowAnswerer(Answerer):
@@ -90,29 +142,24 @@ class RowAnswerer(Answerer):
         self.model, self.pipeline, self.max_new_tokens = model, pipeline, max_new_tokens
         self.processor = pipeline.processor(processor)
 
-    def answer(self, rows: Sequence[BatchRow]) -> list[RowOutput]:
-        """See `Answerer.answer`.
+    def ask(self, prepared: PreparedRows) -> list[RowOutput]:
+        """See `Answerer.ask`.
 
         Raises:
             InputError: the pipeline is not attached.
         """
         if not self.pipeline.attached:
             raise InputError("pipeline: it is not attached, so nothing would be compressed; call pipeline.attach().")
-        return super().answer(rows)
+        return super().ask(prepared)
 
-    def _ask(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[RowOutput]:
+    def _inputs(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> Any:
+        """As of `Answerer`: the processor's batch, on the host."""
+        return batch_for(self.processor, [([image], row.question) for row, image in zip(rows, images, strict=True)])
+
+    def _outputs(self, rows: Sequence[BatchRow], inputs: Any) -> list[RowOutput]:
         """As of `Answerer`."""
-        if not rows:
-            return []
-        try:
-            prompts = [([image], row.question) for row, image in zip(rows, images, strict=True)]
-            inputs = batch_for(self.processor, prompts).to(self.model.device, dtype=self.model.dtype)
-        except Exception as error:  # a processor may raise anything over an odd image
-            return self._one_by_one(rows, images, error)
-        try:
-            tokens = generate(self.model, inputs, max_new_tokens=self.max_new_tokens)
-        except OF_A_ROW as error:
-            return self._one_by_one(rows, images, error)
+        given = inputs.to(self.model.device, dtype=self.model.dtype)
+        tokens = generate(self.model, given, max_new_tokens=self.max_new_tokens)
         report = self.pipeline.report
         texts = decode(self.processor, tokens)
         return [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Generator, Set
+from contextlib import closing
 from itertools import islice
 from typing import Protocol
 
 from ..errors import InputError
+from ..measure.ahead import AHEAD, prepared
 from .answerer import RowAnswerer, RowOutput
 from .rows import RowSource
 from .shards import Shards
@@ -20,7 +22,7 @@ Progress = Callable[[int, int], None]
 class Engine(Protocol):
     """Answers the rows of a table, here or elsewhere."""
 
-    def answers(self, source: RowSource, done: Set[str]) -> Iterator[RowOutput]:
+    def answers(self, source: RowSource, done: Set[str]) -> Generator[RowOutput, None, None]:
         """One result for each row whose id is not in `done`.
 
         Args:
@@ -30,18 +32,25 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Answers batch by batch in this process, in the order of the rows."""
+    """Answers batch by batch in this process, in the order of the rows; a thread prepares the next ones meanwhile."""
 
-    def __init__(self, answerer: RowAnswerer, batch_size: int) -> None:
-        """Binds an answerer, whose pipeline is attached for the job; `batch_size` rows are asked together."""
-        self.answerer, self.batch_size = answerer, batch_size
+    def __init__(self, answerer: RowAnswerer, batch_size: int, *, ahead: int = AHEAD) -> None:
+        """Binds an answerer, whose pipeline is attached for the job.
 
-    def answers(self, source: RowSource, done: Set[str]) -> Iterator[RowOutput]:
+        Args:
+            answerer: of the model.
+            batch_size: rows that are asked together.
+            ahead: batches that are read and preprocessed before their turn, at most; 0: none, and no thread.
+        """
+        self.answerer, self.batch_size, self.ahead = answerer, batch_size, ahead
+
+    def answers(self, source: RowSource, done: Set[str]) -> Generator[RowOutput, None, None]:
         """As of `Engine`."""
         rows = (row for row in source.rows() if row.id not in done)
-        with self.answerer.pipeline:
-            while batch := list(islice(rows, self.batch_size)):
-                yield from self.answerer.answer(batch)
+        batches = iter(lambda: list(islice(rows, self.batch_size)), [])
+        with self.answerer.pipeline, closing(prepared(self.answerer.prepare, batches, ahead=self.ahead)) as coming:
+            for batch in coming:
+                yield from self.answerer.ask(batch)
 
 
 def check_rows(source: RowSource, done: Set[str]) -> int:
@@ -99,19 +108,22 @@ def run_job(
         progress(finished, total)
     waiting: list[RowOutput] = []
     if finished < total:
-        try:
-            for result in engine().answers(source, done):
-                if result.id in done:
-                    raise InputError(f"engine: it answered the row {result.id!r} twice; this is a defect, report it.")
-                done.add(result.id)
-                waiting.append(result)
-                finished += 1
-                if progress is not None:
-                    progress(finished, total)
-                if len(waiting) >= shard_rows:
+        with closing(engine().answers(source, done)) as answers:
+            try:
+                for result in answers:
+                    if result.id in done:
+                        raise InputError(
+                            f"engine: it answered the row {result.id!r} twice; this is a defect, report it."
+                        )
+                    done.add(result.id)
+                    waiting.append(result)
+                    finished += 1
+                    if progress is not None:
+                        progress(finished, total)
+                    if len(waiting) >= shard_rows:
+                        shards.write(waiting)
+                        waiting = []
+            finally:  # stopped by hand or by an error: what is answered is not asked again
+                if waiting:
                     shards.write(waiting)
-                    waiting = []
-        finally:  # stopped by hand or by an error: what is answered is not asked again
-            if waiting:
-                shards.write(waiting)
     return summarise(shards.results(), total)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +76,7 @@ def batch(
     from .common import print_json, progress_bar, say, write_text
 
     if engine is BatchEngine.vllm:
-        alone = {"--ray": ray is not None, "--device": device != "auto"}
+        alone = {"--ray": ray is not None, "--workers": workers > 1, "--device": device != "auto"}
         if wrong := [name for name, given in alone.items() if given]:
             raise InputError(f"{wrong[0]}: not with --engine vllm, which takes this machine's devices; leave it out.")
     if ray is None and (workers > 1 or ordered):
@@ -109,7 +113,11 @@ def batch(
 
     source, begin = open_rows(data, question), time.perf_counter()
     try:
-        with Shards(out, settings) as shards, progress_bar(f"{model}: rows", rate=True) as progress:
+        with (
+            _terminated_as_stopped(),
+            Shards(out, settings) as shards,
+            progress_bar(f"{model}: rows", rate=True) as progress,
+        ):
             summary = run_job(source, shards, make, shard_rows=shard_rows, progress=progress)
     except KeyboardInterrupt:
         say("trio: stopped; give the same command again, and it goes on where it was.", err=True)
@@ -120,6 +128,19 @@ def batch(
         return
     _print(summary, time.perf_counter() - begin)
     say(f"written to {out}: part-*.jsonl, summary.json")
+
+
+@contextmanager
+def _terminated_as_stopped() -> Iterator[None]:
+    """Lets SIGTERM, which schedulers send, end the block as Ctrl-C does: what is answered is written."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _local(model: str, spec: Any, batch_size: int, options: dict[str, Any]) -> Engine:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-__all__ = ["prepared"]
+__all__ = ["AHEAD", "prepared"]
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -17,27 +17,34 @@ Batch = TypeVar("Batch")
 AHEAD = 2
 
 
-def prepared(prepare: Callable[[Item], Batch], items: Sequence[Item], *, ahead: int = AHEAD) -> Iterator[Batch]:
+def prepared(
+    prepare: Callable[[Item], Batch], items: Iterable[Item], *, ahead: int = AHEAD
+) -> Generator[Batch, None, None]:
     """What `prepare` makes of each item, in order; the next ones are made in one thread while the caller works.
 
-    An error of `prepare` is raised where its item's turn comes, as if it had been called there.
+    An error of `prepare` or of `items` is raised where its item's turn comes, as if it had been called there.
 
     Args:
         prepare: runs in a thread of its own, one item after the other.
-        items: its arguments.
+        items: its arguments; each is taken in that thread, just before it is prepared.
         ahead: items that are made before they are asked for; 0: none, and no thread.
     """
+    coming = iter(items)
+
+    def step() -> list[Batch]:
+        """The next one; nothing behind the last."""
+        return [prepare(item) for item in islice(coming, 1)]
+
     if ahead < 1:
-        yield from map(prepare, items)
+        while made := step():
+            yield made[0]
         return
     with ThreadPoolExecutor(1, thread_name_prefix="trio-prepare") as thread:
-        coming = iter(items)
-        waiting: deque[Future[Batch]] = deque(thread.submit(prepare, item) for item in islice(coming, ahead))
+        waiting: deque[Future[list[Batch]]] = deque(thread.submit(step) for _ in range(ahead))
         try:
-            while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(thread.submit(prepare, item) for item in islice(coming, 1))
-                yield batch
+            while made := waiting.popleft().result():
+                waiting.append(thread.submit(step))
+                yield made[0]
         finally:
             for future in waiting:
                 future.cancel()

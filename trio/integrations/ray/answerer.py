@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ class RayAnswerer:
         fn_constructor_args=("llava-hf/llava-1.5-7b-hf", "trio-soft-11"),
         batch_size=16,
         num_gpus=1,
-        compute=ray.data.ActorPoolStrategy(size=8),
+        compute=ray.data.ActorPoolStrategy(size=8, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True),
     )
     ```
     """
@@ -61,10 +62,10 @@ class RayAnswerer:
         network, processor = load_model(model, dtype=dtype, device=device)
         self._pipeline = Pipeline.from_spec(spec, network).attach()
         self._answerer = RowAnswerer(network, processor, self._pipeline, max_new_tokens=max_new_tokens)
-        self._question, self._folder = question, Path(folder)
+        self._question, self._folder, self._model = question, Path(folder), threading.Lock()
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
-        """Answers a batch.
+        """Answers a batch. A second thread may call meanwhile: its images are read while the model has the first one's.
 
         Args:
             batch: columns of equal length: ``id``; ``image``, a path, bytes or ``{"bytes": ..., "path": ...}``;
@@ -90,7 +91,9 @@ class RayAnswerer:
                 kept.append(BatchRow.of_record(record, self._folder, self._question, place))
             except InputError as error:  # a row without image or question, like one with a damaged image
                 kept.append(RowOutput(str(record["id"]), None, str(error)))
-        answers = iter(self._answerer.answer([one for one in kept if isinstance(one, BatchRow)]))
+        prepared = self._answerer.prepare([one for one in kept if isinstance(one, BatchRow)])
+        with self._model:
+            answers = iter(self._answerer.ask(prepared))
         return columns_of([one if isinstance(one, RowOutput) else next(answers) for one in kept])
 
     def close(self) -> None:

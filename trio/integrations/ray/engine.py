@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Generator, Mapping, Set
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
@@ -18,6 +18,8 @@ __all__ = ["RayEngine"]
 
 #: Rows of the table of work in one block, at most; an actor takes batches from blocks.
 BLOCK_ROWS = 4096
+#: Batches that an actor has at a time: one is with the model, and the next one is read and preprocessed.
+CALLS = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class RayEngine:
     gpus: float | None = None
     answerer: type = field(default=RayAnswerer)
 
-    def answers(self, source: RowSource, done: Set[str]) -> Iterator[RowOutput]:
+    def answers(self, source: RowSource, done: Set[str]) -> Generator[RowOutput, None, None]:
         """As of `trio.batch.Engine`.
 
         Raises:
@@ -62,7 +64,9 @@ class RayEngine:
                 fn_constructor_kwargs=dict(self.options),
                 batch_size=self.batch_size,
                 batch_format="numpy",
-                compute=ray.data.ActorPoolStrategy(size=self.workers),
+                compute=ray.data.ActorPoolStrategy(
+                    size=self.workers, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
+                ),
                 num_cpus=self.cpus,
                 num_gpus=gpus,
             )

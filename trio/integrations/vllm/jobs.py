@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from ...batch.answerer import Answerer, RowOutput, right_of
 from ...batch.rows import BatchRow, RowSource
 from ...core.images import prompt_for
 from ...errors import InputError, TrioError, UnsupportedModelError, first_line
+from ...measure.ahead import prepared
 from ...measure.answering import decode
 from ...spec import PipelineSpec, load_spec
 from ...zoo.find import find_model
@@ -24,7 +26,8 @@ from .settings import KEY
 
 __all__ = ["VllmAnswerer", "VllmEngine", "check_engine"]
 
-#: Rows that the engine is given at once, their images in memory; it makes batches of them by itself.
+#: Rows that the engine is given at once; it makes batches of them by itself. Their images are in memory, and those of
+#: as many rows that come next.
 ROWS = 128
 
 
@@ -66,19 +69,17 @@ class VllmEngine:
     dtype: str = "auto"
     options: Mapping[str, Any] | None = None
 
-    def answers(self, source: RowSource, done: Set[str]) -> Iterator[RowOutput]:
+    def answers(self, source: RowSource, done: Set[str]) -> Generator[RowOutput, None, None]:
         """As of `trio.batch.Engine`.
 
         Raises:
             TrioError: the engine does not start.
         """
         rows = (row for row in source.rows() if row.id not in done)
-        answerer = VllmAnswerer(self)
-        try:
-            while batch := list(islice(rows, ROWS)):
-                yield from answerer.answer(batch)
-        finally:
-            answerer.close()
+        batches = iter(lambda: list(islice(rows, ROWS)), [])
+        with closing(VllmAnswerer(self)) as answerer, closing(prepared(answerer.prepare, batches, ahead=1)) as coming:
+            for batch in coming:
+                yield from answerer.ask(batch)
 
 
 class VllmAnswerer(Answerer):
@@ -99,8 +100,7 @@ class VllmAnswerer(Answerer):
         loader: Any = transformers  # its typing changes from version to version
         place = find_model(job.model)
         vllm, exceptions = import_module("vllm"), import_module("vllm.exceptions")
-        # What one row may bring about. Other errors, such as those of a device, are not the row's.
-        self._of_a_row = (TrioError, ValueError, exceptions.VLLMClientError)
+        self.of_a_row = (TrioError, ValueError, exceptions.VLLMClientError)
         try:
             written = getattr(loader.AutoConfig.from_pretrained(place), "dtype", None) or torch.float32
             self._processor = loader.AutoProcessor.from_pretrained(place)
@@ -133,18 +133,17 @@ class VllmAnswerer(Answerer):
         """Ends the engine."""
         self._engine.llm_engine.engine_core.shutdown()
 
-    def _ask(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[RowOutput]:
-        """As of `Answerer`."""
-        if not rows:
-            return []
-        prompts = [
+    def _inputs(self, rows: Sequence[BatchRow], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """As of `Answerer`: prompts with their images."""
+        return [
             {"prompt": prompt_for(self._processor, 1, row.question), "multi_modal_data": {"image": image}}
             for row, image in zip(rows, images, strict=True)
         ]
-        try:
-            outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
-        except self._of_a_row as error:  # before any runs
-            return self._one_by_one(rows, images, error)
+
+    def _outputs(self, rows: Sequence[BatchRow], inputs: Any) -> list[RowOutput]:
+        """As of `Answerer`: an error of a row comes before any runs."""
+        images = [one["multi_modal_data"]["image"] for one in inputs]
+        outputs = self._engine.generate(inputs, self._sampling, use_tqdm=False)
         tokens = [list(one.outputs[0].token_ids) for one in outputs]
         results = []
         for row, image, text, new in zip(rows, images, decode(self._processor, tokens), tokens, strict=True):
