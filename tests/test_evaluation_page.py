@@ -93,7 +93,7 @@ def page(request: pytest.FixtureRequest, out: Path) -> str:
     results = EvaluationResults.load(out / "results.json")
     model = {**results.model, "name": HOSTILE, "class": HOSTILE, "dtype": HOSTILE}
     changed = results.model_copy(update={"model": model, "notes": [HOSTILE], "device": HOSTILE})
-    return report_html(changed, [Overlay(HOSTILE, HOSTILE, HOSTILE, HOSTILE, "")])
+    return report_html(changed, [Overlay(HOSTILE, HOSTILE, HOSTILE, HOSTILE, False, "")])
 
 
 def test_nothing_of_it_became_markup(page: str) -> None:

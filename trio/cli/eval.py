@@ -35,11 +35,12 @@ class QuestionSource(StrEnum):
     """Where the questions come from."""
 
     shapesvqa = "shapesvqa"
+    documents = "documents"
     jsonl = "jsonl"
 
 
 class Split(StrEnum):
-    """Splits of ShapesVQA."""
+    """Splits of what is drawn."""
 
     test = "test"
     validation = "validation"
@@ -55,11 +56,19 @@ def evaluate(
         Path | None, typer.Option("--data", help='For jsonl: lines {"image": PATH, "question": TEXT, "answer": TEXT}.')
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Scenes (shapesvqa; default 150) or lines (jsonl; default all).")
+        int | None,
+        typer.Option(
+            min=1, help="Scenes (shapesvqa; default 150), documents (default 80) or lines (jsonl; default all)."
+        ),
     ] = None,
-    split: Annotated[Split, typer.Option(help="For shapesvqa: which scenes.")] = Split.test,
+    split: Annotated[
+        Split, typer.Option(help="For shapesvqa and documents (which have no split novel): which of them.")
+    ] = Split.test,
     seed: Annotated[
-        int | None, typer.Option(help="For shapesvqa: scenes drawn from another seed than the data set's own.")
+        int | None, typer.Option(help="For shapesvqa and documents: drawn from another seed than the task's own.")
+    ] = None,
+    dpi: Annotated[
+        int | None, typer.Option(help="For documents: pixels an inch, 75 to 200 (default 100, A4 is 827 x 1169).")
     ] = None,
     batch_size: BatchSize = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For jsonl: longest answer, in tokens.")] = 32,
@@ -98,15 +107,17 @@ def evaluate(
 
     processes = launched()
     try:
-        given = _questions(task, data)
+        _check_questions(task, data, dpi)
         job = EvaluationJob(
             specs=tuple(named_specs(spec or [DEFAULT_SPEC])),
             out=out,
             model=model,
-            data=given,
+            task=task.value,
+            data=data,
             limit=limit,
             split=split.value,
             seed=seed,
+            dpi=dpi,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             baseline=baseline,
@@ -144,15 +155,16 @@ def evaluate(
     console().print(f"written to {out}: {', '.join(job.files)}", soft_wrap=True, markup=False)
 
 
-def _questions(task: QuestionSource, data: Path | None) -> Path | None:
-    """The file with the questions; None where they are drawn."""
+def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None) -> None:
+    """Refuse options that belong to another task."""
     from ..errors import InputError
 
     if task is QuestionSource.jsonl and data is None:
         raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
-    if task is QuestionSource.shapesvqa and data is not None:
-        raise InputError("--data: shapesvqa draws its own images; leave --data out, or give --task jsonl.")
-    return data
+    if task is not QuestionSource.jsonl and data is not None:
+        raise InputError(f"--data: {task.value} draws its own images; leave --data out, or give --task jsonl.")
+    if task is not QuestionSource.documents and dpi is not None:
+        raise InputError(f"--dpi: {task.value} draws no documents; leave --dpi out, or give --task documents.")
 
 
 def _cluster(ray: str | None, workers: int, cpus: float, gpus: float | None, processes: int) -> RayEvaluation | None:

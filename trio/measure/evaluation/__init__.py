@@ -7,8 +7,8 @@ task = evaluation.shapesvqa(limit=50)
 results = evaluation.evaluate(model, processor, task, ["trio-soft-11"], out="runs/eval")
 ```
 
-`docs/evaluation.md` says what is measured and how, `docs/shapesvqa.md` what is asked. Names are resolved when they are
-first used, so that importing the package costs nothing.
+`docs/evaluation.md` says what is measured and how, `docs/shapesvqa.md` and `docs/documents.md` what is asked. Names are
+resolved when they are first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..documents.task import documents
     from ..shapesvqa.task import shapesvqa
     from .protocol import evaluate
     from .results import EvaluationResults
     from .task import LabelledSample, Task, jsonl
 
-__all__ = ["EvaluationResults", "LabelledSample", "Task", "evaluate", "jsonl", "shapesvqa"]
+__all__ = ["EvaluationResults", "LabelledSample", "Task", "documents", "evaluate", "jsonl", "shapesvqa"]
 
 _HOME = {
     "EvaluationResults": "results",
     "LabelledSample": "task",
     "Task": "task",
+    "documents": ".documents.task",
     "evaluate": "protocol",
     "jsonl": "task",
     "shapesvqa": ".shapesvqa.task",

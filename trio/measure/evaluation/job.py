@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ...errors import InputError
 from ...spec import PipelineSpec
 from ...zoo.checkpoint import load_model
+from ..documents.task import DEFAULT_DPI, check_documents, documents
+from ..documents.task import DEFAULT_LIMIT as DOCUMENTS
+from ..documents.task import SEED as DOCUMENTS_SEED
 from ..extras import require
 from ..shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
 from .processes import ALONE, Processes
@@ -20,6 +23,8 @@ from .results import EvaluationResults
 from .task import Task, jsonl
 
 __all__ = ["EvaluationJob"]
+
+TaskName = Literal["shapesvqa", "documents", "jsonl"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class EvaluationJob:
         specs: each with a name of its own.
         out: folder for answers, results and report.
         model: of the zoo, a folder, or a name on the hub.
-        data: file with the questions; None: ShapesVQA.
-        limit: scenes or lines; None: the task's own number.
-        split: of ShapesVQA.
-        seed: of ShapesVQA's scenes; None: the data set's own.
+        task: what is asked.
+        data: file with the questions of the task ``jsonl``.
+        limit: scenes, documents or lines; None: the task's own number.
+        split: of ShapesVQA or the documents.
+        seed: of what is drawn; None: the task's own.
+        dpi: pixels an inch of the documents; None: the task's own.
         batch_size: questions in a batch.
         max_new_tokens: longest answer to the questions of a file.
         baseline: spec that all others are compared with.
@@ -49,10 +56,12 @@ class EvaluationJob:
     specs: tuple[PipelineSpec, ...]
     out: Path
     model: str = "tiny-llava"
+    task: TaskName = "shapesvqa"
     data: Path | None = None
     limit: int | None = None
     split: Any = "test"
     seed: int | None = None
+    dpi: int | None = None
     batch_size: int = 32
     max_new_tokens: int = 32
     baseline: str | None = None
@@ -68,9 +77,13 @@ class EvaluationJob:
         """Refuses before anything is loaded what could not be finished.
 
         Raises:
-            InputError: the baseline is none of the specs, or a library for the report is missing.
+            InputError: the baseline is none of the specs, the documents cannot be drawn so, or a library for the report
+                is missing.
         """
         check_baseline(self.baseline, self.specs)
+        if self.task == "documents":
+            check_documents(self.split, self.limit or DOCUMENTS, self.dpi or DEFAULT_DPI)
+            require("rapidfuzz", "similarity of answers")
         if self.html:
             from .figures import check_matplotlib
 
@@ -126,8 +139,16 @@ class EvaluationJob:
     def _load(self, processes: Processes) -> tuple[Any, Any, Task]:
         """Model, processor and questions."""
         task = None
-        if self.data is not None:
+        if self.task == "jsonl":
+            assert self.data is not None
             task = jsonl(self.data, limit=self.limit, max_new_tokens=self.max_new_tokens)
+        elif self.task == "documents":
+            task = documents(
+                self.split,
+                limit=self.limit or DOCUMENTS,
+                dpi=self.dpi or DEFAULT_DPI,
+                seed=DOCUMENTS_SEED if self.seed is None else self.seed,
+            )
         model, processor = load_model(self.model, dtype=self.dtype, device=processes.device(self.device))
         if task is None:
             task = shapesvqa(

@@ -33,6 +33,7 @@ class Overlay:
         answer: the right one.
         spec: name of the spec.
         given: what was answered with it.
+        right: whether that is right.
         png: the drawing as a `data:` address; empty where the tokens have no known place.
     """
 
@@ -40,6 +41,7 @@ class Overlay:
     answer: str
     spec: str
     given: str
+    right: bool
     png: str
 
 
@@ -71,7 +73,7 @@ def overlays(
                 png = ""
             else:
                 png = _address(drawn)
-            drawings.append(Overlay(sample.question, sample.answers[0], spec.name, given, png))
+            drawings.append(Overlay(sample.question, sample.answers[0], spec.name, given, sample.is_right(given), png))
     return drawings
 
 

@@ -41,6 +41,8 @@ class RowResult(Record):
         accuracy: by sub-task; under ``overall`` of all questions and ``counted`` of those that pass the gate.
         retained: percent of (accuracy - no image) / (full - no image), likewise; None where full is not above.
         spread: lowest and highest accuracy overall among the draws.
+        anls: percent, the mean similarity of the answers to the right ones, by sub-task and ``overall``; empty where
+            the task asks for right answers alone.
     """
 
     name: str
@@ -57,6 +59,7 @@ class RowResult(Record):
     accuracy: dict[str, Estimate] = Field(default_factory=dict)
     retained: dict[str, Estimate | None] = Field(default_factory=dict)
     spread: tuple[float, float] | None = None
+    anls: dict[str, Estimate] = Field(default_factory=dict)
 
     @field_validator("control")
     @classmethod

@@ -160,8 +160,23 @@ class Summary:
                 for name, part in parts.items()
             },
             spread=(min(each), max(each)) if len(each) > 1 else None,
+            anls=self._similarities(group, parts),
             **common,
         )
+
+    def _similarities(self, group: _Group, parts: Mapping[str, NDArray[np.bool_]]) -> dict[str, Estimate]:
+        """The mean similarity of a row's answers, where the task is graded."""
+        if not self._task.graded:
+            return {}
+        draws = [
+            [
+                sample.similarity(answer.text)
+                for sample, answer in zip(self._task.samples, self._answers[name], strict=True)
+            ]
+            for name in group.draws
+        ]
+        mean = np.mean(draws, axis=0)
+        return {name: _percent(self._bootstrap.mean(mean, part)) for name, part in parts.items()}
 
     def _first(self, row: EvaluationRow) -> int:
         """Layer of the first stage; for the full model that of the first spec."""

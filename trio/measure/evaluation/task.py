@@ -19,11 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ...core.images import load_image
 from ...errors import InputError
+from ..extras import require
 from ..jsonlines import read_lines
 from .results import COUNTED, OVERALL
 
 __all__ = ["LabelledSample", "Task", "jsonl", "normalise"]
 
+#: Answers less similar than this count as nothing, so that a wrong word is no half-right one.
+ANLS_THRESHOLD = 0.5
 Text = Annotated[str, Field(pattern=r"\S")]
 _FORM = (
     'a line is {"image": PATH, "question": TEXT, "answer": TEXT or [TEXT, ...]}, and may have "kind": TEXT; no text is '
@@ -79,6 +82,22 @@ class LabelledSample:
         """Whether an answer is one of `answers`, up to `normalise`."""
         return normalise(answer) in {normalise(one) for one in self.answers}
 
+    def similarity(self, answer: str) -> float:
+        """ANLS of one answer, 0 to 1: the similarity to the nearest of `answers`, 0 below one half; 1 if it is right.
+
+        1 minus Levenshtein's distance over the longer length, without regard to case (Biten et al. 2019, arXiv
+        1905.13648, as DocVQA reports it).
+
+        Raises:
+            InputError: rapidfuzz is not installed.
+        """
+        if self.is_right(answer):
+            return 1.0
+        levenshtein = require("rapidfuzz.distance", "similarity of answers").Levenshtein
+        given = answer.strip().casefold()
+        best = max(float(levenshtein.normalized_similarity(given, one.strip().casefold())) for one in self.answers)
+        return best if best >= ANLS_THRESHOLD else 0.0
+
 
 @dataclass(frozen=True)
 class Task:
@@ -90,6 +109,7 @@ class Task:
         samples: the questions.
         max_new_tokens: longest answer.
         facts: what else identifies the set (split, seed, file).
+        graded: whether results have the similarity of answers (ANLS) beside the share of right ones.
     """
 
     name: str
@@ -97,6 +117,7 @@ class Task:
     samples: tuple[LabelledSample, ...]
     max_new_tokens: int
     facts: Mapping[str, Any] = field(default_factory=dict)
+    graded: bool = False
 
     @property
     def kinds(self) -> list[str]:

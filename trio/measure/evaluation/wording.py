@@ -33,13 +33,16 @@ def ordered(results: EvaluationResults) -> list[RowResult]:
 
 def main_table(results: EvaluationResults) -> Table:
     """One row a spec or control, with everything."""
-    header = ["row", "tokens", "average", _counted(results), "accuracy", "counted", "retained", "first token", "answer"]
+    graded = any(row.anls for row in results.rows)
+    kinds_of_right = ["accuracy", *(["ANLS"] if graded else []), "counted", "retained"]
+    header = ["row", "tokens", "average", _counted(results), *kinds_of_right, "first token", "answer"]
     rows = []
     for row in ordered(results):
         if row.refused:
             rows.append([row.name, *["not applicable"] * (len(header) - 1)])
             continue
-        texts = (str(row.accuracy[OVERALL]), _cell(row.accuracy.get(COUNTED)), _cell(_retained(row)))
+        similar = [str(row.anls[OVERALL])] if graded else []
+        texts = (str(row.accuracy[OVERALL]), *similar, _cell(row.accuracy.get(COUNTED)), _cell(_retained(row)))
         rows.append([row.name, _number(row.tokens), *_costs(row), *texts, *_times(results, row)])
     return _title(results), header, rows
 

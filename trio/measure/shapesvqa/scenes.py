@@ -9,7 +9,6 @@ that no scorer can win by finding "the foreground" without reading the question)
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ..fonts import drawing_font
 
 Split = Literal["train", "validation", "test", "novel"]
 """``novel`` draws from what training never saw: held-out colour-shape pairs, textures and slanted digits."""
@@ -121,14 +122,6 @@ class Scene:
         hits = self.item_map[None, : rows * patch, : cols * patch] == ids[:, None, None]
         shares: NDArray[np.float32] = hits.reshape(len(ids), rows, patch, cols, patch).mean((2, 4), dtype=np.float32)
         return shares
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):  # a Pillow without FreeType has one tiny bitmap font
-        raise RuntimeError("drawing numbers needs a Pillow built with FreeType support")
-    return font
 
 
 def _polygon(shape: str) -> list[tuple[float, float]]:
@@ -263,7 +256,7 @@ def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168
                 (pad + advance * (k + 0.5), box_h / 2),
                 digit,
                 fill=255,
-                font=_font(font_size),
+                font=drawing_font(font_size),
                 anchor="mm",
                 stroke_width=int(bold) * cell / 112,
             )
