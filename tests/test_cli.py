@@ -87,7 +87,9 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["run", "list", "show", "validate", "schema", "check", "fidelity", "tune"])
+@pytest.mark.parametrize(
+    "command", ["run", "list", "show", "validate", "schema", "check", "fidelity", "tune", "calibrate"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = trio_(command, "--help")
     assert result.exit_code == 0
@@ -460,6 +462,7 @@ RUN = ["run", "-m", "{model}", "-i", "{image}", "-q", "hi"]
         (["run", "--overlay", "x.png"], "No such option"),
         (["fidelity", "x"], "Missing option '--images'"),
         (["tune", "x", "-t", "tokens<=11%"], "Missing option '--out'"),
+        (["calibrate", "x", "--images", "images"], "Missing option '--out'"),
         (["eval", "--spec", "trio-11"], "Missing option '--out'"),
         (["doctor", "--family", "lava"], "--family: there is no 'lava'. Did you mean 'llava'"),
         (["schema", "x"], "unexpected extra argument"),

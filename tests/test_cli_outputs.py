@@ -48,11 +48,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 RUN = ["run", "-i", "p.png", "-q", "?"]
 TUNE = ["tune", "tiny-llava", "-t", "tokens<=11%", "--images", "images"]
 FIDELITY = ["fidelity", "tiny-llava", "--images", "images"]
+CALIBRATE = ["calibrate", "tiny-llava", "--images", "images"]
 WRITING = [
     ([*RUN, "-o", "out.png"], "--out"),
     ([*TUNE, "-o", "out.yaml"], "--out"),
     ([*TUNE, "-o", "best.yaml", "--plot", "out.png"], "--plot"),
     ([*FIDELITY, "--out", "out.json"], "--out"),
+    ([*CALIBRATE, "-o", "out.yaml"], "--out"),
 ]
 
 

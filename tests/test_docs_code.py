@@ -32,6 +32,7 @@ ELSEWHERE = {
     "add-a-scorer": "test_examples.py",
     "add-a-selector": "test_examples.py",
     "add-an-adapter": "test_examples.py",
+    "calibrate": "test_calibration.py",
     "concepts": "test_examples.py",
     "fidelity": "test_fidelity.py",
     "quick-start": "test_spec_docs.py",

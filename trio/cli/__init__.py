@@ -1,4 +1,4 @@
-"""The command line `trio`: run, list, show, validate, schema, check, doctor, eval, fidelity, tune, bench and more.
+"""The command line `trio`: run, list, show, validate, schema, check, doctor, fidelity, tune, calibrate, bench and more.
 
 Modules of this package import nothing heavy at the top, so that `trio --help` answers at once; every command imports
 what it needs when it runs.
@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import TrioError
 from .batch import batch
 from .bench import bench
+from .calibrate import calibrate
 from .check import check
 from .common import say
 from .doctor import doctor
@@ -86,6 +87,7 @@ app.command("doctor")(doctor)
 app.command("eval")(evaluate)
 app.command("fidelity")(fidelity)
 app.command("tune")(tune)
+app.command("calibrate")(calibrate)
 app.command("bench")(bench)
 app.command("batch")(batch)
 app.command("export-embeds")(export_embeds)

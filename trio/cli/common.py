@@ -80,7 +80,7 @@ Prompts = Annotated[
         "--prompts",
         "-p",
         help='Text file, one prompt a line, each for every image; or JSONL, {"image": ..., "prompt": ...}. '
-        "Default: a prompt that asks for a description.",
+        "Default: those of the command, such as one that asks for a description.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=4096, help="Longest answer, in tokens.")]

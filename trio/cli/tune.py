@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,18 +22,12 @@ from .common import (
     ModelArgument,
     Prompts,
 )
+from .samples import TaskName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..measure.fidelity import PromptSample
     from ..measure.tuning import TuningReport
-
-
-class BundledTask(StrEnum):
-    """Bundled questions."""
-
-    shapesvqa = "shapesvqa"
 
 
 class SamplerName(StrEnum):
@@ -57,7 +51,7 @@ def tune(
     out: Annotated[Path, typer.Option(*OUT, help="File that the best spec is written to, as YAML.")],
     images: Annotated[Path | None, IMAGES] = None,
     prompts: Prompts = None,
-    task: Annotated[BundledTask | None, typer.Option(help="Bundled questions in place of images of one's own.")] = None,
+    task: TaskName = None,
     trials: Annotated[int, typer.Option(min=1, help="Specs to try, those of an earlier run included.")] = 60,
     plot: Annotated[Path | None, typer.Option(help="Draw the Pareto front to this file (needs matplotlib).")] = None,
     study: Annotated[
@@ -84,6 +78,7 @@ def tune(
     from ..measure.tuning.plot import draw, matplotlib
     from ..measure.tuning.study import optuna
     from .common import check_outputs, load_model, print_json, progress_bar, say, writable, write_text
+    from .samples import bundled_samples, check_source
     from .tables import console
 
     bounds = parse_target(target)  # everything that can be wrong without the model, before it
@@ -94,10 +89,10 @@ def tune(
     if plot is not None:
         _check_plot(plot)
         matplotlib()
-    _check_source(images, prompts, task)
+    check_source(images, prompts, task)
     samples = None if images is None else read_samples(images, prompts, limit=limit)
     network, processor = load_model(model, dtype=dtype.value, device=device)
-    samples = samples or _shapesvqa(network, limit)
+    samples = samples or bundled_samples(network, limit)
     with progress_bar("searching") as bar:
         report = search(
             network,
@@ -131,24 +126,6 @@ def _check_plot(plot: Path) -> None:
 
     if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InputError(f"--plot {str(plot)!r}: the name has to end in .png, .pdf or .svg.")
-
-
-def _check_source(images: Path | None, prompts: Path | None, task: BundledTask | None) -> None:
-    from ..errors import InputError
-
-    if (task is None) == (images is None):
-        raise InputError("samples: give either --images FOLDER, with prompts of your own, or --task shapesvqa.")
-    if task is not None and prompts is not None:
-        raise InputError("--prompts: a task has questions of its own; leave it out, or give --images.")
-
-
-def _shapesvqa(network: Any, limit: int | None) -> list[PromptSample]:
-    """Questions of the split for choosing; the split that is reported stays unseen."""
-    from ..measure.fidelity import PromptSample
-    from ..measure.shapesvqa.task import canvas_for, shapesvqa
-
-    questions = shapesvqa("validation", limit=limit or 40, canvas=canvas_for(network))
-    return [PromptSample(one.load(), one.question, f"scene {one.scene}") for one in questions.samples]
 
 
 def print_report(report: TuningReport, out: Console) -> None:

@@ -137,7 +137,7 @@ def best_spec(report: TuningReport) -> PipelineSpec:
 
 
 def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[list[PromptSample], list[PromptSample]]:
-    """Samples for the search, and those that it does not see; an image's samples stay together.
+    """Samples to choose by, and those that the choice does not see; an image's samples stay together.
 
     Raises:
         InputError: a part would be empty.
@@ -147,8 +147,8 @@ def split(samples: Sequence[PromptSample], held_out: float, seed: int) -> tuple[
     names = sorted({sample.name for sample in samples})
     if len(names) < 2:
         raise InputError(
-            f"samples: {len(names)} images cannot be split into one part for the search and one that it does not "
-            "see; give at least two, better fifty."
+            f"samples: {len(names)} images cannot be split into one part to choose by and one that the choice does "
+            "not see; give at least two, better fifty."
         )
     random.Random(f"trio-tune/{seed}").shuffle(names)
     away = set(names[: min(max(1, round(held_out * len(names))), len(names) - 1)])
