@@ -1,1 +1,1 @@
-"""Measuring: fidelity, evaluation, tuning, calibration, and the data set ShapesVQA. Needs a pipeline; no pipeline needs it."""
+"""Measuring: fidelity, evaluation, tuning, calibration, the data set ShapesVQA. It needs a pipeline; none needs it."""
