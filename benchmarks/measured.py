@@ -1,7 +1,7 @@
 """What the commands print, in the pages that explain them, from committed results.
 
-``python -m benchmarks.measured`` puts the tables of `trio fidelity` and `trio tune` into docs/fidelity.md and
-docs/tune.md, draws the plot of the search beside the latter, and puts what half precision changes into docs/testing.md.
+``python -m benchmarks.measured`` puts the tables of `trio fidelity`, `trio tune` and `trio calibrate` into their pages,
+draws the plot of the search beside docs/tune.md, and puts what half precision changes into docs/testing.md.
 The pages say how the results were made.
 """
 
@@ -42,6 +42,37 @@ def tune(out: Console) -> None:
     print_report(TuningReport.from_json((RESULTS / "tune-tiny-llava.json").read_text()), out)
 
 
+def calibrate(out: Console) -> None:
+    """What `trio calibrate` prints."""
+    from trio.cli.calibrate import print_report
+    from trio.measure.calibration import CalibrationReport
+
+    print_report(CalibrationReport.from_json((RESULTS / "calibrate-tiny-llava.json").read_text()), out)
+
+
+def curves(out: Console) -> None:
+    """The drop-all curves of all models that were calibrated, side by side, and what came out."""
+    from rich.table import Table
+
+    from trio.measure.calibration import CalibrationReport
+
+    reports = [CalibrationReport.from_json(file.read_text()) for file in sorted(RESULTS.glob("calibrate-*.json"))]
+    table = Table(
+        title="KL, and what is taken in up to here", title_justify="left", title_style="", header_style="bold"
+    )
+    for column in ("after layer", *(report.model for report in reports)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for depth in range(max(len(report.curve.points) for report in reports)):
+        points = [report.curve.points[depth : depth + 1] for report in reports]
+        cells = ["".join(f"{one.kl.mean:.3f} {one.absorbed:4.0%}" for one in point) for point in points]
+        table.add_row(str(depth), *cells)
+    out.print(table)
+    for report in reports:
+        out.print(f"{report.model}, {report.budget}:")
+        for line in report.verdict():
+            out.print(f"  {line}")
+
+
 def reuse(out: Console) -> None:
     """The table of `benchmarks.reuse`, and what is computed again for every spec."""
     from benchmarks.reuse import RESULT, lines, table
@@ -73,10 +104,12 @@ PAGES: dict[str, Callable[[Console], None]] = {
     "fidelity": fidelity,
     "fidelity-long": fidelity_long,
     "tune": tune,
+    "calibrate": calibrate,
+    "curves": curves,
     "testing": testing,
 }
 #: Blocks that stand on the page of another.
-ELSEWHERE = {"reuse": "fidelity", "fidelity-long": "fidelity"}
+ELSEWHERE = {"reuse": "fidelity", "fidelity-long": "fidelity", "curves": "calibrate"}
 
 
 def block(name: str) -> str:

@@ -230,6 +230,16 @@ def test_batches_change_nothing(tiny: tuple[Any, Any], asked: list[PromptSample]
     assert alone.positions == curve.positions
 
 
+@pytest.mark.parametrize("model", ["tiny-qwen2.5-vl", "tiny-llava-next"])
+def test_other_families(model: str) -> None:
+    """Positions with rows and columns, images of many sizes, tiles with newlines between their rows."""
+    some = [PromptSample(e.image, e.question, f"scene {e.scene}") for e in examples("test", 2, 1, varied=True)][:3]
+    found = drop_all_curve(*zoo.load(model), some, max_new_tokens=3, batch_size=3)
+    kls = [point.kl.mean for point in found.points]
+    assert kls[0] > 0.1 and kls[0] > 10 * kls[-2]  # the last layer takes in nearly nothing
+    assert found.points[0].top1.mean < 1
+
+
 def test_prompts_that_need_no_image_are_said(tiny: tuple[Any, Any]) -> None:
     image = examples("validation", 6, 1)[0].image.copy()
     image.paste((128, 128, 128), (0, 0, *image.size))
@@ -397,3 +407,19 @@ def test_command_says_what_is_wrong(folder: Path, tmp_path: Path, options: list[
     result = trio_("calibrate", "tiny-llava", *given_, *options)
     assert result.exit_code == 2
     assert message in result.stderr and result.stdout == ""
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_committed_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.measured import block
+
+    page = (ROOT / "docs" / "calibrate.md").read_text(encoding="utf-8")
+    assert block("calibrate") in page and block("curves") in page
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(compile(code[1].replace("scenes=4", "scenes=2"), "docs/calibrate.md", "exec"), names)
+    assert names["pipeline"].spec == names["report"].pipeline_spec()
