@@ -55,6 +55,7 @@ WRITING = [
     ([*TUNE, "-o", "best.yaml", "--plot", "out.png"], "--plot"),
     ([*FIDELITY, "--out", "out.json"], "--out"),
     ([*CALIBRATE, "-o", "out.yaml"], "--out"),
+    ([*FIDELITY, "--plot", "out.png"], "--plot"),
 ]
 
 
@@ -81,6 +82,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_model_is_loaded(mon
     assert "this is a folder" in trio_(*FIDELITY, "--out", "images").stderr
     assert "--plot 'x.png': --out names the same file" in trio_(*TUNE, "-o", "x.png", "--plot", "x.png").stderr
     assert "has to end in .png, .pdf or .svg" in trio_(*TUNE, "-o", "x", "--plot", "x.docx").stderr
+    assert "has to end in .png, .pdf or .svg" in trio_(*FIDELITY, "--plot", "x.docx").stderr
     monkeypatch.setattr(common.os, "access", lambda _, mode, **__: mode != os.W_OK)
     assert "its rights forbid it" in trio_(*FIDELITY, "--out", "out.json").stderr
 

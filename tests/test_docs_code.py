@@ -24,6 +24,7 @@ PAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "shapesvqa": (),
     "testing": (),
     "vllm": (),
+    "where-it-hurts": (),
     "zoo": (),
 }
 #: Pages whose code other tests run, with more to say about it.

@@ -406,6 +406,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     spec = tmp_path / "mine.yaml"
     spec.write_text('version: 1\nname: mine\nstages: [{after_layer: "25%", keep: 12}]\n')
     options = ["--prompts", prompts, "--spec", "trio-11", "--spec", spec, "--out", out, "--max-new-tokens", "2"]
+    options += ["--plot", tmp_path / "plot.svg"]
     result = trio_("fidelity", "tiny-llava", "--images", folder, *options)
     assert result.exit_code == 0, result.stderr
     assert "mine" in result.stdout and "every token" in result.stdout and "95% interval" in result.stdout
@@ -413,6 +414,8 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert found.samples == found.images == 5
     assert [one.spec.name for one in found.results] == ["trio-11", "mine"]
     assert found.model == "tiny-llava"
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in drawn for name in ("mine", "mine, random", "trio-11", "token of the answer"))
     result = trio_("fidelity", "tiny-llava", "--images", folder, "--limit", 1, "--max-new-tokens", 1, "--json")
     printed = FidelityReport.from_json(result.stdout)  # one object and nothing else
     assert printed.images == 1 and [one.spec.name for one in printed.results] == [trio.DEFAULT_SPEC]

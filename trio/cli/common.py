@@ -166,6 +166,19 @@ def check_outputs(files: Mapping[str, Path | None], *, force: bool) -> None:
             raise InputError(f"{option} {str(file)!r}: {other} names the same file; give each a name of its own.")
 
 
+def check_plot(file: Path) -> None:
+    """Refuse, before the long work starts, a plot that could not be drawn.
+
+    Raises:
+        InputError: matplotlib is missing, or the name has another ending than .png, .pdf or .svg.
+    """
+    from ..measure.tuning.plot import matplotlib
+
+    if file.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {str(file)!r}: the name has to end in .png, .pdf or .svg.")
+    matplotlib()
+
+
 def writable(file: Path, option: str, *, force: bool = False) -> Path:
     """The path, refused early where it cannot be written, or where a file stands there and `force` is not given.
 

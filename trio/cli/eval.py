@@ -39,6 +39,13 @@ class QuestionSource(StrEnum):
     jsonl = "jsonl"
 
 
+class Part(StrEnum):
+    """Slices of ShapesVQA that are one question about one image."""
+
+    describe = "describe"
+    counting = "counting"
+
+
 class Split(StrEnum):
     """Splits of what is drawn."""
 
@@ -64,6 +71,9 @@ def evaluate(
     split: Annotated[
         Split, typer.Option(help="For shapesvqa and documents (which have no split novel): which of them.")
     ] = Split.test,
+    part: Annotated[
+        Part | None, typer.Option("--slice", help="For shapesvqa: a slice where dropping tokens hurts.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="For shapesvqa and documents: drawn from another seed than the task's own.")
     ] = None,
@@ -107,7 +117,7 @@ def evaluate(
 
     processes = launched()
     try:
-        _check_questions(task, data, dpi)
+        _check_questions(task, data, dpi, part)
         job = EvaluationJob(
             specs=tuple(named_specs(spec or [DEFAULT_SPEC])),
             out=out,
@@ -116,6 +126,7 @@ def evaluate(
             data=data,
             limit=limit,
             split=split.value,
+            part=None if part is None else part.value,
             seed=seed,
             dpi=dpi,
             batch_size=batch_size,
@@ -155,7 +166,7 @@ def evaluate(
     console().print(f"written to {out}: {', '.join(job.files)}", soft_wrap=True, markup=False)
 
 
-def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None) -> None:
+def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None, part: Part | None) -> None:
     """Refuse options that belong to another task."""
     from ..errors import InputError
 
@@ -165,6 +176,8 @@ def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None) -
         raise InputError(f"--data: {task.value} draws its own images; leave --data out, or give --task jsonl.")
     if task is not QuestionSource.documents and dpi is not None:
         raise InputError(f"--dpi: {task.value} draws no documents; leave --dpi out, or give --task documents.")
+    if task is not QuestionSource.shapesvqa and part is not None:
+        raise InputError("--slice: it is of the task shapesvqa; leave it out, or leave --task out.")
 
 
 def _cluster(ray: str | None, workers: int, cpus: float, gpus: float | None, processes: int) -> RayEvaluation | None:

@@ -40,6 +40,9 @@ def fidelity(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images. Default: all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     out: Annotated[Path | None, typer.Option(*OUT, help="File that the whole report is written to, as JSON.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw agreement by position to this file (needs matplotlib).")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     dtype: DTypeName = DType.auto,
@@ -47,14 +50,17 @@ def fidelity(
 ) -> None:
     """Measure, without labels, how far each spec leaves a model's answers as they are, and what it saves."""
     from ..measure.fidelity import measure, read_samples
+    from ..measure.fidelity.plot import draw
     from ..spec import load_spec
-    from .common import check_outputs, load_model, print_json, progress_bar, say, write_text
+    from .common import check_outputs, check_plot, load_model, print_json, progress_bar, say, write_text
     from .tables import console
 
     # before the model: a wrong name should not cost a minute
     specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
     samples = read_samples(images, prompts, limit=limit)
-    check_outputs({"--out": out}, force=force)
+    check_outputs({"--out": out, "--plot": plot}, force=force)
+    if plot is not None:
+        check_plot(plot)
     network, processor = load_model(model, dtype=dtype.value, device=device)
     with progress_bar("batches") as progress:
         report = measure(
@@ -70,12 +76,16 @@ def fidelity(
         )
     if out is not None:
         write_text(out, report.to_json(indent=1) + "\n", "--out")
+    if plot is not None:
+        draw(report, plot)
     if as_json:
         print_json(json.loads(report.to_json()))
         return
     print_report(report, console())
     if out is not None:
         say(f"everything written to {out}")
+    if plot is not None:
+        say(f"plot written to {plot}")
 
 
 def print_report(report: FidelityReport, out: Console) -> None:

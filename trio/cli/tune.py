@@ -75,9 +75,9 @@ def tune(
     from ..measure.fidelity import read_samples
     from ..measure.tuning import best_spec, parse_target
     from ..measure.tuning import tune as search
-    from ..measure.tuning.plot import draw, matplotlib
+    from ..measure.tuning.plot import draw
     from ..measure.tuning.study import optuna
-    from .common import check_outputs, load_model, print_json, progress_bar, say, writable, write_text
+    from .common import check_outputs, check_plot, load_model, print_json, progress_bar, say, writable, write_text
     from .samples import bundled_samples, check_source
     from .tables import console
 
@@ -87,8 +87,7 @@ def tune(
     if study is not None:
         writable(study, "--study", force=True)  # a search goes on from its own
     if plot is not None:
-        _check_plot(plot)
-        matplotlib()
+        check_plot(plot)
     check_source(images, prompts, task)
     samples = None if images is None else read_samples(images, prompts, limit=limit)
     network, processor = load_model(model, dtype=dtype.value, device=device)
@@ -121,11 +120,6 @@ def tune(
     say(f"written: {', '.join(written)}")
 
 
-def _check_plot(plot: Path) -> None:
-    from ..errors import InputError
-
-    if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {str(plot)!r}: the name has to end in .png, .pdf or .svg.")
 
 
 def print_report(report: TuningReport, out: Console) -> None:

@@ -16,6 +16,7 @@ from ..documents.task import DEFAULT_DPI, check_documents, documents
 from ..documents.task import DEFAULT_LIMIT as DOCUMENTS
 from ..documents.task import SEED as DOCUMENTS_SEED
 from ..extras import require
+from ..shapesvqa.slices import slice_task
 from ..shapesvqa.task import DEFAULT_LIMIT, SEED, canvas_for, shapesvqa
 from .processes import ALONE, Processes
 from .protocol import check_baseline, evaluate
@@ -39,6 +40,7 @@ class EvaluationJob:
         data: file with the questions of the task ``jsonl``.
         limit: scenes, documents or lines; None: the task's own number.
         split: of ShapesVQA or the documents.
+        part: a slice of ShapesVQA, see `trio.measure.shapesvqa.slices`; None: the data set.
         seed: of what is drawn; None: the task's own.
         dpi: pixels an inch of the documents; None: the task's own.
         batch_size: questions in a batch.
@@ -60,6 +62,7 @@ class EvaluationJob:
     data: Path | None = None
     limit: int | None = None
     split: Any = "test"
+    part: Any = None
     seed: int | None = None
     dpi: int | None = None
     batch_size: int = 32
@@ -151,12 +154,11 @@ class EvaluationJob:
             )
         model, processor = load_model(self.model, dtype=self.dtype, device=processes.device(self.device))
         if task is None:
-            task = shapesvqa(
-                self.split,
-                limit=self.limit or DEFAULT_LIMIT,
-                canvas=canvas_for(model),
-                seed=SEED if self.seed is None else self.seed,
-            )
+            limit, seed = self.limit or DEFAULT_LIMIT, SEED if self.seed is None else self.seed
+            if self.part is None:
+                task = shapesvqa(self.split, limit=limit, canvas=canvas_for(model), seed=seed)
+            else:
+                task = slice_task(self.part, limit, canvas=canvas_for(model), split=self.split, seed=seed)
         return model, processor, task
 
     def _write(self, name: str, text: str) -> None:

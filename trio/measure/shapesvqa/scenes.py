@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -282,3 +283,42 @@ def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168
         box = (x + int(xs.min()), y + int(ys.min()), x + int(xs.max()) + 1, y + int(ys.max()) + 1)
         items.append(Item(shape, colour, box, where))
     return Scene(split, index, image, tuple(items), (rows, cols), item_map, glyph_map)
+
+
+def draw_things(
+    rng: random.Random,
+    things: Sequence[tuple[str, str]],
+    split: Split,
+    index: int,
+    size: tuple[int, int] = (168, 168),
+    cell: int = 56,
+) -> Scene:
+    """Draw a scene with given shapes and no plates, each in a cell of its own.
+
+    Args:
+        rng: Source of everything that is not given.
+        things: Colour and shape of each, at most as many as there are cells.
+        split: What the scene says it belongs to; ``novel`` has other backgrounds.
+        index: What the scene says its number is.
+        size: Width and height in pixels.
+        cell: Rough size of a grid cell.
+    """
+    width, height = size
+    cols, rows = round(width / cell), round(height / cell)
+    image = _background(rng, size, split == "novel")
+    item_map = np.zeros((height, width), np.uint8)
+    items: list[Item] = []
+    cells = rng.sample([(row, col) for row in range(rows) for col in range(cols)], len(things))
+    for (colour, shape), (row, col) in zip(things, cells, strict=True):
+        radius = round(cell * rng.uniform(0.38, 0.48))
+        side = 2 * radius
+        x = round(rng.uniform(col * width / cols, (col + 1) * width / cols - side))
+        y = round(rng.uniform(row * height / rows, (row + 1) * height / rows - side))
+        mask = _shape_mask(shape, radius, rng.uniform(-0.2, 0.2))
+        image.paste(_jitter(rng, COLOURS[colour]), (x, y), mask)
+        solid = np.asarray(mask) > 127
+        item_map[y : y + side, x : x + side][solid] = len(items) + 1
+        ys, xs = np.nonzero(solid)
+        box = (x + int(xs.min()), y + int(ys.min()), x + int(xs.max()) + 1, y + int(ys.max()) + 1)
+        items.append(Item(shape, colour, box, (row, col)))
+    return Scene(split, index, image, tuple(items), (rows, cols), item_map, np.zeros_like(item_map))

@@ -23,7 +23,7 @@ from .questions import KINDS, Question
 from .scenes import COLOURS, HELD_OUT, SHAPES, Scene, Split, draw_scene
 from .views import varied_scene
 
-__all__ = ["CANVASES", "SPLITS", "SUBTASKS", "VERSION", "canvas_for", "reveals", "shapesvqa"]
+__all__ = ["CANVASES", "SPLITS", "SUBTASKS", "VERSION", "canvas_for", "drawn_scenes", "fits", "reveals", "shapesvqa"]
 
 VERSION = 1
 #: Scenes of each split. ``test`` is reported, ``validation`` is for choosing, ``novel`` has what training never saw.
@@ -119,7 +119,7 @@ class _Asker:
         asked: list[tuple[str, Question]] = []
         for kind in SUBTASKS:
             rng = random.Random(f"shapesvqa/{VERSION}/{scene.split}/{seed}/{scene.index}/{kind}")
-            options = [q for q in self._options(scene, kind, rng) if _fits(q, [other for _, other in asked])]
+            options = [q for q in self._options(scene, kind, rng) if fits(q, [other for _, other in asked])]
             if not options:
                 continue
             heard = self._heard[kind]
@@ -174,7 +174,7 @@ def _existence(scene: Scene, level: str) -> list[Question]:
     return found
 
 
-def _fits(question: Question, asked: Sequence[Question]) -> bool:
+def fits(question: Question, asked: Sequence[Question]) -> bool:
     """Whether the question is new, and neither gives away another's answer nor has its own given away."""
     return not any(
         other.text == question.text or reveals(other.text, question) or reveals(question.text, other) for other in asked
