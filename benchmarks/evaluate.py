@@ -1,8 +1,9 @@
 """All shipped methods on a model of the zoo at 33, 22 and 11% of its visual tokens, and what the default is made of.
 
-``python -m benchmarks.evaluate tiny-llava`` writes ``benchmarks/results/eval-tiny-llava.json``; with ``--parts`` the
-default's own parts are varied instead, on the split ``validation``, which is for choosing. It is `trio eval` with a
-list of specs; answers are kept under ``runs/``, so that a stopped run goes on.
+``python -m benchmarks.evaluate tiny-llava`` writes ``benchmarks/results/eval-tiny-llava.json``; the default and the
+compressors alone are asked at 75 and 50%, too. With ``--parts`` the default's own parts are varied, on the split
+``validation``, which is for choosing. It is `trio eval` with a list of specs; answers are kept under ``runs/``, so that
+a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 import trio
+from benchmarks.choose import ENGINE
 from trio import zoo
 from trio.measure.evaluation import evaluate, shapesvqa
 from trio.measure.shapesvqa.task import canvas_for
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = {"33": "33.3%", "22": "22.2%", "11": "11.1%"}
+#: With those at which at most half a point is to be lost.
+ALL_SHARES = {"75": "75%", "50": "50%", **SHARES}
 #: Rows as in the released code (for Qwen it also applies the layer that has just run once more) and in the paper.
 RELEASED = {"scorer": "trio", "selector": "nms"}
 PAPER = {"scorer": {"name": "trio", "rows": "prompt-end"}, "selector": "nms"}
@@ -71,9 +75,9 @@ def _stages(keeps: dict[str, Any], parts: dict[str, Any]) -> list[dict[str, Any]
     return [{"after_layer": depth, "keep": keep, **parts} for depth, keep in keeps.items()]
 
 
-def at_budget(name: str, **fields: Any) -> Iterator[dict[str, Any]]:
+def at_budget(name: str, shares: dict[str, str] = SHARES, **fields: Any) -> Iterator[dict[str, Any]]:
     """A spec for each share."""
-    for label, share in SHARES.items():
+    for label, share in shares.items():
         yield {"version": 1, "name": f"{name}, {label}%", **fields, "budget": {"average": share}}
 
 
@@ -83,9 +87,17 @@ def at_input(name: str, **parts: Any) -> Iterator[dict[str, Any]]:
         yield {"version": 1, "name": f"{name}, {label}%", "stages": [{"after_layer": 0, "keep": share, **parts}]}
 
 
+def alone(compressor: dict[str, Any], shares: dict[str, str], **fields: Any) -> Iterator[dict[str, Any]]:
+    """A compressor without a stage, for each share."""
+    for label, share in shares.items():
+        # prumerge decides its own count, by quartiles or, here, as a share of outliers with one token for the rest
+        count = {"share": float(share[:-1]) / 100 - 0.005} if compressor["name"] == "prumerge" else {"keep": share}
+        yield {"version": 1, "name": f"{compressor['name']}, {label}%", "compressor": {**compressor, **count}, **fields}
+
+
 def methods() -> Iterator[dict[str, Any]]:
     """Every shipped method; the default comes first, so that the others of its budget are compared with it."""
-    yield from at_budget("trio-soft (ours)", stages=two_stages())
+    yield from at_budget("trio-soft (ours)", ALL_SHARES, stages=two_stages())
     yield from at_budget("TRIO (released)", stages=three_stages(**RELEASED), positions="auto")
     yield from at_budget("TRIO (paper)", stages=three_stages(**PAPER), positions="auto")
     yield from at_budget("trio-soft with nms", stages=two_stages(selector="nms"))
@@ -94,11 +106,11 @@ def methods() -> Iterator[dict[str, Any]]:
     yield from at_budget("soft-nms, spread 0.0", stages=two_stages(selector=soft(spread=0.0)))
     yield from at_input("trio-soft at the input")
     yield from at_input("trio-soft with nms at the input", selector="nms")
+    for label in ALL_SHARES:  # as it is served: numbered as the family numbers, without newlines
+        shipped = trio.load_spec(f"{ENGINE}-{label}").to_dict()
+        yield {**shipped, "name": f"{ENGINE}, {label}%"}
     for compressor in COMPRESSORS:
-        for label, share in SHARES.items():
-            # prumerge decides its own count, by quartiles or, here, as a share of outliers with one token for the rest
-            count = {"share": float(share[:-1]) / 100 - 0.005} if compressor["name"] == "prumerge" else {"keep": share}
-            yield {"version": 1, "name": f"{compressor['name']}, {label}%", "compressor": {**compressor, **count}}
+        yield from alone(compressor, ALL_SHARES)
     for compressor in ({"name": "visionzip"}, SCAN, {"name": "divprune"}):
         for label, share in SHARES.items():  # the compressor in place of the default's first stage
             yield {
@@ -159,7 +171,7 @@ def main(
     model, processor = zoo.load(name)
     task = shapesvqa("validation" if varied else "test", limit=scenes, canvas=canvas_for(model))
     specs = list(parts() if varied else methods())
-    specs = [spec for spec in specs if _fits(spec, model)]
+    specs = [spec for spec in specs if fits(spec, model)]
     kind = "parts" if varied else "eval"
     with Progress(console=console) as bar:
         job = bar.add_task(f"{name}, {len(specs)} specs")
@@ -178,7 +190,7 @@ def main(
     (RESULTS / f"{kind}-{name}.json").write_text(results.to_json() + "\n")
 
 
-def _fits(spec: dict[str, Any], model: Any) -> bool:
+def fits(spec: dict[str, Any], model: Any) -> bool:
     """Whether the model has what a spec needs; a method that it cannot run is named."""
     try:
         trio.Pipeline.from_spec(spec, model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.answers import right
 from benchmarks.tables import LEVEL, method, table_head, table_row
 from trio.measure.evaluation.results import EvaluationResults, RowResult
 from trio.measure.statistics import Bootstrap, Estimate, holm, paired
@@ -68,7 +69,7 @@ def findings(results: EvaluationResults, budgets: Sequence[str] = ("33", "22", "
             if first is None or second is None or second.refused:
                 continue
             chosen = np.isin(results.questions["kind"], _counted(results, first, second))
-            gap = _right(results, first) - _right(results, second)
+            gap = right(results, first) - right(results, second)
             found = bootstrap.difference(gap, np.zeros_like(gap), chosen)
             cells[pair.what, budget] = Estimate(mean=100 * found.mean, low=100 * found.low, high=100 * found.high)
             p_values[f"{pair.what}/{budget}"] = paired(*bootstrap.by_scene(gap, chosen)).p
@@ -87,13 +88,6 @@ def findings(results: EvaluationResults, budgets: Sequence[str] = ("33", "22", "
 
 def _at(row: RowResult, budget: str) -> bool:
     return row.name.endswith(f", {budget}%")
-
-
-def _right(results: EvaluationResults, row: RowResult) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Which questions a row answers right; of random the mean of its draws."""
-    draws = [np.asarray([character == "1" for character in results.right[name]], float) for name in row.draws]
-    mean: np.ndarray[tuple[int], np.dtype[np.float64]] = np.mean(draws, axis=0)
-    return mean
 
 
 def _counted(results: EvaluationResults, *rows: RowResult) -> list[str]:

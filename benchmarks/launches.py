@@ -28,7 +28,7 @@ from trio.testing.shapes import ARCHITECTURES, meta_inputs, meta_model
 console = Console()
 #: The shipped specs that fit an architecture: by a word of their name, or for every model.
 FITTING = {"llava-1.5-7b": "llava-1.5", "llava-next-7b": "llava-next", "qwen2.5-vl-7b": "qwen2.5-vl"}
-FOR_ALL = ("trio-soft-11", "trio-soft-22", "trio-soft-33")
+FOR_ALL = tuple(f"{name}-{share}" for name in ("trio-soft", "engine-divprune") for share in (11, 22, 33, 50, 75))
 BATCHES = (1, 8)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.tables import write_block
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -129,14 +131,7 @@ def marks(name: str) -> tuple[str, str]:
 def main() -> None:
     """Writes the blocks into the pages."""
     for name in PAGES:
-        page = ROOT / "docs" / f"{ELSEWHERE.get(name, name)}.md"
-        text, (begin, end) = page.read_text(), marks(name)
-        if begin not in text:
-            raise SystemExit(
-                f"docs/{page.name}: the line {begin!r} is missing; put it and {end!r} where it should stand"
-            )
-        start = text.index(begin)
-        page.write_text(text[:start] + block(name) + text[text.index(end, start) + len(end) :])
+        write_block(ROOT / "docs" / f"{ELSEWHERE.get(name, name)}.md", block(name))
     plot(ROOT / "docs" / "tune-tiny-llava.png")
 
 

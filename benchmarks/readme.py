@@ -6,9 +6,10 @@ that the file does not have is left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from benchmarks import equal_cost
+from benchmarks.answers import first_layer
 from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
 from trio.measure.evaluation.results import COUNTED, OVERALL, EvaluationResults, RowResult
 from trio.measure.evaluation.rows import none_name
@@ -21,6 +22,7 @@ METHODS = (
     "TRIO (paper)",
     "diversity only",
     "trio-soft with top-k",
+    "engine-divprune",
     "divprune",
     "visionzip",
     "uniform-grid",
@@ -47,6 +49,8 @@ def block(results: EvaluationResults) -> str:
         "([every method, control and model](docs/results.md)).",
         *_counted(results, [one for _, found in rows for one in found.values() if one is not None]),
         "",
+        equal_cost.sentence(results, default_names(results)),
+        "",
         table_head(["kept", *(f"{share}: {base.average:.1f} of {total}" for share, base in bases.items())]),
         *(table_row([label, *(_cell(found[share]) for share in bases)]) for label, found in rows),
         "",
@@ -57,23 +61,16 @@ def block(results: EvaluationResults) -> str:
     return "\n".join(lines)
 
 
-def with_block(readme: str, results: EvaluationResults) -> str:
-    """The README with its table renewed.
-
-    Args:
-        readme: its text, with the lines `BEGIN` and `END`.
-        results: of the model that it shows.
-    """
-    if BEGIN not in readme or END not in readme:
-        raise SystemExit(f"README.md: put the lines {BEGIN!r} and {END!r} where the table should stand")
-    return readme[: readme.index(BEGIN)] + block(results) + readme[readme.index(END) + len(END) :]
-
-
 def defaults(results: EvaluationResults) -> dict[str, RowResult]:
     """The default's rows by their budget, as its specs' names give it: ``33%`` of ``trio-soft (ours), 33%``."""
     bases = [base for base, _ in budgets(results)]
     name = method(bases[0].name)
     return {base.name.removeprefix(f"{name}, "): base for base in bases if method(base.name) == name}
+
+
+def default_names(results: EvaluationResults) -> set[str]:
+    """Names of the default's rows."""
+    return {base.name for base in defaults(results).values()}
 
 
 def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[tuple[str, Found]]:
@@ -88,13 +85,13 @@ def _rows(results: EvaluationResults, bases: dict[str, RowResult]) -> Iterator[t
 
     default, random = method(next(iter(bases.values())).name), controls("random")
     draws = max(len(one.draws) for one in random.values() if one is not None)
-    nothing = {share: by_name.get(none_name(_first(base))) for share, base in bases.items()}
+    nothing = {share: by_name.get(none_name(first_layer(base))) for share, base in bases.items()}
     found = [
         *((_label(name, named(name)), named(name)) for name in dict.fromkeys((default, *METHODS))),
         ("uniform grid, at the default's layers", controls("uniform")),
         (f"random, at the default's layers (mean of {draws} draws)", random),
-        ("lower resolution", controls("equal tokens")),
-        ("smaller image or average-pool, equal cost", {s: by_name.get(base.equal_cost) for s, base in bases.items()}),
+        (f"{equal_cost.word(results)}, equal cost", {s: by_name.get(base.equal_cost) for s, base in bases.items()}),
+        (f"{equal_cost.word(results)}, equal tokens", controls("equal tokens")),
         ("oracle, at the default's layers", controls("oracle")),
         ("nothing, from the default's first layer", nothing),
         ("no image", controls("no image")),
@@ -110,13 +107,6 @@ def _label(name: str, cells: Found) -> str:
     return f"{name} (compressor)" if alone else name
 
 
-def _first(one: RowResult) -> int:
-    """Layers before the first reduction of a row of a schedule, as the schedule's label says."""
-    found = re.match(r"after (\d+)", one.schedule)
-    assert found is not None, one.schedule
-    return int(found[1])
-
-
 def _cell(one: RowResult | None) -> str:
     if one is None:
         return ""
@@ -125,7 +115,7 @@ def _cell(one: RowResult | None) -> str:
 
 def _counted(results: EvaluationResults, rows: list[RowResult]) -> Iterator[str]:
     """Which sub-tasks the accuracies are over, where not all of them count."""
-    firsts = {_first(one) for one in rows if one.schedule}
+    firsts = {first_layer(one) for one in rows if one.schedule}
     kinds = {
         first: tuple(gate.kind for gate in results.gates if gate.first == first and gate.passes) for first in firsts
     }

@@ -2,24 +2,55 @@
 
 ``python -m benchmarks.results`` reads ``benchmarks/results/eval-*.json`` (methods) and ``parts-*.json`` (the default
 with its parts varied): what `benchmarks.evaluate` wrote, or the ``results.json`` of any `trio eval` under such a name.
+Blocks of docs/choose-a-spec.md are made as well, by `benchmarks.choose`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import figures
+from benchmarks import choose, equal_cost, figures, gentle
 from benchmarks.findings import findings
-from benchmarks.readme import MODEL, with_block
-from benchmarks.tables import LEVEL, budgets, flipped, method, table_head, table_row
+from benchmarks.readme import MODEL, block, default_names
+from benchmarks.tables import LEVEL, budgets, flipped, method, shown_name, table_head, table_row, write_block
 from trio.measure.evaluation import wording
 from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, EvaluationResults, RowResult
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of results files.
+
+    Attributes:
+        option: of `benchmarks.evaluate`.
+        contents: for the list of tables.
+        pivot: title of the short table; empty: there is none.
+        section: title of the long tables.
+    """
+
+    option: str
+    contents: str
+    pivot: str
+    section: str
+
+
+#: By the begin of a file's name, in the order in which they are shown.
+KINDS = {
+    "eval": Kind("", "all methods and controls", "Every method against the default", "Methods and controls"),
+    "parts": Kind(
+        " --parts",
+        "the default part by part, on validation scenes",
+        "The default with one part varied",
+        "The default, part by part",
+    ),
+}
 #: So few comparisons that show nothing are named in the short text.
 NAMED = 3
 
@@ -45,9 +76,11 @@ READ = """## How to read the tables
   Holm-corrected); in brackets the power of that test here were both alike, and the scenes that would give 90%.
 - **above**, **BELOW**: where the default stands against a method, significantly (Holm); **non-inferior**: it is shown
   to be not worse by the margin; **open**: neither is shown.
-- **oracle** keeps the tokens of the things asked about; **lower resolution** is what a user could do instead: a smaller
-  image, or averaged features where the model takes images of one size; **none** drops all visual tokens where the
-  table's first reduction stands.
+- **oracle** keeps the tokens of the things asked about; **resize** is what a user could do instead, a smaller image,
+  and **average-pool** stands for it where the model takes images of one size: at **equal cost** its whole answer
+  (vision tower, scoring, language model, decoding) costs as much as the method's, at **equal tokens** it has as many
+  tokens and costs less. **none** drops all visual tokens where the table's first reduction stands.
+- **GFLOPs**: of a whole answer, or, in results of earlier versions (which have no rows of equal cost), of a prefill.
 """
 
 
@@ -69,15 +102,17 @@ def _short(found: Sequence[tuple[Path, EvaluationResults]]) -> str:
     lines = [HEAD]
     if not found:
         return "\n".join([*lines, "No results have been committed yet."]) + "\n"
-    tested = [results for file, results in found if not _varied(file)]
+    tested = [results for file, results in found if _kind(file) == "eval"]
     lines += [
+        *_first(tested),
         "How the default (trio-soft, the first row of each table) does against the other methods, by budget, on\n"
         "the same questions, of the sub-tasks that pass the [validity gate](evaluation.md#the-validity-gate).\n",
         *(_in_a_line(results) for results in tested),
         "",
         "![Accuracy by the share of visual tokens kept, a panel a model](results/accuracy.png)\n",
         "Questions answered right by the share of the visual tokens that is kept, averaged over the layers, with 95%\n"
-        "intervals. *random* (at the default's layers) and *lower resolution* are what a user has without a method.\n",
+        "intervals. *random* (at the default's layers), *resize* and *average-pool* are what a user has without a\n"
+        "method; at *equal cost* they stand at the share of the default that costs as much.\n",
         "![Every method minus the default at the smallest budget, a panel a model](results/differences.png)\n",
         "Every method beside the default at the smallest budget: what it gains (right of the line) or loses on the\n"
         "same questions, in points, with 95% intervals. Filled: significant (Holm).\n",
@@ -99,7 +134,24 @@ def _short(found: Sequence[tuple[Path, EvaluationResults]]) -> str:
 
 
 def _part_of_page(file: Path) -> str:
-    return "the default part by part, on validation scenes" if _varied(file) else "all methods and controls"
+    return KINDS[_kind(file)].contents
+
+
+def _first(tested: Sequence[EvaluationResults]) -> Iterator[str]:
+    """What a smaller image of equal total cost does, before anything else."""
+    yield "Against a smaller image (average-pool where images have one size) of equal *total* cost, the default:\n"
+    yield from equal_cost.by_model(tested, default_names)
+    yield ""
+    if "results/cost.png" in figures.plotted(tested):
+        yield "![Accuracy by the total cost of an answer, a panel a model](results/cost.png)\n"
+        yield (
+            "Questions answered right by the FLOPs of a whole answer (tower, scoring, language model, decoding)\n"
+            "in percent of the full model's. The dashed line is what a method has to be above: the full model on\n"
+            "smaller images, or with averaged features where images have one size.\n"
+        )
+        lacking = [one.model["name"] for one in tested if not any(row.control == "size" for row in one.rows)]
+        if lacking:
+            yield f"That line was not measured for {', '.join(lacking)}.\n"
 
 
 def _of_model(name: str, found: Sequence[tuple[Path, EvaluationResults]]) -> str:
@@ -111,7 +163,10 @@ def _of_model(name: str, found: Sequence[tuple[Path, EvaluationResults]]) -> str
         "[How to read the tables](../results.md#how-to-read-the-tables).\n",
     ]
     for file, results in found:
-        what = "The default with one part varied" if _varied(file) else "Every method against the default"
+        if _kind(file) == "eval":
+            lines += [*equal_cost.section(results), *_gentle(results)]
+    for file, results in found:
+        what = KINDS[_kind(file)].pivot
         lines += [f"## {what}\n", f"{results.task['questions']} questions.\n", *_pivot(results), *_power(results)]
     lines += _findings(found)
     for file, results in found:
@@ -119,9 +174,16 @@ def _of_model(name: str, found: Sequence[tuple[Path, EvaluationResults]]) -> str
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _gentle(results: EvaluationResults) -> Iterator[str]:
+    yield "## Gentle budgets\n"
+    yield f"{gentle.LEGEND}\n"
+    yield from gentle.table([results])
+    yield ""
+
+
 def measured() -> list[Path]:
     """The committed results: methods, then parts, each model by model."""
-    return [file for kind in ("eval", "parts") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
+    return [file for kind in KINDS for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
 
 
 def _in_a_line(results: EvaluationResults) -> str:
@@ -177,13 +239,14 @@ def _findings(found: Sequence[tuple[Path, EvaluationResults]]) -> Iterator[str]:
     )
     for file, results, lines in tables:
         if lines:
-            split = "split validation, for choosing" if _varied(file) else f"split {results.task['split']}"
+            chosen = _kind(file) != "eval"
+            split = "split validation, for choosing" if chosen else f"split {results.task['split']}"
             yield f"{results.task['questions']} questions, {split}.\n"
             yield from [*lines, ""]
 
 
-def _varied(file: Path) -> bool:
-    return file.name.startswith("parts-")
+def _kind(file: Path) -> str:
+    return file.name.partition("-")[0]
 
 
 def verdict(one: Comparison) -> str:
@@ -199,14 +262,14 @@ def verdict(one: Comparison) -> str:
 def _section(file: Path, results: EvaluationResults) -> Iterator[str]:
     model, task = results.model, results.task
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    yield f"## {'The default, part by part' if _varied(file) else 'Methods and controls'}\n"
+    kind = KINDS[_kind(file)]
+    yield f"## {kind.section}\n"
     yield (
         f"{task['questions']} questions on {task['scenes']} scenes (split {task['split']}, {task['canvas']} images, "
         f"sha256 `{task['sha256'][:12]}`); {model['visual_tokens']} visual tokens, {model['layers']} layers, "
         f"{model['dtype']}; {versions}; weights `{model['weights'][:12]}`.\n"
     )
-    more = " --parts" if _varied(file) else ""
-    yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{more}\n"
+    yield f"    python -m benchmarks.evaluate {model['name']} --scenes {task['scenes']}{kind.option}\n"
     yield from _gates(results)
     for base, rows in budgets(results):
         yield from _budget(results, base, rows)
@@ -219,20 +282,21 @@ def _negative(results: EvaluationResults) -> Iterator[str]:
     yield "### Negative findings\n"
     empty = [line for line in wording.findings(results) if "no sub-task passes" in line]
     yield from (f"- {line}" for line in empty)
-    for control, name in (("random", "random tokens"), ("uniform", "a uniform grid"), ("equal tokens", "pooling")):
+    kind, same = equal_cost.word(results), "with the same counts at the same layers"
+    for control, name in (
+        ("equal cost", f"{kind} of equal total cost"),
+        ("random", f"random tokens {same}"),
+        ("uniform", f"a uniform grid {same}"),
+        ("equal tokens", f"{kind} to as many tokens"),
+    ):
         floors = [one for one in results.comparisons if results.row(one.row).control == control]
+        if not floors and control == "equal cost":
+            continue
         below = [one for one in floors if one.difference.mean > 0 and one.p_holm < LEVEL]
         level = [one for one in floors if one.p_holm >= LEVEL]
-        what = "a smaller image or pooled features" if control == "equal tokens" else name
-        for title, some in ((f"Significantly **below** {what}", below), (f"Not shown to be above {what}", level)):
+        for title, some in (("Significantly **below**", below), ("Not shown to be above", level)):
             said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
-            yield f"- {title} with the same counts at the same layers: {said}."
-    equal = [one for one in results.comparisons if results.row(one.row).control == "equal cost"]
-    below = [one for one in equal if one.difference.mean > 0 and one.p_holm < LEVEL]
-    level = [one for one in equal if one.p_holm >= LEVEL]
-    for title, some in (("Significantly **below**", below), ("Not shown to be above", level)) if equal else ():
-        said = "; ".join(f"{one.baseline} {_flipped(one)}" for one in some) or "none"
-        yield f"- {title} a smaller image or pooled features of equal cost: {said}."
+            yield f"- {title} {name}: {said}."
     for one in results.comparisons:
         if not results.row(one.row).control and one.p_holm < LEVEL and one.difference.mean > 0:
             yield f"- {one.row} is **above** the default {one.baseline}: {one.difference.signed()}."
@@ -255,6 +319,8 @@ def _gates(results: EvaluationResults) -> Iterator[str]:
 def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowResult]) -> Iterator[str]:
     assert base.average is not None
     yield f"### {base.average:.1f} of {results.model['visual_tokens']} visual tokens on average\n"
+    if equal_cost.comparisons(results):
+        yield f"{equal_cost.sentence(results, {row.name for row in methods})}\n"
     yield table_head(
         ["", "tokens", "accuracy", "retained", "- random", "- default", "default non-inferior", "GFLOPs", "1st token"]
     )
@@ -279,14 +345,14 @@ def _budget(results: EvaluationResults, base: RowResult, methods: Sequence[RowRe
 
 def _line(results: EvaluationResults, row: RowResult, floor: str, default: Comparison | None) -> str:
     if row.refused:
-        return table_row([row.name, "not applicable", *[""] * 7])
+        return table_row([shown_name(row), "not applicable", *[""] * 7])
     kind = COUNTED if COUNTED in row.accuracy else OVERALL
     speed = results.speed.get(row.name)
     flops = row.flops if row.answer_flops is None else row.answer_flops
     power = "" if default is None else f"({100 * default.power:.0f}%, {default.scenes_for_90})"
     return table_row(
         [
-            row.name,
+            shown_name(row),
             f"{row.average:.1f}",
             str(row.accuracy[kind]),
             str(row.retained[kind] or ""),
@@ -320,24 +386,29 @@ def _by_kind(results: EvaluationResults) -> Iterator[str]:
     for name in [*(row.name for row in methods), *floors]:
         row = results.row(name)
         if not row.refused:
-            yield table_row([row.name, *(f"{row.accuracy[kind].mean:.0f}" for kind in results.kinds)])
+            yield table_row([shown_name(row), *(f"{row.accuracy[kind].mean:.0f}" for kind in results.kinds)])
     yield ""
 
 
 def main() -> None:
-    """Writes docs/results.md, the pages and figures below docs/results/ and the README's table."""
+    """Writes docs/results.md, the pages and figures below docs/results/, the README's table and blocks of a page."""
     files, docs = measured(), ROOT / "docs"
     made = {path: text.encode() for path, text in pages(files).items()}
-    made |= figures.drawn([EvaluationResults.load(file) for file in files if not _varied(file)])
+    tested = [EvaluationResults.load(file) for file in files if _kind(file) == "eval"]
+    made |= figures.drawn(tested)
     (docs / "results").mkdir(exist_ok=True)
     for old in (docs / "results").iterdir():
         if f"results/{old.name}" not in made:
             old.unlink()
     for path, content in made.items():
         (docs / path).write_bytes(content)
-    readme, shown = ROOT / "README.md", EvaluationResults.load(RESULTS / f"eval-{MODEL}.json")
-    readme.write_text(with_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
-    Console().print(f"wrote {', '.join(f'docs/{path}' for path in made)} and the table in README.md")
+    shown = next(one for one in tested if one.model["name"] == MODEL)
+    write_block(ROOT / "README.md", block(shown))
+    for text in choose.blocks(RESULTS).values():
+        write_block(docs / "choose-a-spec.md", text)
+    Console().print(
+        f"wrote {', '.join(f'docs/{path}' for path in made)} and blocks of README.md and docs/choose-a-spec.md"
+    )
 
 
 if __name__ == "__main__":

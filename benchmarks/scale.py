@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import trio
-from benchmarks.tables import table_head, table_row
+from benchmarks.tables import table_head, table_row, write_block
 from trio import zoo
 from trio.batch import LocalEngine, RowAnswerer, RowOutput, Shards, open_rows, run_job
 from trio.core.images import batch_for, decode_image
@@ -199,9 +199,7 @@ def main() -> None:
     """Measures, or writes the page's block."""
     if "--table" not in sys.argv:
         RESULT.write_text(json.dumps(measure(), indent=1) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    page = text[: text.index(BEGIN)] + table(json.loads(RESULT.read_text())) + text[text.index(END) + len(END) :]
-    PAGE.write_text(page, encoding="utf-8")
+    write_block(PAGE, table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import transformers
 from PIL import Image
 
 import trio
-from benchmarks.tables import table_head, table_row
+from benchmarks.tables import table_head, table_row, write_block
 from trio import zoo
 from trio.measure.bench import describe
 from trio.measure.shapesvqa.examples import examples
@@ -358,9 +358,7 @@ def main() -> None:
     """Measures, or writes the page's block."""
     if "--table" not in sys.argv:
         RESULT.write_text(json.dumps(measure(), indent=1) + "\n")
-    text = PAGE.read_text(encoding="utf-8")
-    page = text[: text.index(BEGIN)] + table(json.loads(RESULT.read_text())) + text[text.index(END) + len(END) :]
-    PAGE.write_text(page, encoding="utf-8")
+    write_block(PAGE, table(json.loads(RESULT.read_text())))
 
 
 if __name__ == "__main__":

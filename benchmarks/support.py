@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import quantised, versions
+from benchmarks.tables import write_block
 from trio.adapters.base import ADAPTERS
 
 ROOT = Path(__file__).parent.parent
@@ -126,13 +127,9 @@ def main() -> None:
         "`benchmarks/results/versions-*.json`, which `make versions` wrote, and `benchmarks/results/quantised.json`."
     )
     (ROOT / "docs" / "support.md").write_text("\n\n".join(parts) + "\n")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     newest = found[-1]
     block = "\n\n".join([BEGIN, f"With transformers {newest['transformers']}:", table(newest), LEGEND, END])
-    if BEGIN not in text:
-        raise SystemExit(f"README.md: the line {BEGIN!r} is missing; put it and {END!r} where the table should stand")
-    readme.write_text(text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :])
+    write_block(ROOT / "README.md", block)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import with_block
 from benchmarks.untrained import qwen2_vl, qwen3_vl
 from trio import zoo
 from trio.testing.engines.results import CaseResult, EngineParity, table, throughput_table
@@ -98,11 +99,8 @@ def blocks(result: EngineParity) -> dict[str, str]:
 
 def with_blocks(page: str, result: EngineParity) -> str:
     """The page with its blocks made anew."""
-    for name, text in blocks(result).items():
-        begin, end = marks(name)
-        first = page.index(begin)
-        last = page.index(end, first) + len(end)
-        page = page[:first] + text + page[last:]
+    for text in blocks(result).values():
+        page = with_block(page, text, PAGE.name)
     return page
 
 

@@ -101,6 +101,14 @@ def test_what_cannot_work_is_refused_with_the_reason(spec, family, match):
         read_spec(spec, family)
 
 
+@pytest.mark.parametrize("family", [LLAVA, NEXT, QWEN, OTHER])
+@pytest.mark.parametrize("share", [75, 50, 33, 22, 11])
+def test_the_shipped_specs_for_engines_are_served_by_every_family(share, family):
+    assert read_spec(f"engine-divprune-{share}", family).counts([200]) == [
+        {75: 150, 50: 100, 33: 67, 22: 44, 11: 22}[share]
+    ]
+
+
 def test_counts_are_those_of_the_schedule():
     share, count, tile = (
         read_spec({"compressor": {"name": "divprune", "keep": keep}, "positions": "auto"}, LLAVA)
