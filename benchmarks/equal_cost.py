@@ -70,7 +70,8 @@ def by_model(
         else:
             lacking.append(results.model["name"])
     if lacking:
-        yield f"- Not measured in the committed results of {', '.join(lacking)}: their rows of equal *tokens* cost less."
+        names = ", ".join(lacking)
+        yield f"- Not measured in the committed results of {names}: their rows of equal *tokens* cost less."
 
 
 def section(results: EvaluationResults) -> Iterator[str]:

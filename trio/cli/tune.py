@@ -120,8 +120,6 @@ def tune(
     say(f"written: {', '.join(written)}")
 
 
-
-
 def print_report(report: TuningReport, out: Console) -> None:
     """The verdict, the spec and the tables."""
     from rich.table import Table
