@@ -37,6 +37,8 @@ FEATURES = [
 #: Models without an adapter of their own, by the tests' names for them; the others are called as their adapters say.
 OTHERS = {
     "llava-seed1": "LLaVA-1.5, another seed",
+    "llava-early": "LLaVA-1.5, image taken in early",
+    "llava-late": "LLaVA-1.5, image taken in late",
     "smolvlm": "SmolVLM (generic)",
     "mistral3": "Mistral3 (generic)",
     "glm4v": "GLM-4V (generic)",

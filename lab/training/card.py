@@ -73,19 +73,22 @@ def curve_table(name: str, rows: int = 12) -> str:
 def training_text(name: str) -> str:
     """Amounts and times of training, as Markdown."""
     facts = _read(name, "training.json")
-    tower, language = facts["tower"], facts["language"]
-    read = ", ".join(f"{k} {100 * v:.1f}%" for k, v in tower["accuracy"].items())
+    language = facts["language"]
     start = "" if facts.get("start") is None else f", started from `{facts['start']}`"
-    return "\n".join(
-        [
+    lines = [f"- Vision tower: that of `{facts.get('start')}`, unchanged."]
+    if tower := facts.get("tower"):
+        read = ", ".join(f"{k} {100 * v:.1f}%" for k, v in tower["accuracy"].items())
+        lines = [
             f"- Vision tower{start}: {tower['steps']:,} steps of {tower.get('batch', 48)} images, "
             f"{tower['minutes']:.0f} minutes. Read from its",
             f"  features on fresh scenes: {read}.",
-            f"- Projector and language model{start}: {language['steps']:,} steps of "
-            f"{language.get('batch', 16)} images with about 25 questions each,",
-            f"  {language['minutes']:.0f} minutes.",
         ]
-    )
+    lines += [
+        f"- Projector and language model{start}: {language['steps']:,} steps of "
+        f"{language.get('batch', 16)} images with about 25 questions each,",
+        f"  {language['minutes']:.0f} minutes.",
+    ]
+    return "\n".join(lines)
 
 
 def sections(name: str) -> dict[str, str]:

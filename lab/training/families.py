@@ -8,6 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from lab.training.absorption import DEPTHS, EARLY, LATE
+from lab.training.absorption import SOURCE as DEPTH_SOURCE
+from lab.training.absorption import warm_start as depth_start
 from lab.training.language import Grown, Parts, llava_parts
 from lab.training.next import NEXT, TILES, Views, build_next, build_next_processor, warm_start
 from lab.training.qwen import (
@@ -37,7 +40,7 @@ class Family:
         warm_start: Takes what it can from a model that is already trained; None for one trained from nothing.
         source: Name of that model.
         parts: Finds its tower and its projector.
-        tower: Further arguments of ``train_tower``.
+        tower: Further arguments of ``train_tower``; None for a tower that stays as the source has it.
         language: Further arguments of ``train_language``.
         grown: What its language phase does differently; None for one trained from nothing.
     """
@@ -49,7 +52,7 @@ class Family:
     warm_start: Callable[[Any], None] | None = None
     source: str | None = None
     parts: Parts = llava_parts
-    tower: dict[str, Any] = field(default_factory=dict)
+    tower: dict[str, Any] | None = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
     grown: Grown | None = None
 
@@ -77,6 +80,17 @@ FAMILIES: dict[str, Family] = {name: Family(recipe) for name, recipe in RECIPES.
         language={"batch_size": 8, "rate": 1e-3},
         grown=SIZES,
     ),
+    **{
+        recipe.name: Family(
+            recipe,
+            warm_start=depth_start,
+            source=DEPTH_SOURCE,
+            tower=None,
+            language={"rate": 1e-3},
+            grown=DEPTHS[recipe.name],
+        )
+        for recipe in (EARLY, LATE)
+    },
 }
 """By name in the zoo."""
 

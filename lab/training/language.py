@@ -214,6 +214,10 @@ class Trainee:
         """Positions of all tokens, in the shape that the language model takes."""
         return torch.cat([torch.arange(prefix).expand(len(batch["ids"]), -1), prefix + batch["place"]], 1)
 
+    def states(self, hidden: Tensor) -> list[Tensor]:
+        """Hidden states that the answer is read from: (batch, tokens, width) each, the last layer's first."""
+        return [hidden]
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[int, int]]]:
         """The loss, and by type of question how many branches there were and how many were answered right."""
         inner, images = self.model.model, self.images(batch)
@@ -229,14 +233,15 @@ class Trainee:
             inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
         asked = batch["wanted"] != IGNORE
-        logits = self.model.lm_head(hidden[:, prefix:][asked]).float()
         wanted = batch["wanted"][asked]
-        losses = F.cross_entropy(logits, wanted, reduction="none")
         # every branch counts the same, however long its answer; long exercises a little more
         number = (torch.arange(size)[:, None] * 1000 + branch)[asked]
         unique: Any = torch.unique  # typed by hand in some versions of torch, and not in others
         _, group, lengths = unique(number, return_inverse=True, return_counts=True)
-        loss = (losses / lengths[group].float().sqrt()).sum() / len(lengths)
+        weight = lengths[group].float().sqrt()
+        read = [self.model.lm_head(states[:, prefix:][asked]).float() for states in self.states(hidden)]
+        loss = sum((F.cross_entropy(one, wanted, reduction="none") / weight).sum() / len(lengths) for one in read)
+        logits = read[0]
 
         right = torch.ones(len(lengths)).scatter_reduce_(0, group, (logits.argmax(-1) == wanted).float(), "amin")
         kind = torch.zeros(len(lengths), dtype=torch.long).index_copy_(0, group, batch["kind"][asked])

@@ -18,7 +18,7 @@ import typer
 from lab.training.export import export
 from lab.training.families import FAMILIES
 from lab.training.language import train_language
-from lab.training.loop import Clock, console
+from lab.training.loop import Clock, console, save
 from lab.training.tower import train_tower
 
 
@@ -44,6 +44,8 @@ def main(
         raise typer.BadParameter(f"no recipe {name!r}; there are: {', '.join(FAMILIES)}")
     if phase not in ("tower", "language", "both"):
         raise typer.BadParameter(f"--phase is tower, language or both, not {phase!r}")
+    if phase == "tower" and FAMILIES[name].tower is None:
+        raise typer.BadParameter(f"--phase tower: {name} keeps the tower of {FAMILIES[name].source}")
     torch.set_num_threads(threads)
     family, out = FAMILIES[name], out or Path("runs") / name
     recipe, tokenizer = family.recipe, family.tokenizer()
@@ -57,7 +59,9 @@ def main(
     facts = json.loads(log.read_text()) if log.exists() else {}
     if family.source:
         facts["start"] = family.source
-    if phase != "language":
+    if family.tower is None:
+        save(out / "tower.pt", {"tower": family.parts(model)[0].state_dict()})
+    elif phase != "language":
         own = phase == "tower"
         clock = Clock(None if own and steps else (own and minutes) or recipe.tower_minutes, steps if own else None)
         accuracy = train_tower(recipe, model, out, seed, clock, resume, **family.tower)

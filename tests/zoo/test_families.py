@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import default_collate
 
+from lab.training import absorption
+from lab.training.evaluate import prompt
 from lab.training.export import export
 from lab.training.families import FAMILIES, Family, family_of
 from lab.training.language import Grown, Trainee, train_language
-from lab.training.loop import Clock
+from lab.training.loop import Clock, save
 from lab.training.packing import CHUNK
 from lab.training.recipes import RECIPES
 from lab.training.tower import IGNORE, train_tower
@@ -85,13 +88,16 @@ def test_training_resumes_and_exports(family: Family, tmp_path: Path) -> None:
     recipe = replace(family.recipe, tower_layers=3, layers=2)
     small = replace(family, recipe=recipe)
     tokenizer = family.tokenizer()
-    tower = {**family.tower, "batch_size": 2, "fresh": 4, "heads_first": 1}
+    tower = None if family.tower is None else {**family.tower, "batch_size": 2, "fresh": 4, "heads_first": 1}
     language = {**family.language, "batch_size": 2, "room": 3 * CHUNK, "grown": family.grown, "parts": family.parts}
 
     def run(steps: int, resume: bool) -> tuple[Any, int]:
         torch.manual_seed(0)
         model = small.model(recipe, tokenizer)
-        train_tower(recipe, model, tmp_path, 0, Clock(None, steps), resume, **tower)
+        if tower is None:
+            save(tmp_path / "tower.pt", {"tower": family.parts(model)[0].state_dict()})
+        else:
+            train_tower(recipe, model, tmp_path, 0, Clock(None, steps), resume, **tower)
         clock = Clock(None, steps)
         train_language(recipe, model, tokenizer, tmp_path, 0, clock, resume, **language)
         return model, clock.step
@@ -110,3 +116,34 @@ def test_training_resumes_and_exports(family: Family, tmp_path: Path) -> None:
     assert type(loaded) is type(model) and loaded.dtype == torch.float32
     for name, wanted in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], wanted.half().float()), name
+
+
+@torch.no_grad()
+def test_added_layers_change_nothing_where_they_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deeper model answers as its source while the outputs of the layers in front are zero."""
+    monkeypatch.setattr(absorption, "SMALL", 0.0)
+    family = FAMILIES[absorption.LATE.name]
+    model = family.model(family.recipe, family.tokenizer()).eval()
+    absorption.warm_start(model)
+    source, processor = zoo.load(absorption.SOURCE)
+    assert len(model.model.language_model.layers) == len(source.model.language_model.layers) + absorption.ADDED
+    with Image.open(zoo.demo_image()) as image:
+        inputs = processor(images=image, text=prompt(processor, zoo.demo_question()), return_tensors="pt")
+    torch.testing.assert_close(model(**inputs).logits, source(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_exit_reads_the_layer_that_it_names() -> None:
+    """With the layers behind the exit silenced, the last layer's states are those of the exit."""
+    family = FAMILIES[absorption.EARLY.name]
+    tokenizer = family.tokenizer()
+    model = family.model(family.recipe, tokenizer).eval()
+    absorption.warm_start(model)
+    trainee = absorption.ExitTrainee(model, tokenizer)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers[absorption.EXIT :]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.language_model.set_attn_implementation("sdpa")
+        hidden = model.model.language_model(torch.tensor([[5, 6, 7]])).last_hidden_state
+    last, early = trainee.states(hidden)
+    torch.testing.assert_close(last, early)

@@ -27,6 +27,8 @@ SLOTS = 144
 CLASSES = {
     "tiny-llava": ("LlavaForConditionalGeneration", "LlavaProcessor"),
     "tiny-llava-seed1": ("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "tiny-llava-early": ("LlavaForConditionalGeneration", "LlavaProcessor"),
+    "tiny-llava-late": ("LlavaForConditionalGeneration", "LlavaProcessor"),
     "tiny-llava-next": ("LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
     "tiny-qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"),
 }

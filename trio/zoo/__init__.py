@@ -18,7 +18,7 @@ __all__ = ["SEPARATE", "demo_image", "demo_question", "load", "names", "path"]
 _HERE = Path(__file__).parent
 _DISTRIBUTION = "trio-vlm-zoo"
 #: Models of the distribution `trio-vlm-zoo`.
-SEPARATE = ("tiny-llava-next", "tiny-llava-seed1", "tiny-qwen2.5-vl")
+SEPARATE = ("tiny-llava-early", "tiny-llava-late", "tiny-llava-next", "tiny-llava-seed1", "tiny-qwen2.5-vl")
 
 
 def _folders() -> dict[str, Path]:

@@ -1,0 +1,96 @@
+"""The page of the default's choice and verdict: from committed results, and each number what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import robust, robust_page
+from trio import zoo
+from trio.measure.evaluation.protocol import weights
+from trio.measure.shapesvqa.task import canvas_for, shapesvqa
+from trio.spec import load_spec
+
+
+def made(rows: dict[str, str], scenes: int, **more: Any) -> dict[str, Any]:
+    """Results of two questions a scene."""
+    return {
+        "scene": [i // 2 for i in range(2 * scenes)],
+        "kind": ["colour", "shape"] * scenes,
+        "rows": {name: {"right": right, "answer_flops": 100} for name, right in rows.items()},
+        "model": {"name": "toy", "weights": "0" * 64},
+        "task": {"scenes": scenes},
+        "versions": {"transformers": "0"},
+        **more,
+    }
+
+
+def test_the_page_is_made_from_the_committed_results() -> None:
+    assert robust_page.PAGE.read_text() == robust_page.page(robust_page.read("choose"), robust_page.read("verdict"))
+
+
+def test_the_model_that_judges_did_not_choose() -> None:
+    assert set(robust_page.read("choose")) == set(robust.CHOOSING) and robust.UNTUNED not in robust.CHOOSING
+    assert robust.UNTUNED in robust_page.read("verdict")
+
+
+@pytest.mark.parametrize("part", ["choose", "verdict"])
+def test_results_are_of_the_zoo_and_of_scenes_that_nothing_else_uses(part: str) -> None:
+    for name, results in robust_page.read(part).items():
+        model, _ = zoo.load(name)
+        assert results["model"]["weights"] == weights(model)
+        seed, split = (0, "validation") if part == "choose" else (robust.SEED, "test")
+        scenes = results["task"]["scenes"]
+        assert (
+            results["task"]["sha256"]
+            == shapesvqa(
+                split,  # type: ignore[arg-type]  # a literal
+                seed=seed,
+                limit=scenes,
+                canvas=canvas_for(model),
+            ).fingerprint()
+        )
+        assert all(len(row["right"]) == len(results["kind"]) for row in results["rows"].values())
+
+
+def test_every_candidate_and_comparator_is_a_spec() -> None:
+    fields = robust.candidates()
+    for name in fields:
+        both = [load_spec(spec) for spec in robust.specs_of({name: fields[name]})]
+        assert [spec.name for spec in both] == [f"{name}, 22%", f"{name}, 11%"]
+    assert robust.CHOSEN in fields
+    names = [load_spec(spec).name for spec in robust.specs_of(robust.comparators(fields[robust.CHOSEN]))]
+    assert len(names) == len(set(names)) == 6
+
+
+def test_the_smallest_worst_regret_comes_first() -> None:
+    """One candidate is best on one model and far off on another; the steady one is taken."""
+    chosen_on = {
+        "one": made({f"{n}, {b}%": r for b in robust.BUDGETS for n, r in (("steady", "1110"), ("risky", "1111"))}, 2),
+        "two": made({f"{n}, {b}%": r for b in robust.BUDGETS for n, r in (("steady", "1110"), ("risky", "1000"))}, 2),
+    }
+    found = robust_page.regrets(chosen_on)
+    assert list(found) == ["steady", "risky"]
+    assert max(found["steady"].values()) == 25 and max(found["risky"].values()) == 50
+
+
+def test_what_one_model_alone_can_run_takes_no_part_in_the_choice() -> None:
+    rows = {f"{n}, {b}%": "11" for b in robust.BUDGETS for n in ("both", "resize 60% + both")}
+    alone = {f"both, {b}%": "11" for b in robust.BUDGETS}
+    assert list(robust_page.regrets({"one": made(rows, 1), "two": made(alone, 1)})) == ["both"]
+
+
+def test_the_verdict_follows_from_the_answers() -> None:
+    generator = np.random.default_rng(0)
+    scenes = 400
+    mine = generator.random(2 * scenes) < 0.9
+    same, worse = mine.copy(), mine.copy()
+    worse[: scenes // 2] = False
+    text = ["".join("01"[int(value)] for value in values) for values in (mine, same, worse)]
+    rows = {f"{n}, {b}%": text[i] for b in robust.BUDGETS for i, n in enumerate(("ours", "same", "worse"))}
+    found = robust_page.verdict_rows(made(rows, scenes, chosen="ours", equal_cost={}))
+    assert [row["passes"] for row in found] == [True] * 4 and found[1]["difference"] > 20
+    lost = robust_page.verdict_rows(made(rows, scenes, chosen="worse", equal_cost={}))
+    assert not any(row["passes"] for row in lost) and all(row["difference"] < -20 for row in lost)
