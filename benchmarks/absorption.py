@@ -1,4 +1,4 @@
-"""How early the zoo's models take the picture in: what they answer when all visual tokens are dropped after a layer.
+"""How early the zoo's models take the image in: what they answer when all visual tokens are dropped after a layer.
 
 ``python -m benchmarks.absorption`` measures and writes ``benchmarks/results/absorption.json``, with ``--table`` it puts
 the committed numbers into docs/zoo.md. A model takes in early what is answered although nothing of the image is left
@@ -26,6 +26,8 @@ from trio.measure.statistics import Bootstrap, Estimate
 
 RESULT = Path(__file__).parent / "results" / "absorption.json"
 PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
+#: Alike but for how early they take the image in.
+NAMES = ("tiny-llava", "tiny-llava-early", "tiny-llava-late")
 console = Console()
 
 
@@ -76,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Zoo models, or folders of models; default: the zoo.")
+        list[str] | None, typer.Argument(help="Zoo models, or folders of models; default: those of the page.")
     ] = None,
     scenes: Annotated[int, typer.Option(help="Scenes.")] = 40,
     split: Annotated[str, typer.Option(help="Of ShapesVQA.")] = "validation",
@@ -90,7 +92,7 @@ def main(
         return
     torch.set_num_threads(threads)
     found: dict[str, Any] = {}
-    for name in names or zoo.names():
+    for name in names or NAMES:
         folder = Path(name) if Path(name).is_dir() else zoo.path(name)
         console.print(name)
         model, processor = zoo.load_folder(folder)

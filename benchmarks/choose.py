@@ -1,7 +1,4 @@
-"""The blocks of docs/choose-a-spec.md, from committed results; ``python -m benchmarks.results`` writes them.
-
-Results of the verdict (``verdict-MODEL.json``) are shown as soon as there are some.
-"""
+"""The blocks of docs/choose-a-spec.md, from committed results; ``python -m benchmarks.results`` writes them."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from pathlib import Path
 
 from benchmarks import equal_cost, gentle
 from benchmarks.readme import default_names, defaults
-from benchmarks.tables import LEVEL, budgets, flipped, method, smaller, table_head, table_row
-from trio.measure.evaluation.results import COUNTED, OVERALL, Comparison, EvaluationResults, RowResult
+from benchmarks.tables import LEVEL, flipped, method, table_head, table_row
+from trio.measure.evaluation.results import COUNTED, OVERALL, EvaluationResults, RowResult
 
 #: The default for engines, without its budget.
 ENGINE = "engine-divprune"
@@ -38,7 +35,6 @@ def blocks(folder: Path) -> dict[str, str]:
         "engine": _engine(load("engine"), tested),
         "gentle budgets": _gentle(tested),
         "budgets": _budgets(tested),
-        "verdict": _verdict(load("verdict")),
     }
     return {name: "\n".join([marks(name)[0], "", *lines, "", marks(name)[1]]) for name, lines in made.items()}
 
@@ -140,44 +136,3 @@ def _budgets(tested: Sequence[EvaluationResults]) -> Iterator[str]:
 def _spec(bases: dict[str, RowResult]) -> str:
     """The default's name as specs have it: ``trio-soft`` of ``trio-soft (ours), 11%``."""
     return method(next(iter(bases.values())).name).partition(" ")[0]
-
-
-def _verdict(found: Sequence[EvaluationResults]) -> Iterator[str]:
-    """The models that judged: every comparator at every budget, with the test against the margin."""
-    if not found:
-        return
-    yield "### The verdict\n"
-    yield (
-        "Models, budgets, comparators, margin and scenes were fixed before. Each cell: the default minus the\n"
-        "row in points, and whether it is shown to be not below by the margin (one-sided, 5%, each test by itself: a\n"
-        "claim about all of them needs no correction).\n"
-    )
-    for results in found:
-        columns, cells = [], dict[str, dict[str, str]]()
-        for base, rows in budgets(results):
-            columns.append(base.name)
-            others = {row.name for row in rows} | {base.equal_cost}
-            for one in results.comparisons:
-                if one.baseline == base.name and one.row in others:
-                    cells.setdefault(_comparator(results, one), {})[base.name] = _shown(one)
-        asked = f"{results.task['scenes']} scenes, margin {results.settings['margin']:g} points"
-        yield f"**{results.model['name']}**, {asked}:\n"
-        yield table_head(["", *columns])
-        for name, by_base in cells.items():
-            yield table_row([name, *(by_base.get(column, "") for column in columns)])
-        failed = sum("held" not in text for by_base in cells.values() for text in by_base.values())
-        total = sum(len(by_base) for by_base in cells.values())
-        yield ""
-        yield f"Held in {total - failed} of {total}." if failed else f"Held in all {total}."
-        yield ""
-
-
-def _comparator(results: EvaluationResults, one: Comparison) -> str:
-    row = results.row(one.row)
-    return f"{smaller(row)}, equal cost" if row.control == "equal cost" else method(one.row)
-
-
-def _shown(one: Comparison) -> str:
-    if one.p_baseline_inferior < LEVEL:
-        return f"{flipped(one)} **held**"
-    return f"{flipped(one)} {'**below**' if one.difference.low > 0 else 'open'}"

@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
-class Kind:
+class ResultKind:
     """One kind of results files.
 
     Attributes:
@@ -43,8 +43,8 @@ class Kind:
 
 #: By the begin of a file's name, in the order in which they are shown.
 KINDS = {
-    "eval": Kind("", "all methods and controls", "Every method against the default", "Methods and controls"),
-    "parts": Kind(
+    "eval": ResultKind("", "all methods and controls", "Every method against the default", "Methods and controls"),
+    "parts": ResultKind(
         " --parts",
         "the default part by part, on validation scenes",
         "The default with one part varied",

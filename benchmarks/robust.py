@@ -47,7 +47,7 @@ CHOSEN = "two stages (trio-soft)"
 console = Console()
 
 
-class Part(StrEnum):
+class RobustStep(StrEnum):
     """What is run."""
 
     CHOOSE = "choose"
@@ -127,7 +127,7 @@ def answered(
     model: Any,
     processor: Any,
     name: str,
-    part: Part,
+    part: RobustStep,
     specs: Sequence[dict[str, Any]],
     split: str,
     seed: int,
@@ -176,7 +176,7 @@ def content(runner: Runner, name: str, answers: Mapping[str, Sequence[RowAnswer]
 
 
 def main(
-    part: Annotated[Part, typer.Argument(help="choose or verdict.")],
+    part: Annotated[RobustStep, typer.Argument(help="choose or verdict.")],
     name: Annotated[str, typer.Argument(help="Zoo model.")],
     scenes: Annotated[int, typer.Option(help="Scenes.")] = 80,
     chosen: Annotated[str, typer.Option(help="Name of the candidate that is judged.")] = CHOSEN,
@@ -184,17 +184,17 @@ def main(
 ) -> None:
     """Ask, and write the results file."""
     torch.set_num_threads(threads)
-    if part is Part.CHOOSE and name == UNTUNED:
+    if part is RobustStep.CHOOSE and name == UNTUNED:
         raise typer.BadParameter(f"{name} has no say: it is what the choice is judged by")
     model, processor = zoo.load(name)
     fields = candidates()
-    if part is Part.VERDICT:
+    if part is RobustStep.VERDICT:
         fields = {chosen: fields[chosen], **comparators(fields[chosen])}
-    split, seed = ("validation", 0) if part is Part.CHOOSE else ("test", SEED)
+    split, seed = ("validation", 0) if part is RobustStep.CHOOSE else ("test", SEED)
     specs = [spec for spec in specs_of(fields) if canvas_for(model) == "varied" or "resize" not in spec]
     runner, rows, answers, files = answered(model, processor, name, part, specs, split, seed, scenes)
     equal: dict[str, str] = {}
-    if part is Part.VERDICT:
+    if part is RobustStep.VERDICT:
         judged = [row for row in rows.values() if row.name == "full" or row.name.startswith(f"{chosen}, ")]
         found = equal_cost(runner, judged, answers)
         possible = [row for row in found.rows if not row.refused]

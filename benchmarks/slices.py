@@ -72,7 +72,7 @@ BATCH = 20
 console = Console()
 
 
-class Asker:
+class SliceAsker:
     """Asks a model the samples of a slice."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -155,7 +155,7 @@ def _grey(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, GREY)
 
 
-def measured_slice(asker: Asker, name: SliceName, count: int) -> dict[str, Any]:
+def measured_slice(asker: SliceAsker, name: SliceName, count: int) -> dict[str, Any]:
     """Everything of one slice, with intervals over samples."""
     samples = slice_samples(name, count, canvas=asker.canvas)
     draws = Bootstrap(range(count))
@@ -268,7 +268,7 @@ def main(
         PAGE.write_text(with_block(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return
     torch.set_num_threads(threads)
-    asker = Asker(name, ROOT / "runs" / f"slices-{name}")
+    asker = SliceAsker(name, ROOT / "runs" / f"slices-{name}")
     found = {
         "model": name,
         "scenes": scenes,

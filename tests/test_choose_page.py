@@ -246,22 +246,6 @@ def test_the_blocks_of_the_page_are_made_from_the_committed_results() -> None:
     assert text.index("equal cost: python") < text.index("engine: python") < text.index("gentle budgets: python")
 
 
-def test_a_verdict_is_shown_as_soon_as_there_is_one(tmp_path: Path) -> None:
-    assert "The verdict" not in choose.blocks(RESULTS if not list(RESULTS.glob("verdict-*")) else tmp_path)["verdict"]
-    results = made(gain=-1.0)
-    last = results.comparisons[-1].model_copy(update={"p_baseline_inferior": 0.01})
-    held = results.model_copy(update={"comparisons": [*results.comparisons[:-1], last]})
-    (tmp_path / "verdict-m.json").write_text(held.to_json())
-    text = choose.blocks(tmp_path)["verdict"]
-    assert "**m**, 40 scenes, margin 2 points:" in text
-    assert "| bad | +10.0 (+9.0 to +11.0) **held** |" in text
-    assert "| resize, equal cost | +1.0 (+0.0 to +2.0) **held** |" in text and "Held in all 2." in text
-    assert "random" not in text
-    (tmp_path / "verdict-m.json").write_text(made(gain=5.0).to_json())
-    text = choose.blocks(tmp_path)["verdict"]
-    assert "| resize, equal cost | -5.0 (-6.0 to -4.0) **below** |" in text and "Held in 1 of 2." in text
-
-
 def test_the_compressor_for_engines_is_chosen_by_the_worst_model(tmp_path: Path) -> None:
     for name, losses in (("a", {"x": 1, "y": 20}), ("b", {"x": 5, "y": 2})):
         rows = [control("full", "full", 90, 1e9, "")]

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "add-an-adapter": "test_examples.py",
     "calibrate": "test_calibration.py",
     "concepts": "test_examples.py",
+    "documents": "test_documents.py",
     "fidelity": "test_fidelity.py",
     "quick-start": "test_spec_docs.py",
     "scale": "integrations/test_ray_run.py",

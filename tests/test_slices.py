@@ -223,11 +223,11 @@ def test_second_turns_go_on_with_the_kept_cache(tmp_path: Path) -> None:
     import torch
 
     import trio
-    from benchmarks.slices import Asker
+    from benchmarks.slices import SliceAsker
     from trio.core.images import batch_for, prompt_for
     from trio.testing.bench import extended
 
-    asker = Asker("tiny-llava", tmp_path)
+    asker = SliceAsker("tiny-llava", tmp_path)
     spec = {"version": 1, "stages": [{"after_layer": 1, "keep": "20%"}]}
     samples = slice_samples("second-question", 2)
     answers = asker.second_turns(samples, spec)

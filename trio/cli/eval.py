@@ -39,7 +39,7 @@ class QuestionSource(StrEnum):
     jsonl = "jsonl"
 
 
-class Part(StrEnum):
+class SliceChoice(StrEnum):
     """Slices of ShapesVQA that are one question about one image."""
 
     describe = "describe"
@@ -72,7 +72,7 @@ def evaluate(
         Split, typer.Option(help="For shapesvqa and documents (which have no split novel): which of them.")
     ] = Split.test,
     part: Annotated[
-        Part | None, typer.Option("--slice", help="For shapesvqa: a slice where dropping tokens hurts.")
+        SliceChoice | None, typer.Option("--slice", help="For shapesvqa: a slice where dropping tokens hurts.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="For shapesvqa and documents: drawn from another seed than the task's own.")
@@ -166,7 +166,7 @@ def evaluate(
     console().print(f"written to {out}: {', '.join(job.files)}", soft_wrap=True, markup=False)
 
 
-def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None, part: Part | None) -> None:
+def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None, part: SliceChoice | None) -> None:
     """Refuse options that belong to another task."""
     from ..errors import InputError
 
