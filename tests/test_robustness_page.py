@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import robust, robust_page
+from benchmarks import absorption, robust, robust_page
+from lab.training.card import filled
 from trio import zoo
 from trio.measure.evaluation.protocol import weights
 from trio.measure.shapesvqa.task import canvas_for, shapesvqa
@@ -29,6 +31,17 @@ def made(rows: dict[str, str], scenes: int, **more: Any) -> dict[str, Any]:
 
 def test_the_page_is_made_from_the_committed_results() -> None:
     assert robust_page.PAGE.read_text() == robust_page.page(robust_page.read("choose"), robust_page.read("verdict"))
+
+
+def test_the_models_differ_in_how_early_the_image_is_taken_in() -> None:
+    results = json.loads(absorption.RESULT.read_text())
+    text = absorption.PAGE.read_text()
+    assert filled(text, {"absorption": absorption.table(results)}) == text and "<!-- begin absorption -->" in text
+    early, plain, late = (
+        absorption.taken_in(results["models"][name]["curve"])[1]
+        for name in ("tiny-llava-early", "tiny-llava", robust.UNTUNED)
+    )
+    assert early > plain + 0.1 > late + 0.2
 
 
 def test_the_model_that_judges_did_not_choose() -> None:
