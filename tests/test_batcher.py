@@ -281,6 +281,7 @@ def test_an_error_of_the_device_is_told_to_all_and_to_whoever_asks_for_health(
 
     with gate.shut():
         first = occupy(batcher)
+        until(lambda: gate.forwards == 1)  # it is past `generate`, which fails from now on
         futures = [batcher.submit(request(ASKED[n])) for n in range(2)]
         monkeypatch.setattr(loaded[0], "generate", fail)
     for future in futures:
