@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 PAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "choose-a-spec": (),
     "cost": (),
+    "documents": (),
     "evaluation": (("limit=50", "limit=1"),),
     "serving": (),
     "shapesvqa": (),
@@ -35,7 +36,6 @@ ELSEWHERE = {
     "add-an-adapter": "test_examples.py",
     "calibrate": "test_calibration.py",
     "concepts": "test_examples.py",
-    "documents": "test_documents.py",
     "fidelity": "test_fidelity.py",
     "quick-start": "test_spec_docs.py",
     "scale": "integrations/test_ray_run.py",
