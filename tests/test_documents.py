@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from trio.measure.documents.answers import DocumentSample, number
 from trio.measure.documents.page import DocumentQuestion, Mark, Page
 from trio.measure.documents.task import ASKED, HINT, SEED, document, documents
 from trio.measure.documents.words import date_answers
+from trio.measure.evaluation.job import EvaluationJob
 from trio.measure.evaluation.results import EvaluationResults
 from trio.measure.evaluation.task import Task
 
@@ -354,3 +356,10 @@ def test_the_page_shows_what_is_asked() -> None:
         'What is in the column "Sales" for the branch Quarley?',
     ):
         assert shown_question in known and shown_question in page
+
+
+@pytest.mark.parametrize(("task", "data"), [("shapesvqa", Path("asked.jsonl")), ("jsonl", None)])
+def test_a_job_refuses_questions_that_its_task_would_not_ask(task: Any, data: Path | None, tmp_path: Path) -> None:
+    job = EvaluationJob((trio.load_spec("trio-11"),), tmp_path / "out", task=task, data=data, html=False)
+    with pytest.raises(trio.InputError, match="the task jsonl needs a file"):
+        job.check()

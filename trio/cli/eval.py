@@ -78,7 +78,7 @@ def evaluate(
         int | None, typer.Option(help="For shapesvqa and documents: drawn from another seed than the task's own.")
     ] = None,
     dpi: Annotated[
-        int | None, typer.Option(help="For documents: pixels an inch, 75 to 200 (default 100, A4 is 827 x 1169).")
+        int | None, typer.Option(help="For documents: pixels an inch, 75 to 200 (default 100, A4 is 826 x 1169).")
     ] = None,
     batch_size: BatchSize = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="For jsonl: longest answer, in tokens.")] = 32,

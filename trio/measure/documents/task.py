@@ -54,7 +54,7 @@ _KINDS: tuple[Callable[[random.Random, int], tuple[Page, list[DocumentQuestion]]
 
 
 def documents(split: Split = "test", *, limit: int = DEFAULT_LIMIT, dpi: int = DEFAULT_DPI, seed: int = SEED) -> Task:
-    """Questions about drawn documents; about 3 MB of memory a document at 100 dpi.
+    """Questions about drawn documents; about 4 MB of memory a document at 100 dpi.
 
     Args:
         split: ``test`` or ``validation``.
