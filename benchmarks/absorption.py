@@ -21,6 +21,7 @@ from lab.training.card import filled
 from lab.training.evaluate import accuracy, any_size
 from trio import zoo
 from trio.adapters import adapter_for
+from trio.measure.calibration.curve import drop_all_spec
 from trio.measure.shapesvqa.examples import Example, examples
 from trio.measure.statistics import Bootstrap, Estimate
 
@@ -29,12 +30,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "zoo.md"
 #: Alike but for how early they take the image in.
 NAMES = ("tiny-llava", "tiny-llava-early", "tiny-llava-late")
 console = Console()
-
-
-def dropped_after(layer: int) -> dict[str, Any]:
-    """A spec without a visual token behind so many layers."""
-    stage = {"after_layer": layer, "keep": 0, "scorer": "random", "selector": "top-k"}
-    return {"version": 1, "name": f"none after {layer}", "stages": [stage]}
 
 
 def percent(asked: list[Example], right: list[bool]) -> Estimate:
@@ -46,7 +41,7 @@ def measure(model: Any, processor: Any, asked: list[Example]) -> dict[str, list[
     """Accuracy by the number of layers behind which all visual tokens are dropped; under ``full`` with all of them."""
     found = {"full": percent(asked, accuracy(model, processor, asked))}
     for layer in range(len(adapter_for(model).layers)):
-        pipeline = trio.Pipeline.from_spec(dropped_after(layer), model)
+        pipeline = trio.Pipeline.from_spec(drop_all_spec(layer), model)
         found[str(layer)] = percent(asked, accuracy(model, processor, asked, context=pipeline))
         console.print(f"  none after {layer}: {found[str(layer)].mean:.3f}")
     return {name: [round(value, 4) for value in (one.mean, one.low, one.high)] for name, one in found.items()}

@@ -46,6 +46,12 @@ COMPRESSORS: tuple[dict[str, Any], ...] = (
 SIZES = (0.85, 0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 #: Depths of the default's stages, and what they keep.
 TWO: dict[str, Any] = {"3.2%": "auto", "50%": {"share": "60%", "of": "current"}}
+#: The depths and ratios of `trio-11`: after layers 1, 10 and 15 of 32.
+THREE: dict[str, Any] = {
+    "3.2%": "auto",
+    "31.3%": {"share": "58.7%", "of": "current"},
+    "46.9%": {"share": "40.7%", "of": "current"},
+}
 console = Console()
 
 
@@ -54,21 +60,22 @@ def soft(*, weight: float = 0.25, spread: float = 0.7) -> dict[str, Any]:
     return {"name": "soft-nms", "weight": weight, "spread": spread}
 
 
-def two_stages(*, selector: Any = None, **parts: Any) -> list[dict[str, Any]]:
-    """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`).
-
-    A `soft-nms` has its spread over the image at the input alone.
-    """
+def spread_once(keeps: dict[str, Any], *, selector: Any = None, **parts: Any) -> list[dict[str, Any]]:
+    """Stages with the default's selector or another; a `soft-nms` has its spread over the image at the first alone."""
     chosen = selector or soft()
     later = {**chosen, "spread": 0.0} if isinstance(chosen, dict) and "spread" in chosen else chosen
-    stages = _stages(TWO, parts)
-    return [{**stage, "selector": one} for stage, one in zip(stages, (chosen, later), strict=True)]
+    stages = _stages(keeps, parts)
+    return [{**stage, "selector": later if number else chosen} for number, stage in enumerate(stages)]
+
+
+def two_stages(**parts: Any) -> list[dict[str, Any]]:
+    """The default: at the input, and after half of the layers 60% of those (the shape of `trio-soft-11`)."""
+    return spread_once(TWO, **parts)
 
 
 def three_stages(**parts: Any) -> list[dict[str, Any]]:
     """Stages at the depths and with the ratios of `trio-11`, for a budget."""
-    current = ({"share": share, "of": "current"} for share in ("58.7%", "40.7%"))
-    return _stages(dict(zip(("3.2%", "31.3%", "46.9%"), ("auto", *current), strict=True)), parts)
+    return _stages(THREE, parts)
 
 
 def _stages(keeps: dict[str, Any], parts: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.evaluate import RELEASED, soft, three_stages, two_stages
+from benchmarks.evaluate import RELEASED, THREE, soft, spread_once, three_stages, two_stages
 from trio import zoo
 from trio.measure.evaluation import shapesvqa
 from trio.measure.evaluation.answers import AnswerFiles, RowAnswer
@@ -54,20 +54,10 @@ class RobustStep(StrEnum):
     VERDICT = "verdict"
 
 
-def _soft_stages(keeps: Mapping[str, Any], *, weight: float = 0.25, spread: float = 0.7, **parts: Any) -> list[Any]:
-    """Stages with `soft-nms`; it has its spread over the image at the first one alone."""
-    return [
-        {"after_layer": depth, "keep": keep, "selector": soft(weight=weight, spread=0.0 if number else spread), **parts}
-        for number, (depth, keep) in enumerate(keeps.items())
-    ]
-
-
 def _of(share: str) -> dict[str, str]:
     return {"share": share, "of": "current"}
 
 
-#: The published depths and ratios: after layers 1, 10 and 15 of 32.
-THREE = {"3.2%": "auto", "31.3%": _of("58.7%"), "46.9%": _of("40.7%")}
 STEEP = {"3.2%": "auto", "25%": _of("45%"), "50%": _of("35%")}
 GENTLE = {"3.2%": "auto", "31.3%": _of("70%"), "62.5%": _of("50%")}
 LATE = {"3.2%": "auto", "62.5%": _of("30%")}
@@ -78,23 +68,23 @@ def candidates() -> dict[str, dict[str, Any]]:
     """What may become the default: fields of a spec by name."""
     return {
         "two stages (trio-soft)": {"stages": two_stages()},
-        "one stage at the input": {"stages": _soft_stages({"0%": "auto"})},
-        "three stages": {"stages": _soft_stages(THREE)},
-        "three stages, steeper": {"stages": _soft_stages(STEEP)},
-        "three stages, gentler": {"stages": _soft_stages(GENTLE)},
-        "two stages, 50% after a quarter": {"stages": _soft_stages(QUARTER)},
-        "two stages, 30% after 62.5%": {"stages": _soft_stages(LATE)},
-        "three stages, weight 0.5": {"stages": _soft_stages(THREE, weight=0.5)},
-        "three stages, weight 0.1": {"stages": _soft_stages(THREE, weight=0.1)},
-        "three stages, spread 1.4": {"stages": _soft_stages(THREE, spread=1.4)},
-        "three stages, released rows": {"stages": _soft_stages(THREE, scorer="trio")},
+        "one stage at the input": {"stages": spread_once({"0%": "auto"})},
+        "three stages": {"stages": spread_once(THREE)},
+        "three stages, steeper": {"stages": spread_once(STEEP)},
+        "three stages, gentler": {"stages": spread_once(GENTLE)},
+        "two stages, 50% after a quarter": {"stages": spread_once(QUARTER)},
+        "two stages, 30% after 62.5%": {"stages": spread_once(LATE)},
+        "three stages, weight 0.5": {"stages": spread_once(THREE, selector=soft(weight=0.5))},
+        "three stages, weight 0.1": {"stages": spread_once(THREE, selector=soft(weight=0.1))},
+        "three stages, spread 1.4": {"stages": spread_once(THREE, selector=soft(spread=1.4))},
+        "three stages, released rows": {"stages": spread_once(THREE, scorer="trio")},
         "three stages, nms": {"stages": three_stages(selector="nms")},
         "divprune + two stages": {
             "compressor": {"name": "divprune", "keep": "{1.25}"},
-            "stages": _soft_stages({"50%": _of("60%")}, spread=0.0),
+            "stages": spread_once({"50%": _of("60%")}, selector=soft(spread=0.0)),
         },
         "resize 60% + two stages": {"resize": "60%", "stages": two_stages()},
-        "resize 60% + three stages": {"resize": "60%", "stages": _soft_stages(THREE)},
+        "resize 60% + three stages": {"resize": "60%", "stages": spread_once(THREE)},
     }
 
 
@@ -150,6 +140,27 @@ def asked(runner: Runner, rows: Sequence[EvaluationRow], files: AnswerFiles) -> 
         return runner.run(rows, files, lambda done, total: bar.update(job, completed=done, total=total))
 
 
+def total_cost(answers: Sequence[RowAnswer]) -> float:
+    """Mean FLOPs of a whole answer: tower, scoring, language model, decoding."""
+    counted = [one.answer_flops for one in answers if one.answer_flops is not None]
+    if len(counted) < len(answers):
+        raise SystemExit("FLOPs of this model are not counted, so that nothing can be compared at equal cost")
+    return fmean(counted)
+
+
+def pruned_at_cost(judged: str, label: str, answers: Mapping[str, Sequence[RowAnswer]]) -> EvaluationRow:
+    """DivPrune with as many tokens as the judged row's total cost allows: it pays for no score.
+
+    The count lies on the line through what DivPrune costs at the two budgets; what it then costs is counted again.
+    """
+    (low, high), base = sorted(float(share.rstrip("%")) for share in BUDGETS.values()), "divprune, "
+    costs = sorted(total_cost(answers[f"{base}{budget}%"]) for budget in BUDGETS)
+    keep = low + (total_cost(answers[judged]) - costs[0]) * (high - low) / (costs[1] - costs[0])
+    name = f"divprune to {keep:.1f}%, equal cost, {label}%"
+    spec = {"version": 1, "name": name, "compressor": {"name": "divprune", "keep": f"{min(keep, 100.0):.2f}%"}}
+    return EvaluationRow(name, name, spec=load_spec(spec))
+
+
 def _versions() -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -160,7 +171,7 @@ def content(runner: Runner, name: str, answers: Mapping[str, Sequence[RowAnswer]
     rows = {
         row: {
             "right": right_of(runner.task, given),
-            "answer_flops": round(fmean(one.answer_flops or 0.0 for one in given)),
+            "answer_flops": round(total_cost(given)),
             "average": round(fmean(one.average for one in given), 2),
         }
         for row, given in answers.items()
@@ -193,13 +204,17 @@ def main(
     split, seed = ("validation", 0) if part is RobustStep.CHOOSE else ("test", SEED)
     specs = [spec for spec in specs_of(fields) if canvas_for(model) == "varied" or "resize" not in spec]
     runner, rows, answers, files = answered(model, processor, name, part, specs, split, seed, scenes)
-    equal: dict[str, str] = {}
+    equal: dict[str, list[str]] = {}
     if part is RobustStep.VERDICT:
         judged = [row for row in rows.values() if row.name == "full" or row.name.startswith(f"{chosen}, ")]
         found = equal_cost(runner, judged, answers)
-        possible = [row for row in found.rows if not row.refused]
-        equal = {spec: row for spec, row in found.of.items() if row in {one.name for one in possible}}
-        answers |= asked(runner, possible, files)
+        more = {row.name: row for row in found.rows if not row.refused}
+        equal = {spec: [row] for spec, row in found.of.items() if row in more}
+        for label in BUDGETS:
+            row = pruned_at_cost(f"{chosen}, {label}%", label, answers)
+            more[row.name] = row
+            equal.setdefault(f"{chosen}, {label}%", []).append(row.name)
+        answers |= asked(runner, list(more.values()), files)
     written = content(runner, name, answers) | ({"chosen": chosen, "equal_cost": equal} if equal else {})
     file = RESULTS / f"{part.value}-{name}.json"
     file.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

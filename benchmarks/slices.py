@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +24,10 @@ from rich.console import Console
 
 import trio
 from benchmarks.evaluate import RELEASED, SHARES, three_stages
-from benchmarks.tables import table_head, table_row
+from benchmarks.tables import table_head, table_row, write_block
 from trio import zoo
 from trio.core.images import batch_for, prompt_for
-from trio.core.upstream import MASK, Role, cache_of, keywords
+from trio.core.upstream import Role, cache_of, keywords
 from trio.errors import TrioError
 from trio.measure.answering import GREEDY, GreedyAnswerer, decode
 from trio.measure.shapesvqa.slices import (
@@ -139,10 +140,8 @@ class SliceAsker:
         with torch.no_grad():
             out = self.model.generate(**inputs, **GREEDY, max_new_tokens=longest, return_dict_in_generate=True)
             conversation = torch.cat([out.sequences, more], 1)
-            given = {"input_ids": conversation, MASK: torch.ones_like(conversation)}
-            answer = self.model.generate(
-                **given, **keywords({Role.CACHE: cache_of(out)}), **GREEDY, max_new_tokens=longest
-            )
+            given = {Role.IDS: conversation, Role.MASK: torch.ones_like(conversation), Role.CACHE: cache_of(out)}
+            answer = self.model.generate(**keywords(given), **GREEDY, max_new_tokens=longest)
         return decode(self.processor, answer[:, conversation.shape[1] :])[0]
 
 
@@ -250,11 +249,35 @@ def measured() -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("slices-*.json"))]
 
 
-def with_block(text: str) -> str:
-    """The page with the measured part put in."""
+def block() -> str:
+    """The measured part of the page, with the lines that mark it."""
     begin, end = marks()
-    start = text.index(begin) + len(begin)
-    return f"{text[:start]}\n\n{page(measured())}\n{text[text.index(end, start) :]}"
+    found = measured()
+    return "\n".join([begin, "", *findings(found), "", page(found), end])
+
+
+def findings(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the numbers say of the most dangerous case and of long answers, a line a model."""
+
+    def mean(found: Mapping[str, Any], name: str, row: str, what: str) -> str:
+        rows = {one["name"]: one["scores"] for one in found["slices"][name]["rows"]}
+        return f"{rows[row][what]['mean']:.0f}"
+
+    cache, afresh, there = "on the kept cache", "right", "of those that full has right there"
+    third, blind, released = "trio-soft (ours), 33%", "divprune, 11% (question-blind)", "TRIO (released), 11%"
+    for found in results:
+        second, long = functools.partial(mean, found, "second-question"), functools.partial(mean, found, "describe")
+        said = (
+            f"- **{found['model']}**, a second question: full has {second(FULL, afresh)}% asked afresh and "
+            f"{second(FULL, cache)}% on the kept cache. With tokens dropped for the first question, there: "
+            f"{second(DEFAULT, cache)}% at 11% kept ({second(DEFAULT, afresh)}% afresh), {second(third, cache)}% at "
+            f"33% ({second(third, afresh)}%). Of those that full has right there: {second(DEFAULT, there)}% at 11%; "
+            f"{second(blind, there)}% with DivPrune, which does not look at the question.",
+            f"Objects named right in a description: full {long(FULL, 'objects')}%, {long(third, 'objects')}% at 33%, "
+            f"{long(DEFAULT, 'objects')}% at 11%; {long(released, 'objects')}% with TRIO as released, "
+            f"{long('random, 11%', 'objects')}% with random tokens.",
+        )
+        yield textwrap.fill(" ".join(said), 118, subsequent_indent="  ")
 
 
 def main(
@@ -265,7 +288,7 @@ def main(
 ) -> None:
     """Measure and write the results file, or the page."""
     if table:
-        PAGE.write_text(with_block(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        write_block(PAGE, block())
         return
     torch.set_num_threads(threads)
     asker = SliceAsker(name, ROOT / "runs" / f"slices-{name}")

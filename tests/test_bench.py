@@ -294,5 +294,5 @@ def test_without_matplotlib_the_plot_is_refused_by_the_name_of_its_extra(tiny, t
         model="m", layers=1, weights="", dtype="float32", machine=HERE, batch=1, image=(1, 1), visual_tokens=1,
         text_tokens=1, steps=0, rows=[],
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"\[eval\]"):
+    with pytest.raises(InputError, match=r"\[plot\]"):
         plot(report, None, tmp_path / "x.png")

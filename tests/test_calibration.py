@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import isotonic_regression
 from typer.testing import CliRunner, Result
 
 import trio
@@ -25,7 +24,7 @@ from trio.errors import InputError, SpecError
 from trio.measure.answering import generate
 from trio.measure.calibration import CalibrationReport, DropAllCurve, absorption, calibrate, drop_all_curve
 from trio.measure.calibration.calibrate import budget_share, verdict_of
-from trio.measure.calibration.placement import EVEN, Placement, candidates, falling, placed, shares
+from trio.measure.calibration.placement import EVEN, Placement, candidates, placed, shares
 from trio.measure.fidelity import PromptSample
 from trio.measure.shapesvqa.examples import examples
 from trio.measure.statistics import Estimate
@@ -45,9 +44,11 @@ def trio_(*args: str | Path) -> Result:
 # The rule ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=12))
-def test_falling_is_the_nearest_that_falls(values: list[float]) -> None:
-    assert falling(values) == pytest.approx(isotonic_regression(values, increasing=False).x, abs=1e-9)
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=12))
+def test_absorption_never_falls(divergence: list[float]) -> None:
+    found = absorption(divergence)
+    assert found[0] == 0 and found[-1] == pytest.approx(1)
+    assert all(later >= earlier for earlier, later in pairwise(found))
 
 
 def test_absorption() -> None:

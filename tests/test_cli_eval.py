@@ -105,7 +105,7 @@ def test_who_stops_it_is_told_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
         (["--spec", "trio-111"], "no shipped spec 'trio-111'"),
         (["--spec", "trio-11", "--spec", "trio-11"], "2 of them are called 'trio-11'"),
         (["--spec", "trio-11", "--baseline", "x"], "none of the specs"),
-        (["--spec", "trio-11", "--task", "jsonl"], "--data: missing"),
+        (["--spec", "trio-11", "--task", "jsonl"], "data: missing"),
         (["--spec", "trio-11", "--data", "x"], "draws its own images"),
         (["--spec", "trio-11", "--limit", "2001"], "give 1 to 2000"),
         (["--spec", "trio-11", "--model", "nothing"], "model 'nothing'"),

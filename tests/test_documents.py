@@ -329,8 +329,8 @@ def test_a_small_model_is_asked_about_documents(tmp_path: Path) -> None:
         (["--split", "novel"], "split 'novel' is unknown; allowed: test, validation"),
         (["--limit", "1001"], "has 1000 documents; give 1 to 1000"),
         (["--dpi", "20"], "dpi 20 is out of range; give 75 to 200"),
-        (["--data", "x.jsonl"], "--data: documents draws its own images"),
-        (["--task", "shapesvqa", "--dpi", "100"], "--dpi: shapesvqa draws no documents"),
+        (["--data", "x.jsonl"], "data: documents draws its own images"),
+        (["--task", "shapesvqa", "--dpi", "100"], "dpi: shapesvqa draws no documents"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_cost_no_model(given: list[str], message: str, tmp_path: Path) -> None:
@@ -358,8 +358,16 @@ def test_the_page_shows_what_is_asked() -> None:
         assert shown_question in known and shown_question in page
 
 
-@pytest.mark.parametrize(("task", "data"), [("shapesvqa", Path("asked.jsonl")), ("jsonl", None)])
-def test_a_job_refuses_questions_that_its_task_would_not_ask(task: Any, data: Path | None, tmp_path: Path) -> None:
-    job = EvaluationJob((trio.load_spec("trio-11"),), tmp_path / "out", task=task, data=data, html=False)
-    with pytest.raises(trio.InputError, match="the task jsonl needs a file"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Path("asked.jsonl")}, "data: shapesvqa draws its own images"),
+        ({"task": "jsonl"}, "data: missing"),
+        ({"dpi": 100}, "dpi: shapesvqa draws no documents"),
+        ({"task": "documents", "part": "counting"}, "slice: it is of the task shapesvqa, not of documents"),
+    ],
+)
+def test_a_job_refuses_what_belongs_to_another_task(options: Any, message: str, tmp_path: Path) -> None:
+    job = EvaluationJob((trio.load_spec("trio-11"),), tmp_path / "out", html=False, **options)
+    with pytest.raises(trio.InputError, match=message):
         job.check()

@@ -11,6 +11,8 @@ import pytest
 from benchmarks import absorption, robust, robust_page
 from lab.training.card import filled
 from trio import zoo
+from trio.cost import predict, published_shape
+from trio.measure.evaluation.answers import RowAnswer
 from trio.measure.evaluation.protocol import weights
 from trio.measure.shapesvqa.task import canvas_for, shapesvqa
 from trio.spec import load_spec
@@ -107,3 +109,31 @@ def test_the_verdict_follows_from_the_answers() -> None:
     assert [row["passes"] for row in found] == [True] * 4 and found[1]["difference"] > 20
     lost = robust_page.verdict_rows(made(rows, scenes, chosen="worse", equal_cost={}))
     assert not any(row["passes"] for row in lost) and all(row["difference"] < -20 for row in lost)
+
+
+def test_divprune_gets_the_tokens_that_the_cost_of_the_judged_one_buys() -> None:
+    """Costs that lie on a line: 2 GFLOP and 0.1 for each percent kept."""
+
+    def answers(flops: float | None) -> list[RowAnswer]:
+        return [RowAnswer(0, "", 1, 1.0, 1.0, answer_flops=flops)]
+
+    asked = {f"divprune, {label}%": answers(2e9 + 1e8 * float(share[:-1])) for label, share in robust.BUDGETS.items()}
+    row = robust.pruned_at_cost("ours, 11%", "11", {**asked, "ours, 11%": answers(3.8e9)})
+    assert row.spec is not None and row.spec.compressor is not None
+    assert str(row.spec.compressor.keep) == "18.00%" and row.name == "divprune to 18.0%, equal cost, 11%"
+    with pytest.raises(SystemExit, match="not counted"):
+        robust.pruned_at_cost("ours, 11%", "11", {**asked, "ours, 11%": answers(None)})
+
+
+@pytest.mark.parametrize("shape", robust_page.SHAPES)
+def test_one_more_token_would_cost_more_on_large_shapes(shape: str) -> None:
+    tokens = robust_page.SHAPES[shape]
+    count = round(robust_page.equal_share(shape, tokens, "11") * tokens / 100)
+
+    def cost(spec: Any) -> float:
+        return predict(spec, published_shape(shape), images=(tokens,)).compressed.flops.total
+
+    def divprune(keep: int) -> dict[str, Any]:
+        return {"version": 1, "compressor": {"name": "divprune", "keep": keep}}
+
+    assert cost(divprune(count)) <= cost("trio-soft-11") < cost(divprune(count + 1))

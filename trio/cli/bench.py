@@ -59,7 +59,7 @@ def bench(
     from ..errors import InputError, TrioError
     from ..measure.bench import BenchSettings, measure
     from ..spec import load_spec
-    from .common import check_outputs, print_json, progress_bar, say, write_text
+    from .common import check_outputs, check_plot, print_json, progress_bar, say, write_text
     from .tables import console
 
     if (model is None) == (arch is None):
@@ -67,9 +67,7 @@ def bench(
     specs = [load_spec(one) for one in spec or [DEFAULT_SPEC]]
     check_outputs({"--out": out, "--plot": plot}, force=force)
     if plot is not None:
-        from ..measure.extras import require
-
-        require("matplotlib", "--plot")
+        check_plot(plot)
     if arch is not None:
         if image is not None or question is not None:
             raise InputError("--image and --question: they go with MODEL; --arch has images of noise.")

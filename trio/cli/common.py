@@ -172,7 +172,7 @@ def check_plot(file: Path) -> None:
     Raises:
         InputError: matplotlib is missing, or the name has another ending than .png, .pdf or .svg.
     """
-    from ..measure.tuning.plot import matplotlib
+    from ..measure.plots import matplotlib
 
     if file.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InputError(f"--plot {str(file)!r}: the name has to end in .png, .pdf or .svg.")

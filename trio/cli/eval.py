@@ -117,7 +117,6 @@ def evaluate(
 
     processes = launched()
     try:
-        _check_questions(task, data, dpi, part)
         job = EvaluationJob(
             specs=tuple(named_specs(spec or [DEFAULT_SPEC])),
             out=out,
@@ -164,20 +163,6 @@ def evaluate(
         return
     _print(results)
     console().print(f"written to {out}: {', '.join(job.files)}", soft_wrap=True, markup=False)
-
-
-def _check_questions(task: QuestionSource, data: Path | None, dpi: int | None, part: SliceChoice | None) -> None:
-    """Refuse options that belong to another task."""
-    from ..errors import InputError
-
-    if task is QuestionSource.jsonl and data is None:
-        raise InputError("--data: missing; the task jsonl needs a file of questions, --data FILE.")
-    if task is not QuestionSource.jsonl and data is not None:
-        raise InputError(f"--data: {task.value} draws its own images; leave --data out, or give --task jsonl.")
-    if task is not QuestionSource.documents and dpi is not None:
-        raise InputError(f"--dpi: {task.value} draws no documents; leave --dpi out, or give --task documents.")
-    if task is not QuestionSource.shapesvqa and part is not None:
-        raise InputError("--slice: it is of the task shapesvqa; leave it out, or leave --task out.")
 
 
 def _cluster(ray: str | None, workers: int, cpus: float, gpus: float | None, processes: int) -> RayEvaluation | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ...cost import ModelShape, predict
-from ...errors import InputError
-from ..extras import require
+from ..plots import matplotlib, save
 from .report import BenchReport
 
 __all__ = ["plot", "roofline"]
@@ -45,8 +43,7 @@ def plot(report: BenchReport, shape: ModelShape | None, file: Path, option: str 
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
-    figures: Any = require("matplotlib.figure", option)
-    figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
+    figure = matplotlib().Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if shape is not None:
         line = roofline(report, shape)
@@ -69,7 +66,4 @@ def plot(report: BenchReport, shape: ModelShape | None, file: Path, option: str 
     axes.set_ylim(bottom=0)
     axes.legend()
     axes.grid(alpha=0.3)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {str(file)!r}: cannot be written ({error}).") from error
+    save(figure, file, option)

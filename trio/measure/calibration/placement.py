@@ -23,8 +23,9 @@ from itertools import accumulate, chain, combinations, pairwise
 from ...errors import SpecError
 from ...spec import Budget, Keep, PipelineSpec, StageSpec
 from ...spec.schedule import ResolvedSchedule
+from ..extras import require
 
-__all__ = ["EVEN", "PUBLISHED", "Placement", "absorption", "candidates", "falling", "placed", "shares"]
+__all__ = ["EVEN", "PUBLISHED", "Placement", "absorption", "candidates", "placed", "shares"]
 
 #: Part of the absorption that is spread evenly over the layers.
 EVEN = 0.1
@@ -96,18 +97,6 @@ def placed(name: str, schedule: ResolvedSchedule, tokens: int) -> Placement:
     return Placement(name, schedule.layers, tuple(after / before for before, after in pairwise(counts)))
 
 
-def falling(values: Sequence[float]) -> list[float]:
-    """The numbers nearest to the given ones (least squares) of which none is above the one before it."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, size = value, 1
-        while blocks and blocks[-1][0] < mean:
-            other, width = blocks.pop()
-            mean, size = (mean * size + other * width) / (size + width), size + width
-        blocks.append((mean, size))
-    return [mean for mean, size in blocks for _ in range(size)]
-
-
 def absorption(divergence: Sequence[float]) -> list[float]:
     """What share of an image is taken in after each depth.
 
@@ -116,10 +105,15 @@ def absorption(divergence: Sequence[float]) -> list[float]:
             or more; the last one is of the full model.
 
     Returns:
-        L + 1 numbers that never fall, from 0 to 1. All layers take in alike where nothing is off at any depth.
+        L + 1 numbers that never fall, from 0 to 1, of the nearest divergence that never rises (least squares). All
+        layers take in alike where nothing is off at any depth.
+
+    Raises:
+        InputError: scipy is not installed.
     """
     last = len(divergence) - 1
-    fitted = falling(divergence)
+    isotonic = require("scipy.optimize", "calibration").isotonic_regression
+    fitted = [float(value) for value in isotonic(divergence, increasing=False).x]
     span = fitted[0] - fitted[-1]
     if span <= 0:
         return [depth / last for depth in range(last + 1)]

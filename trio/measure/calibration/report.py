@@ -179,6 +179,7 @@ class CalibrationReport(Document):
                 f"top-1 {shipped.top1.points()} points"
             )
         lines.append(f"{self.chosen} is {chance.line('random tokens at its places')}: KL {chance.kl.change()} nats")
+        lines += self._costs()
         if shipped.verdict == "worse":
             kept = self.wrote == self.shipped
             lines.append(
@@ -187,6 +188,15 @@ class CalibrationReport(Document):
                 else f"the spec has the schedule {self.chosen}, as asked for, although it is worse"
             )
         return lines
+
+    def _costs(self) -> list[str]:
+        """What the chosen schedule costs beside the shipped one: as many tokens are not as many FLOPs."""
+        by_name = {row.name: row.flops for row in self.unseen}
+        mine, theirs = by_name.get(self.chosen), by_name.get(self.shipped)
+        if self.chosen == self.shipped or mine is None or theirs is None:
+            return []
+        costs = f"{mine:.1%} of the full model's FLOPs, scoring included; {self.shipped}: {theirs:.1%}"
+        return [f"prefill and tower cost {costs}"]
 
     def pipeline_spec(self) -> PipelineSpec:
         """The spec that was written."""

@@ -80,15 +80,18 @@ class EvaluationJob:
         """Refuses before anything is loaded what could not be finished.
 
         Raises:
-            InputError: the baseline is none of the specs, a file of questions is missing or given to another task than
-                `jsonl`, the documents cannot be drawn so, or a library for the report is missing.
+            InputError: the baseline is none of the specs, a file of questions is missing, an option belongs to another
+                task, the documents cannot be drawn so, or a library for the report is missing.
         """
         check_baseline(self.baseline, self.specs)
-        if (self.task == "jsonl") != (self.data is not None):
-            found = "no file" if self.data is None else str(self.data)
-            raise InputError(
-                f"data: found {found} for the task {self.task!r}; the task jsonl needs a file, others draw their own."
-            )
+        if self.task == "jsonl" and self.data is None:
+            raise InputError("data: missing; the task jsonl needs a file of questions.")
+        if self.task != "jsonl" and self.data is not None:
+            raise InputError(f"data: {self.task} draws its own images; leave it out, or give the task jsonl.")
+        if self.task != "documents" and self.dpi is not None:
+            raise InputError(f"dpi: {self.task} draws no documents; leave it out, or give the task documents.")
+        if self.task != "shapesvqa" and self.part is not None:
+            raise InputError(f"slice: it is of the task shapesvqa, not of {self.task}; leave it out.")
         if self.task == "documents":
             check_documents(self.split, self.limit or DOCUMENTS, self.dpi or DEFAULT_DPI)
             require("rapidfuzz", "similarity of answers")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ..extras import require
+from ..plots import matplotlib, save
 from .report import FidelityReport, FidelityRow
 
 #: Images that must have an answer as long as that for a position to be drawn.
@@ -19,10 +19,9 @@ def draw(report: FidelityReport, file: Path) -> None:
     Raises:
         InputError: matplotlib is missing, answers were not compared by position, or the file cannot be written.
     """
-    figures: Any = require("matplotlib.figure", "--plot")
     if report.results[0].spec.positions is None:
         raise InputError("plot: answers were not compared at every position, see the report's notes; leave it out.")
-    figure = figures.Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    figure = matplotlib().Figure(figsize=(8, 6), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for number, result in enumerate(report.results):
         for row, style in ((result.spec, "-"), (result.floor, "--")):
@@ -34,12 +33,7 @@ def draw(report: FidelityReport, file: Path) -> None:
     lower.set(ylabel="same most probable token, %", xlabel="token of the answer")
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
-    try:
-        figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"plot {str(file)!r}: cannot be written ({error}); end the name in .png, .pdf or .svg."
-        ) from error
+    save(figure, file)
 
 
 def _line(axes: Any, row: FidelityRow, metric: str, colour: str, style: str, scale: float) -> None:

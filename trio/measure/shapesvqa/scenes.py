@@ -210,6 +210,24 @@ def _attributes(rng: random.Random, count: int, novel: bool) -> list[tuple[str, 
     return drawn
 
 
+def _put(
+    rng: random.Random,
+    image: Image.Image,
+    item_map: NDArray[np.uint8],
+    mask: Image.Image,
+    place: tuple[int, int],
+    colour: str,
+    number: int,
+) -> Box:
+    """Puts a shape into an image and the map of its objects; returns its box."""
+    x, y = place
+    image.paste(_jitter(rng, COLOURS[colour]), place, mask)
+    solid = np.asarray(mask) > 127
+    item_map[y : y + mask.height, x : x + mask.width][solid] = number
+    ys, xs = np.nonzero(solid)
+    return x + int(xs.min()), y + int(ys.min()), x + int(xs.max()) + 1, y + int(ys.max()) + 1
+
+
 def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168, 168), cell: int = 56) -> Scene:
     """Draw a scene.
 
@@ -276,11 +294,7 @@ def draw_scene(split: Split, seed: int, index: int, size: tuple[int, int] = (168
         radius = round(cell * rng.uniform(low, 0.49))
         mask = _shape_mask(shape, radius, rng.uniform(-0.2, 0.2))
         x, y, where = place(2 * radius, 2 * radius)
-        image.paste(_jitter(rng, COLOURS[colour]), (x, y), mask)
-        solid = np.asarray(mask) > 127
-        item_map[y : y + 2 * radius, x : x + 2 * radius][solid] = len(items) + 1
-        ys, xs = np.nonzero(solid)
-        box = (x + int(xs.min()), y + int(ys.min()), x + int(xs.max()) + 1, y + int(ys.max()) + 1)
+        box = _put(rng, image, item_map, mask, (x, y), colour, len(items) + 1)
         items.append(Item(shape, colour, box, where))
     return Scene(split, index, image, tuple(items), (rows, cols), item_map, glyph_map)
 
@@ -315,10 +329,6 @@ def draw_things(
         x = round(rng.uniform(col * width / cols, (col + 1) * width / cols - side))
         y = round(rng.uniform(row * height / rows, (row + 1) * height / rows - side))
         mask = _shape_mask(shape, radius, rng.uniform(-0.2, 0.2))
-        image.paste(_jitter(rng, COLOURS[colour]), (x, y), mask)
-        solid = np.asarray(mask) > 127
-        item_map[y : y + side, x : x + side][solid] = len(items) + 1
-        ys, xs = np.nonzero(solid)
-        box = (x + int(xs.min()), y + int(ys.min()), x + int(xs.max()) + 1, y + int(ys.max()) + 1)
+        box = _put(rng, image, item_map, mask, (x, y), colour, len(items) + 1)
         items.append(Item(shape, colour, box, (row, col)))
     return Scene(split, index, image, tuple(items), (rows, cols), item_map, np.zeros_like(item_map))

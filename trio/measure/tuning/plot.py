@@ -5,29 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ... import DISTRIBUTION
-from ...errors import InputError
 from ..fidelity.report import FidelityRow
+from ..plots import matplotlib, save
 from .report import TuningReport, cost_of, quality_of
 from .target import COSTS, QUALITIES, parse_target
 
 #: Colours that the colour-blind tell apart (Okabe and Ito), with a marker of their own each.
 TUNED, DEFAULT, CHANCE, EQUAL = ("#0072B2", "o"), ("#D55E00", "s"), ("#555555", "X"), ("#009E73", "D")
-
-
-def matplotlib() -> Any:
-    """The module `matplotlib.figure`, which needs no display.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import matplotlib.figure as module
-    except ImportError as error:
-        raise InputError(
-            f"plot: matplotlib is missing; install it with `pip install {DISTRIBUTION}[plot]`, or leave the plot out."
-        ) from error
-    return module
 
 
 def draw(report: TuningReport, file: Path) -> None:
@@ -79,12 +63,7 @@ def draw(report: TuningReport, file: Path) -> None:
     axes.set_title(f"{report.model}: {report.trials} specs tried for {report.target}", loc="left")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
-    try:
-        figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"plot {str(file)!r}: cannot be written ({error}); end the name in .png, .pdf or .svg."
-        ) from error
+    save(figure, file)
 
 
 def _judged(axes: Any, row: FidelityRow, quality: str, label: str, colour: str, marker: str) -> None:
